@@ -1,0 +1,12 @@
+"""RMSNorm with Hugging Face's rounding, as Pallas GPU kernels for JAX programs."""
+
+from . import reference as reference
+from ._api import add_rms_norm as add_rms_norm
+from ._api import explain as explain
+from ._api import rms_norm as rms_norm
+from ._autodiff import RSTD as RSTD
+from ._dispatch import Explanation as Explanation
+from .regimes import Plan as Plan
+from .regimes import plan_for as plan_for
+
+__version__ = "0.1.0"

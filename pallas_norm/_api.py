@@ -1,0 +1,120 @@
+"""The public functions: validate, then call what can be differentiated, batched and sharded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from . import _autodiff, _dispatch, _validate
+from ._spec import Implementation, Spec
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+
+def rms_norm(
+    x: Float[Array, "*batch n"],
+    weight: Float[Array, " n"] | None = None,
+    *,
+    eps: float = 1e-6,
+    cast_before_scale: bool = True,
+    weight_offset: float = 0.0,
+    implementation: Implementation | None = None,
+    return_rstd: bool = False,
+) -> Any:
+    r"""y = weight * round(x / sqrt(mean(x^2) + eps)): RMSNorm with Hugging Face's rounding.
+
+    Arguments:
+        x: `[..., n]`, bfloat16, float16 or float32; any number of rows, zero included.
+        weight: `[n]`, or None for no weight. Its dtype may differ from that of x.
+        eps: added to the mean of squares, as a float32; a Python float >= 0, compiled into the kernel.
+        cast_before_scale: True rounds the normalised x to its dtype before the weight multiplies it (Llama and most models of
+            Hugging Face). False multiplies in float32 and rounds once (Gemma, Olmo2, GptOss, torch.nn.functional.rms_norm).
+        weight_offset: added to the weight in float32 (Gemma: 1.0).
+        implementation: None takes the Mosaic GPU kernel where the program is lowered for an NVIDIA GPU of compute capability 9.0
+            or newer and n has a kernel, and lets XLA compile the reference elsewhere; `explain` tells which. "mosaic_gpu" or
+            "xla" forces one. "interpret" runs the kernel in Pallas's interpreter, on a CPU, for tests.
+        return_rstd: also return rstd = 1 / sqrt(mean(x^2) + eps), `[...]` in float32. No gradient flows through it.
+
+    Returns: y, `[..., n]`, of dtype promote_types(x, weight): a float32 weight makes a bfloat16 x float32, as in Hugging Face.
+        With return_rstd, (y, rstd).
+
+    Rounding: sums, rstd and products in float32; the normalised x is rounded to the dtype of x, and y to its own. The same on
+        every path, and a row's bits do not depend on the other rows.
+
+    Special values: a NaN makes its row NaN. An infinity becomes NaN and the rest of its row signed zeros, as after an overflow
+        of the sum of squares. A row of zeros gives signed zeros for eps > 0 and NaN for eps = 0.
+
+    Differentiation: reverse mode, also of second order, under jit, vmap, scan and remat; forward mode raises TypeError.
+
+    Raises:
+        TypeError: an operand is no array, or of another dtype; eps or weight_offset is traced or no real number.
+        ValueError: a shape or a value does not fit.
+        NotImplementedError: a forced implementation cannot run.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; `LlamaRMSNorm` in Hugging Face transformers.
+    """
+    results = _norm(x, None, weight, eps, cast_before_scale, weight_offset, implementation, return_rstd)
+    return results if return_rstd else results[0]
+
+
+def add_rms_norm(
+    x: Float[Array, "*batch n"],
+    residual: Float[Array, "*batch n"],
+    weight: Float[Array, " n"] | None = None,
+    *,
+    eps: float = 1e-6,
+    cast_before_scale: bool = True,
+    weight_offset: float = 0.0,
+    implementation: Implementation | None = None,
+    return_rstd: bool = False,
+) -> Any:
+    """s = round(x + residual); y = rms_norm(s): the residual form of every decoder layer, in one kernel.
+
+    Arguments: as for `rms_norm`; `residual` has the shape and dtype of x.
+
+    Returns: (y, s), with return_rstd (y, s, rstd). s has the dtype of x and is rounded before it is normalised, so the bits are
+        those of `s = x + residual; y = rms_norm(s, weight)`, forward and backward.
+
+    Raises: as `rms_norm`.
+    """
+    _validate.given("residual", residual)
+    return _norm(x, residual, weight, eps, cast_before_scale, weight_offset, implementation, return_rstd)
+
+
+def _norm(
+    x: Any,
+    residual: Any,
+    weight: Any,
+    eps: Any,
+    cast_before_scale: Any,
+    weight_offset: Any,
+    implementation: Any,
+    return_rstd: Any,
+) -> tuple[jax.Array, ...]:
+    operands = _validate.arrays(x, residual, weight)
+    spec = Spec(
+        eps=_validate.eps(eps),
+        cast_before_scale=_validate.flag("cast_before_scale", cast_before_scale),
+        weight_offset=_validate.weight_offset(weight_offset, weight),
+        implementation=_validate.implementation(implementation),
+    )
+    with_rstd = _validate.flag("return_rstd", return_rstd)
+    results = _autodiff.norm(operands, spec, with_rstd)
+    if with_rstd:
+        results |= {"rstd": lax.stop_gradient(results["rstd"])}
+    return tuple(results[name] for name in ("y", "s", "rstd") if name in results)
+
+
+def explain(
+    x: Float[Array, "*batch n"] | jax.ShapeDtypeStruct, *, implementation: Implementation | None = None
+) -> _dispatch.Explanation:
+    """Which path rms_norm(x, implementation=implementation) takes on each platform, and why; str() of it is a sentence.
+
+    x may be an array or a jax.ShapeDtypeStruct. Nothing is computed.
+    """
+    _validate.shape_and_dtype("x", x)
+    return _dispatch.explain(x.shape[-1], np.dtype(x.dtype), _validate.implementation(implementation))

@@ -1,0 +1,84 @@
+"""Reverse-mode differentiation.
+
+rstd is kept in float32 from the forward pass, whatever the dtype of x, under the checkpoint name RSTD. Forward mode raises JAX's own
+TypeError for a custom_vjp: tangents are never silently zero. The second derivative is that of the backward formula, by JAX.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from . import _transforms, reference
+from ._spec import Spec
+
+Arrays = dict[str, jax.Array]
+
+RSTD = "pallas_norm_rstd"  # for jax.checkpoint_policies.save_only_these_names
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def norm(operands: Arrays, spec: Spec, with_rstd: bool) -> Arrays:  # noqa: FBT001 (custom_vjp knows no keywords)
+    """y, with a residual also s, on request rstd, through which no gradient flows."""
+    return _transforms.forward(operands, spec, with_rstd=with_rstd)
+
+
+def _norm_forward(operands: Arrays, spec: Spec, with_rstd: bool) -> tuple[Arrays, Arrays]:  # noqa: FBT001
+    results = norm(operands, spec, True)  # through `norm`, so that it can be differentiated again
+    saved = {"x": results.get("s", operands["x"]), "rstd": checkpoint_name(results["rstd"], RSTD)}
+    if "weight" in operands:
+        saved["weight"] = operands["weight"]
+    return results if with_rstd else {name: results[name] for name in results if name != "rstd"}, saved
+
+
+def _norm_backward(spec: Spec, with_rstd: bool, saved: Arrays, cotangents: Arrays) -> tuple[Arrays]:  # noqa: FBT001
+    del with_rstd
+    given = {"dy": cotangents["y"]} | ({"ds": cotangents["s"]} if "s" in cotangents else {})
+    gradients = gradient(saved | given, spec)
+    operands = {"x": gradients["dx"]}
+    if "ds" in given:
+        operands["residual"] = gradients["dx"]
+    if "weight" in saved:
+        operands["weight"] = reference.round_to(gradients["dweight"], saved["weight"].dtype)
+    return (operands,)
+
+
+norm.defvjp(_norm_forward, _norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gradient(operands: Arrays, spec: Spec) -> Arrays:
+    """dx, with a weight also dweight in float32; of x, rstd, dy, and where given weight and ds."""
+    return _transforms.backward(operands, spec)
+
+
+def _gradient_forward(operands: Arrays, spec: Spec) -> tuple[Arrays, Arrays]:
+    return gradient(operands, spec), operands
+
+
+def _gradient_backward(spec: Spec, saved: Arrays, cotangents: Arrays) -> tuple[Arrays]:
+    """The derivative of the backward formula as a function of x: rstd is computed again, because it depends on x."""
+    rstd = saved["rstd"]
+
+    def formula(operands: Arrays) -> Arrays:
+        x = operands["x"].astype(jnp.float32)
+        rstd = lax.rsqrt(jnp.mean(x * x, axis=-1) + jnp.float32(spec.eps))
+        weight, dy, ds = operands.get("weight"), operands["dy"], operands.get("ds")
+        results = {"dx": reference.input_gradient(operands["x"], weight, rstd, dy, ds, **spec.rounding)}
+        if weight is not None:
+            results["dweight"] = reference.weight_gradient(
+                operands["x"], rstd, dy, cast_before_scale=spec.cast_before_scale
+            )
+        return results
+
+    _, pullback = jax.vjp(formula, {name: value for name, value in saved.items() if name != "rstd"})
+    (operands,) = pullback(cotangents)
+    return (operands | {"rstd": jnp.zeros_like(rstd)},)
+
+
+gradient.defvjp(_gradient_forward, _gradient_backward)

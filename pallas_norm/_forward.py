@@ -1,0 +1,73 @@
+"""The forward kernel: y, and on request rstd and the rounded sum x + residual."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import _launch
+from ._blocks import Block, Exchange
+from ._spec import Spec
+from .reference import result_dtype
+from .regimes import Plan
+
+F32 = jnp.float32
+
+
+def _body(
+    block: Block,
+    *,
+    x_ref: Any,
+    residual_ref: Any = None,
+    weight_ref: Any = None,
+    y_ref: Any,
+    s_ref: Any = None,
+    rstd_ref: Any = None,
+    spec: Spec,
+) -> None:
+    dtype = x_ref.dtype
+    weights = None if weight_ref is None else [spec.scale(weight) for weight in block.columns(weight_ref)]
+    xs = block.load(x_ref)
+    if residual_ref is not None:
+        xs = [(x.astype(F32) + r.astype(F32)).astype(dtype) for x, r in zip(xs, block.load(residual_ref), strict=True)]
+    wide = [x.astype(F32) for x in xs]
+    sum_sq = block.row_sum([v * v for v in wide])
+    rstd = lax.rsqrt(sum_sq / block.plan.n + spec.eps)  # n, not the padded width
+    scale = block.spread(rstd)
+    units = [v * scale for v in wide]
+    if spec.cast_before_scale:
+        units = [unit.astype(dtype).astype(F32) for unit in units]  # Hugging Face rounds here, before the weight
+    ys = units if weights is None else [unit * weight for unit, weight in zip(units, weights, strict=True)]
+    block.store(y_ref, [y.astype(y_ref.dtype) for y in ys])
+    if s_ref is not None:
+        block.store(s_ref, xs)
+    if rstd_ref is not None:
+        block.store_rows(rstd_ref, rstd)
+
+
+def forward(
+    operands: dict[str, jax.Array], *, plan: Plan, spec: Spec, with_rstd: bool, interpret: bool
+) -> dict[str, jax.Array]:
+    """y, with a residual also s, on request rstd; of x (rows, n), and where given residual and weight. One program a block."""
+    x, weight = operands["x"], operands.get("weight")
+    if interpret:
+        plan = _launch.interpretable(plan)
+    outputs = {"y": jax.ShapeDtypeStruct(x.shape, result_dtype(x.dtype, None if weight is None else weight.dtype))}
+    if "residual" in operands:
+        outputs["s"] = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    if with_rstd:
+        outputs["rstd"] = jax.ShapeDtypeStruct(x.shape[:1], F32)
+    blocks, left = _launch.units(plan, len(x))
+
+    def body(exchange: Exchange | None, **refs: Any) -> None:
+        def full(program: jax.Array) -> None:
+            _body(_launch.block(plan, program, exchange, 0, interpret=interpret), **refs, spec=spec)
+
+        one_row = functools.partial(_body, **refs, spec=spec)
+        _launch.for_each_program(plan, blocks, len(x), full, one_row=one_row, interpret=interpret)
+
+    return _launch.launch(body, plan, blocks + left, operands, outputs, interpret=interpret)

@@ -1,0 +1,114 @@
+"""From a kernel body and a Plan to a launched kernel: references by name, scratch, clusters; and which rows a CTA gets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from . import _compat
+from ._blocks import Block, Exchange, OneRow, SharedRow, WarpgroupRow, WarpRows
+from .regimes import WARPS, Plan, Regime
+
+SLOTS = 2  # of the exchange: while some warps still read one row's partial sums, others already write the next row's
+
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+
+
+def launch(
+    body: Callable[..., None],
+    plan: Plan,
+    grid: int,
+    inputs: Mapping[str, jax.Array],
+    outputs: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    scratch: Mapping[str, Any] | None = None,
+    interpret: bool,
+) -> dict[str, jax.Array]:
+    """Runs `body(exchange, x_ref=..., y_ref=..., ...)` in `grid` programs; returns the outputs by name.
+
+    An operand that is absent from `inputs` or `outputs` is absent from the call: the body's default for it is None.
+    """
+    meeting = _exchange(plan)
+    scratch = scratch or {}
+
+    def kernel(*refs: Any) -> None:
+        named = dict(zip([*inputs, *outputs, *meeting, *scratch], refs, strict=True))
+        exchange = Exchange(**{name: named.pop(name) for name in meeting}) if meeting else None
+        own = {name: named.pop(name) for name in scratch}
+        body(exchange, **{f"{name}_ref": ref for name, ref in named.items()}, **own)
+        if plan.cluster > 1:  # no CTA may leave while another still reads its total
+            _compat.cluster_arrive()
+            _compat.cluster_wait()
+
+    options: dict[str, Any] = {}
+    if plan.warpgroups > 1:
+        options |= {"num_threads": plan.warpgroups, "thread_name": "warpgroup"}
+    if plan.cluster > 1:
+        options |= {"cluster": (plan.cluster,), "cluster_names": ("cluster",)}
+    results = _compat.kernel(
+        kernel,
+        interpret=interpret,
+        out_type=tuple(outputs.values()),
+        grid=(grid,),
+        grid_names=("program",),
+        scratch_types=(*meeting.values(), *scratch.values()),
+        **options,
+    )(*inputs.values())
+    return dict(zip(outputs, results, strict=True))
+
+
+def _exchange(plan: Plan) -> dict[str, Any]:
+    if plan.workers == 1:
+        return {}
+    return {
+        "partials": _compat.smem((SLOTS, plan.warpgroups, WARPS), jnp.float32),
+        "barrier": _compat.barrier(plan.warpgroups),
+        "total": _compat.smem((SLOTS,), jnp.float32),
+    }
+
+
+def interpretable(plan: AnyPlan) -> AnyPlan:
+    """The plan without a cluster, which the interpreter does not know: one CTA with all the warpgroups stands in."""
+    return dataclasses.replace(plan, warpgroups=plan.workers, cluster=1)
+
+
+def units(plan: Plan, rows: int) -> tuple[int, int]:
+    """(full blocks of plan.block rows, rows left over)."""
+    return divmod(rows, plan.block)
+
+
+def block(plan: Plan, index: Any, exchange: Exchange | None, slot: Any, *, interpret: bool) -> Block:
+    """The index-th full block."""
+    if plan.regime is Regime.WARP:
+        return WarpRows(plan, pl.ds(pl.multiple_of(index * plan.block, plan.block), plan.block), interpret)
+    if exchange is None:
+        return WarpgroupRow(plan, index, interpret)
+    return SharedRow(plan, index, interpret, exchange, slot)
+
+
+def for_each_program(
+    plan: Plan, programs: int, rows: int, full: Callable[[Any], None], *, one_row: Callable[[Block], None], interpret: bool
+) -> None:
+    """`full(program)` in the first `programs` programs, then one program for each row that fills no block.
+
+    No row is written by two programs, so an output may be an input. The rows left over have the lanes and vectors of the others.
+    """
+    program = lax.axis_index("program")
+    blocks, left = units(plan, rows)
+
+    def left_over() -> None:
+        one_row(OneRow(plan, program - programs + blocks * plan.block, interpret))
+
+    if not left:
+        full(program)
+    elif not blocks:
+        left_over()
+    else:
+        pl.when(program < programs)(lambda: full(program))
+        pl.when(program >= programs)(left_over)

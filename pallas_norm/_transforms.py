@@ -1,0 +1,142 @@
+"""vmap and sharding: how calls on arrays of any rank come down to calls on local rows.
+
+vmap adds a leading axis to the rows where the weight is shared, and loops where each member has a weight of its own.
+Under jit with sharded operands every device works on its own rows with no communication. A sharded last axis is gathered first,
+because every element of y depends on the whole row. dweight is summed over the devices in float32, before it is rounded.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from . import _dispatch, reference
+from ._spec import Spec
+
+Arrays = dict[str, jax.Array]
+Function = Callable[[Arrays], Arrays]
+
+COLUMNS = ("weight", "dweight")  # (n,)
+PER_ROW = ("rstd",)  # (...,); everything else is whole rows, (..., n)
+
+
+def _on_rows(function: Function) -> Function:
+    """`function`, which takes rows (rows, n), for operands with any leading axes."""
+
+    def call(operands: Arrays) -> Arrays:
+        *batch, n = operands["x"].shape
+        rows = math.prod(batch)
+
+        def shape(name: str, *leading: int) -> tuple[int, ...]:
+            return (n,) if name in COLUMNS else leading if name in PER_ROW else (*leading, n)
+
+        flat = {name: value.reshape(shape(name, rows)) for name, value in operands.items()}
+        return {name: value.reshape(shape(name, *batch)) for name, value in function(flat).items()}
+
+    return call
+
+
+def _partitioned(function: Function, operands: Iterable[str], results: Iterable[str], rank: int) -> Function:
+    """`function` with a Shardy rule: batch axes stay as they are, n is not split, columns are summed over the devices."""
+    batch = " ".join(f"b{axis}" for axis in range(rank - 1))
+
+    def factors(name: str) -> str:
+        return "n" if name in COLUMNS else batch if name in PER_ROW else f"{batch} n"
+
+    def partition(mesh: Any, arguments: tuple[Any], _: Any) -> Any:
+        rows = (*arguments[0]["x"].sharding.spec, *[None] * rank)[: rank - 1]
+        axes = [axis for axis in jax.tree.leaves(rows) if axis is not None]
+
+        def sharding(name: str) -> NamedSharding:
+            spec = (None,) if name in COLUMNS else rows if name in PER_ROW else (*rows, None)
+            return NamedSharding(mesh, PartitionSpec(*spec))
+
+        def local(operands: Arrays) -> Arrays:
+            return {
+                name: lax.psum(value, tuple(axes)) if name in COLUMNS and axes else value
+                for name, value in function(operands).items()
+            }
+
+        return mesh, local, {name: sharding(name) for name in results}, ({name: sharding(name) for name in operands},)
+
+    wrapped = custom_partitioning(function)
+    wrapped.def_partition(
+        partition=partition,
+        # A dict is flattened in the order of its names.
+        sharding_rule=f"{', '.join(map(factors, sorted(operands)))} -> {', '.join(map(factors, sorted(results)))}",
+        need_replication_factors=("n",),
+    )
+    return wrapped
+
+
+def _operation(function: Function, spec: Spec, operands: Arrays, results: Iterable[str]) -> Arrays:
+    call = _on_rows(function)
+    if spec.implementation == "interpret":  # an interpreted kernel cannot run inside custom_partitioning
+        return call(operands)
+    return _partitioned(call, operands, results, operands["x"].ndim)(operands)
+
+
+def _batched(call: Function, with_leading_axis: Function | None = None) -> Function:
+    """`call` with its vmap rule. `with_leading_axis` computes what `call` does for all members at once, the weight being shared;
+    by default that is `call` itself."""
+
+    @custom_vmap
+    def batched(operands: Arrays) -> Arrays:
+        return call(operands)
+
+    @batched.def_vmap
+    def rule(size: int, which: list[dict[str, bool]], operands: Arrays) -> tuple[Arrays, dict[str, bool]]:
+        (is_batched,) = which
+        own_weight = is_batched.get("weight", False)
+
+        def with_axis(name: str, value: jax.Array) -> jax.Array:
+            shared = name in COLUMNS and not own_weight
+            return value if is_batched[name] or shared else jnp.broadcast_to(value, (size, *value.shape))
+
+        whole = {name: with_axis(name, value) for name, value in operands.items()}
+        results = lax.map(batched, whole) if own_weight else (with_leading_axis or batched)(whole)
+        return results, dict.fromkeys(results, True)
+
+    return batched
+
+
+def forward(operands: Arrays, spec: Spec, *, with_rstd: bool) -> Arrays:
+    """y, with a residual also s, on request rstd; of x, and where given residual and weight. x is (..., n)."""
+    results = ["y", *(["s"] if "residual" in operands else []), *(["rstd"] if with_rstd else [])]
+    function = functools.partial(_dispatch.forward, spec=spec, with_rstd=with_rstd)
+    return _batched(lambda operands: _operation(function, spec, operands, results))(operands)
+
+
+def backward(operands: Arrays, spec: Spec) -> Arrays:
+    """dx, with a weight also dweight in float32; of x, rstd, dy, and where given weight and ds. x is (..., n)."""
+
+    def rows_only(operands: Arrays) -> Arrays:
+        function = functools.partial(_dispatch.backward, spec=spec, with_dweight=False)
+        return _operation(function, spec, operands, ["dx"])
+
+    if "weight" not in operands:
+        return _batched(rows_only)(operands)
+
+    def whole(operands: Arrays) -> Arrays:
+        function = functools.partial(_dispatch.backward, spec=spec, with_dweight=True)
+        return _operation(function, spec, operands, ["dx", "dweight"])
+
+    def with_leading_axis(operands: Arrays) -> Arrays:
+        # Each member has a dweight of its own, so the kernel, which adds up all rows, cannot give it. The members may be many and
+        # small (one row each where a program is written for one token), so they are not looped over either.
+        def dweight(x: jax.Array, rstd: jax.Array, dy: jax.Array) -> jax.Array:
+            return reference.weight_gradient(x, rstd, dy, cast_before_scale=spec.cast_before_scale)
+
+        rows = operands["x"], operands["rstd"], operands["dy"]
+        return _batched(rows_only)(operands) | {"dweight": jax.vmap(dweight)(*rows)}
+
+    return _batched(whole, with_leading_axis)(operands)

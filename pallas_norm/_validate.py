@@ -1,0 +1,112 @@
+"""Bad input, found before anything is traced or launched. A message says what came, what was needed, what to do."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+IMPLEMENTATIONS = (None, "mosaic_gpu", "xla", "interpret")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def describe(value: Any) -> str:
+    """An array as dtype[shape], anything else by its type."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return type(value).__name__
+
+
+def shape_and_dtype(name: str, value: Any) -> None:
+    """For arrays and jax.ShapeDtypeStruct alike."""
+    if np.dtype(value.dtype).name not in DTYPES:
+        raise TypeError(f"{name} is {describe(value)}; needed one of {', '.join(DTYPES)}: cast it with astype first")
+    if len(value.shape) == 0:
+        raise ValueError(f"{name} is {describe(value)}; needed at least one axis, the row to normalise: pass {name}[None]")
+    if value.shape[-1] == 0:
+        raise ValueError(f"{name} is {describe(value)}: the last axis is empty, and a mean over no elements is not defined")
+
+
+def _array(name: str, value: Any) -> jax.Array:
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; needed a JAX or NumPy array: wrap it with jnp.asarray "
+            "(a torch tensor: use pallas_norm_torch)"
+        )
+    shape_and_dtype(name, value)
+    return jnp.asarray(value)
+
+
+def given(name: str, value: Any) -> None:
+    if value is None:
+        raise TypeError(f"{name} is None; needed an array: call rms_norm where there is nothing to add")
+
+
+def arrays(x: Any, residual: Any, weight: Any) -> dict[str, jax.Array]:
+    """The operands that are there, by name."""
+    operands = {"x": _array("x", x)}
+    x = operands["x"]
+    if residual is not None:
+        operands["residual"] = residual = _array("residual", residual)
+        if residual.shape != x.shape or residual.dtype != x.dtype:
+            error = ValueError if residual.shape != x.shape else TypeError
+            raise error(
+                f"residual is {describe(residual)} but x is {describe(x)}; needed the same shape and dtype: "
+                "broadcast or cast it first"
+            )
+    if weight is not None:
+        operands["weight"] = weight = _array("weight", weight)
+        if weight.shape != x.shape[-1:]:
+            raise ValueError(
+                f"weight has shape {weight.shape} but the last axis of x has length {x.shape[-1]} (x: {describe(x)}); "
+                "pass the weight of this layer, or slice x"
+            )
+    return operands
+
+
+def number(name: str, value: Any) -> float:
+    """A finite Python float, also once it is a float32."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name} is traced ({describe(value)}); needed a Python float, because it is compiled into the kernel: "
+            f"mark it static (jax.jit(..., static_argnames='{name}')) or close over it"
+        )
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, np.floating, np.integer)):
+        raise TypeError(f"{name} is {describe(value)}; needed a Python float: pass float({name})")
+    value = float(value)
+    if not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
+        raise ValueError(f"{name} is {value}; needed a finite float32 number")
+    return value
+
+
+def eps(value: Any) -> float:
+    value = number("eps", value)
+    if value < 0:
+        raise ValueError(f"eps is {value}; needed eps >= 0: it is added to a mean of squares")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} is {describe(value)}; needed True or False")
+    return bool(value)
+
+
+def weight_offset(value: Any, weight: Any) -> float:
+    value = number("weight_offset", value)
+    if value and weight is None:
+        raise ValueError(f"weight_offset is {value} but weight is None: there is nothing to add it to; pass a weight")
+    return value
+
+
+def implementation(value: Any) -> str | None:
+    if value not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation is {value!r}; needed None (the kernel where it runs, XLA elsewhere), \"mosaic_gpu\", \"xla\" or "
+            '"interpret"'
+        )
+    return value
