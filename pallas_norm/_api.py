@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from . import _autodiff, _dispatch, _validate
+from . import _autodiff, _compat, _dispatch, _validate
 from ._spec import Implementation, Spec
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _norm(
     implementation: Any,
     return_rstd: Any,
 ) -> tuple[jax.Array, ...]:
-    operands = _validate.arrays(x, residual, weight)
+    operands = _compat.vary_alike(_validate.arrays(x, residual, weight))
     spec = Spec(
         eps=_validate.eps(eps),
         cast_before_scale=_validate.flag("cast_before_scale", cast_before_scale),

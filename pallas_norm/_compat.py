@@ -51,6 +51,31 @@ def cuda_capabilities() -> list[tuple[int, int]]:
     ]
 
 
+# --- manual axes: inside jax.shard_map ------------------------------------------------------------------------------
+
+
+def _varying(value: jax.Array) -> frozenset[str]:
+    return jax.typeof(value).manual_axis_type.varying
+
+
+def vary_alike(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Inside shard_map, operands that vary over the same mesh axes, as a kernel needs; the cast's transpose sums a replicated
+    weight's gradient over the shards."""
+    axes = frozenset[str]().union(*map(_varying, operands.values()))
+
+    def cast(value: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - _varying(value)))
+        return lax.pcast(value, missing, to="varying") if missing else value
+
+    return {name: cast(value) for name, value in operands.items()}
+
+
+def vary_like(result: jax.Array, operand: jax.Array) -> jax.Array:
+    """A kernel's result, of which Pallas forgets the mesh axes over which its operands vary."""
+    axes = tuple(sorted(_varying(operand) - _varying(result)))
+    return lax.pcast(result, axes, to="varying") if axes else result
+
+
 # --- reading and writing blocks -------------------------------------------------------------------------------------
 
 

@@ -60,7 +60,8 @@ def launch(
         scratch_types=(*meeting.values(), *scratch.values()),
         **options,
     )(*inputs.values())
-    return dict(zip(outputs, results, strict=True))
+    like = next(iter(inputs.values()))
+    return {name: _compat.vary_like(value, like) for name, value in zip(outputs, results, strict=True)}
 
 
 def _exchange(plan: Plan) -> dict[str, Any]:
