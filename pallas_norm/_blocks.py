@@ -238,7 +238,8 @@ class SharedRow(Block):
 
     def _starts(self) -> list[jax.Array]:
         plan, worker = self.plan, self._worker()
-        return [jnp.minimum((j * plan.workers + worker) * plan.span, plan.n - plan.span) for j in range(plan.chunks)]
+        nominal = [(j * plan.workers + worker) * plan.span for j in range(plan.chunks)]
+        return [jnp.minimum(start, plan.n - plan.span) for start in nominal] if plan.overlap else nominal
 
     def _repeated(self) -> jax.Array:
         nominal = ((self.plan.chunks - 1) * self.plan.workers + self._worker()) * self.plan.span

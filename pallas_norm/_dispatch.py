@@ -122,7 +122,8 @@ def backward(operands: Arrays, spec: Spec, *, with_dweight: bool) -> Arrays:
         return gradients
 
     def by_kernel(operands: Arrays, *, interpret: bool) -> Arrays:
-        plan = backward_plan_for(operands["x"].shape[1], operands["x"].dtype, residual="ds" in operands)
+        x, dy = operands["x"], operands["dy"]
+        plan = backward_plan_for(x.shape[1], x.dtype, dy_dtype=dy.dtype, residual="ds" in operands)
         return _backward.backward(operands, plan=plan, spec=spec, with_dweight=with_dweight, interpret=interpret)
 
     return _choose(by_kernel, by_reference, operands, spec)

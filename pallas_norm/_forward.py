@@ -30,19 +30,33 @@ def _body(
     spec: Spec,
 ) -> None:
     dtype = x_ref.dtype
-    weights = None if weight_ref is None else [spec.scale(weight) for weight in block.columns(weight_ref)]
-    xs = block.load(x_ref)
-    if residual_ref is not None:
-        xs = [(x.astype(F32) + r.astype(F32)).astype(dtype) for x, r in zip(xs, block.load(residual_ref), strict=True)]
-    wide = [x.astype(F32) for x in xs]
-    sum_sq = block.row_sum([v * v for v in wide])
+
+    def load_weights() -> list[Any]:
+        if weight_ref is None:
+            return [None] * block.plan.chunks
+        return [spec.scale(weight) for weight in block.columns(weight_ref)]
+
+    def load_rows() -> list[jax.Array]:
+        xs = block.load(x_ref)
+        if residual_ref is None:
+            return xs
+        return [(x.astype(F32) + r.astype(F32)).astype(dtype) for x, r in zip(xs, block.load(residual_ref), strict=True)]
+
+    # A row that registers cannot hold is read twice. Elsewhere the weight is loaded first, so that it arrives with the row.
+    weights = None if block.plan.rereads else load_weights()
+    xs = load_rows()
+    sum_sq = block.row_sum([x.astype(F32) * x.astype(F32) for x in xs])
     rstd = lax.rsqrt(sum_sq / block.plan.n + spec.eps)  # n, not the padded width
+    if weights is None:
+        weights, xs = load_weights(), load_rows()
     scale = block.spread(rstd)
-    units = [v * scale for v in wide]
-    if spec.cast_before_scale:
-        units = [unit.astype(dtype).astype(F32) for unit in units]  # Hugging Face rounds here, before the weight
-    ys = units if weights is None else [unit * weight for unit, weight in zip(units, weights, strict=True)]
-    block.store(y_ref, [y.astype(y_ref.dtype) for y in ys])
+    ys = []
+    for x, weight in zip(xs, weights, strict=True):
+        unit = x.astype(F32) * scale
+        if spec.cast_before_scale:
+            unit = unit.astype(dtype).astype(F32)  # Hugging Face rounds here, before the weight
+        ys.append((unit if weight is None else unit * weight).astype(y_ref.dtype))
+    block.store(y_ref, ys)
     if s_ref is not None:
         block.store(s_ref, xs)
     if rstd_ref is not None:

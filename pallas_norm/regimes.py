@@ -39,6 +39,7 @@ class Plan:
     block: int = 1  # rows of one warpgroup
     warpgroups: int = 1  # that share a row
     cluster: int = 1  # CTAs that share a row
+    rereads: bool = False  # a row is read once for its sum and again, from L1 or L2, for its result
 
     @property
     def span(self) -> int:
@@ -85,20 +86,42 @@ class BackwardPlan(Plan):
 
 class Row(NamedTuple):
     largest_n: int
+    largest_row_bytes: int
     regime: Regime
     warpgroups: int
     cluster: int
+    rereads: bool
     why: str
 
 
+ANY = LARGEST_N * 4
+
+# Times are of an H200, bf16, cold L2; the copy kernel took 67 us where the bytes of x and y are 268 MB.
 TABLE = (
-    Row(1023, Regime.WARP, 1, 1, "H200, 65536 rows: n = 896 warp 57.8 us, CTA 60.2; n = 1024 warp 67.2, CTA 64.8"),
-    Row(8192, Regime.CTA, 1, 1, "H200, 8192 x 8192: 66.6 us, as with 2 warpgroups; 16384 x 4096: 66.8 against 74.0 with 2"),
-    Row(16384, Regime.CTA, 2, 1, "H200, 4096 x 16384: 67.4 us, 1 warpgroup 66.8, 4 warpgroups 90.7; 2 for the latency of few rows"),
-    Row(32768, Regime.CTA, 4, 1, "H200, 2048 x 32768: 73.6 us, 8 warpgroups 74.7, cluster of 2 82.5; 1 warpgroup spills"),
-    Row(65536, Regime.CTA, 2, 4, "H200, 1024 x 65536: 86.7 us, cluster of 8 88.1, of 2 95.6"),
-    Row(LARGEST_N, Regime.CTA, 2, 8, "H200, 512 x 131072: 92.7 us, cluster of 4 100.3"),
+    Row(1023, ANY, Regime.WARP, 1, 1, False, "65536 x 896: 57.8 us, CTA 60.2; 65536 x 1024: 67.2 us, CTA 64.8"),
+    Row(8192, ANY, Regime.CTA, 1, 1, False, "16384 x 4096: 66.8 us, 2 warpgroups 74.0; 8192 x 8192: 66.6, 66.6 with 2"),
+    Row(16384, ANY, Regime.CTA, 2, 1, False, "4096 x 16384: 66.9 us, 4 warpgroups 90.7, read twice 69.8"),
+    Row(32768, 65536, Regime.CTA, 4, 1, False, "2048 x 32768: 71.3 us, 8 warpgroups 75.4, read twice 79.3, cluster of 2 82.5"),
+    Row(65536, 131072, Regime.CTA, 8, 1, True, "1024 x 65536: 79.4 us, kept in a cluster of 4 91.2; float32 1024 x 32768: 79.8, 80.4"),
+    Row(LARGEST_N, 262144, Regime.CTA, 8, 2, True, "512 x 131072: 92.7 us, kept in a cluster of 8 100.9"),
+    Row(LARGEST_N, ANY, Regime.CTA, 8, 4, True, "as the row above, for rows of twice the bytes"),
 )
+
+
+class Narrow(NamedTuple):
+    largest_n: int
+    warpgroups: int
+    cluster: int
+
+
+# Rows whose vectors are narrower than 16 bytes, and backward rows that no pipeline takes: at most 16 elements a lane. With 32 and more,
+# one address for each load fills the registers (n = 32767: 444 bytes spilled).
+NARROW = (Narrow(16384, 4, 2), Narrow(32768, 4, 4), Narrow(65536, 4, 8), Narrow(LARGEST_N, 8, 8))
+
+
+def _narrow(n: int) -> tuple[int, int]:
+    row = next(row for row in NARROW if n <= row.largest_n)
+    return row.warpgroups, row.cluster
 
 
 def _vector(n: int, itemsize: int) -> int:
@@ -119,20 +142,23 @@ def _lanes(n: int, vec: int) -> int:
 
 def _cta_vector(n: int, vec: int, itemsize: int, workers: int) -> int:
     """Narrower vectors, down to 8 bytes, where more than a quarter of the row would be read twice (n = 1536: 25.2 us, not 27.4)."""
-    while vec > 8 // itemsize and -n % (WARPS * 32 * vec * workers) > n // 4:
+    while WARPS * 32 * vec > n or (vec > 8 // itemsize and -n % (WARPS * 32 * vec * workers) > n // 4):
         vec //= 2
     return vec
 
 
 @functools.cache
 def _plan(n: int, itemsize: int) -> Plan:
-    row = next(row for row in TABLE if n <= row.largest_n)
+    row = next(row for row in TABLE if n <= row.largest_n and n * itemsize <= row.largest_row_bytes)
     vec = _vector(n, itemsize)
     if row.regime is Regime.WARP:
         lanes = _lanes(n, vec)
         return Plan(n, Regime.WARP, vec, lanes, WARPS * (32 // lanes))
-    vec = _cta_vector(n, vec, itemsize, row.warpgroups * row.cluster)
-    return Plan(n, Regime.CTA, vec, warpgroups=row.warpgroups, cluster=row.cluster)
+    warpgroups, cluster, rereads = row.warpgroups, row.cluster, row.rereads
+    if vec * itemsize < 16 and n > 8192:
+        (warpgroups, cluster), rereads = _narrow(n), False
+    vec = _cta_vector(n, vec, itemsize, warpgroups * cluster)
+    return Plan(n, Regime.CTA, vec, warpgroups=warpgroups, cluster=cluster, rereads=rereads)
 
 
 def plan_for(n: int, dtype: DTypeLike) -> Plan:
@@ -149,10 +175,17 @@ def _check(n: int) -> None:
         )
 
 
-def backward_plan_for(n: int, dtype: DTypeLike, *, residual: bool = False) -> BackwardPlan:
-    """The backward plan for rows of `n` elements of `dtype`; `residual` for the form that also adds a gradient ds."""
+def backward_plan_for(
+    n: int, dtype: DTypeLike, *, dy_dtype: DTypeLike | None = None, residual: bool = False
+) -> BackwardPlan:
+    """The backward plan for rows of `n` elements of `dtype`.
+
+    dy_dtype: that of y, by default that of x. residual: the form that also adds a gradient ds.
+    Raises NotImplementedError where there is no kernel for n.
+    """
     _check(n)
-    return _backward_plan(n, jnp.dtype(dtype).itemsize, 3 if residual else 2)
+    itemsize = jnp.dtype(dtype).itemsize
+    return _backward_plan(n, itemsize, jnp.dtype(dy_dtype or dtype).itemsize + itemsize * (2 if residual else 1))
 
 
 class Stages(NamedTuple):
@@ -166,64 +199,64 @@ class Stages(NamedTuple):
 SMS = 132  # of an H100 or H200. Fixed, so that the grid, and with it the order in which dweight is added up, is too.
 SMEM_BYTES = 227 << 10  # of an SM, for all its programs
 
+SMALLEST_PIPELINE = 768  # 32768 x 896: 55.7 us, in warps 57.6; 65536 x 512: 68.2, in warps 57.6
+
 # Share of the copy kernel's throughput on an H200, bf16, both kernels of the backward pass counted.
 PIPELINES = (
-    Stages(4096, 1, 4, 5, "16384 x 2048: 0.889; 4 programs an SM 0.870, 2 warpgroups 0.864, kept in registers 0.844"),
-    Stages(8192, 1, 3, 3, "16384 x 4096: 0.912; 2 stages 0.874, 2 warpgroups 0.900, kept in registers 0.840"),
-    Stages(16384, 1, 3, 2, "8192 x 8192: 0.889; 4 warpgroups 0.867, weight read for every row 0.861"),
-    Stages(32768, 4, 3, 1, "4096 x 16384: 0.902; 2 warpgroups 0.885, 8 0.873, 2 stages 0.808"),
-)
-
-
-class Reread(NamedTuple):
-    largest_n: int
-    warpgroups: int
-    cluster: int
-
-
-# Rows that bulk copies cannot move (16-byte multiples of up to 32 KB can be): 32 elements a lane, so that dweight stays in registers.
-REREADS = (
-    Reread(4096, 1, 1),
-    Reread(8192, 2, 1),
-    Reread(16384, 4, 1),
-    Reread(32768, 4, 2),
-    Reread(65536, 4, 4),
-    Reread(LARGEST_N, 4, 8),
+    Stages(4096, 1, 4, 5, "16384 x 2048: 0.898; 4 programs an SM 0.870, 2 warpgroups 0.864, kept in registers 0.844"),
+    Stages(8192, 1, 3, 3, "16384 x 4096: 0.919; 2 stages 0.874, 2 warpgroups 0.900, kept in registers 0.840"),
+    Stages(16384, 1, 3, 2, "8192 x 8192: 0.890; 4 warpgroups 0.867, weight read for every row 0.861"),
+    Stages(32768, 4, 3, 1, "4096 x 16384: 0.903; 2 warpgroups 0.885, 8 0.876, 2 stages 0.808"),
 )
 
 
 @functools.cache
-def _backward_plan(n: int, itemsize: int, operands: int) -> BackwardPlan:
-    forward = _plan(n, itemsize)
-    if forward.regime is Regime.WARP:
-        # Two rows a group of lanes where they are short: 65536 x 128 19.2 us, with one row 21.5, with four 24.2.
-        rows = 2 if n <= 256 else 1
-        return BackwardPlan(n, Regime.WARP, forward.vec, forward.lanes, forward.block * rows, programs=4 * SMS)
-    row_bytes = n * itemsize
+def _backward_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan:
+    """column_bytes: of x, dy and ds together."""
+    if n < SMALLEST_PIPELINE:
+        return _backward_warp_plan(n, itemsize)
     for row in PIPELINES:
-        if row_bytes <= row.largest_row_bytes and pipeline_tile(n, itemsize) is not None:
-            vec = _cta_vector(n, 16 // itemsize, itemsize, row.warpgroups)
-            stages = min(row.stages, SMEM_BYTES // row.per_sm // (operands * row_bytes + 1024))
+        # Two stages at least: the one that is read, and the one that is filled.
+        stages = min(row.stages, (SMEM_BYTES // row.per_sm - 2048) // (n * column_bytes))
+        if n * itemsize <= row.largest_row_bytes and stages >= 2 and pipeline_tile(n, itemsize) is not None:
             return BackwardPlan(
                 n,
                 Regime.CTA,
-                vec,
+                _cta_vector(n, 16 // itemsize, itemsize, row.warpgroups),
                 warpgroups=row.warpgroups,
                 source=Source.PIPELINE,
                 stages=stages,
                 programs=row.per_sm * SMS,
             )
-    reread = next(row for row in REREADS if n <= row.largest_n)
-    vec = _cta_vector(n, _vector(n, itemsize), itemsize, reread.warpgroups * reread.cluster)
+    if n <= 1023:
+        return _backward_warp_plan(n, itemsize)
+    # Rows that bulk copies cannot move: those of 16-byte multiples, up to 32 KB, can be.
+    warpgroups, cluster = (1, 1) if n <= 4096 else (2, 1) if n <= 8192 else _narrow(n)
     return BackwardPlan(
         n,
         Regime.CTA,
-        vec,
-        warpgroups=reread.warpgroups,
-        cluster=reread.cluster,
+        _cta_vector(n, _vector(n, itemsize), itemsize, warpgroups * cluster),
+        warpgroups=warpgroups,
+        cluster=cluster,
         source=Source.MEMORY,
         keeps_weight=False,
-        programs=2 * SMS // reread.cluster,
+        programs=2 * SMS // cluster,
+    )
+
+
+def _backward_warp_plan(n: int, itemsize: int) -> BackwardPlan:
+    vec = _vector(n, itemsize)
+    lanes = _lanes(n, vec)
+    while lanes < 32 and -(-n // (lanes * vec)) * vec > 24:  # n = 200 and 896 spilled with 56 elements a lane
+        lanes *= 2
+    rows = WARPS * (32 // lanes)
+    if n <= 256:
+        # Two rows a group of lanes where one is short: 65536 x 128 19.1 us, with one 21.3, with four 24.2.
+        short = -(-n // (lanes * vec)) * vec <= 8
+        return BackwardPlan(n, Regime.WARP, vec, lanes, rows * (2 if short else 1), programs=4 * SMS)
+    # Read twice: 65536 x 512 57.6 us, kept in registers 58.6, and then n = 1000 spills.
+    return BackwardPlan(
+        n, Regime.WARP, vec, lanes, rows, source=Source.MEMORY, keeps_weight=False, programs=4 * SMS
     )
 
 
