@@ -1,4 +1,5 @@
-"""The speed limit: a Mosaic GPU kernel that moves the same bytes with the same 16-byte vectors, and does nothing else."""
+"""The speed limit: a Mosaic GPU kernel that moves the same bytes with the same 16-byte vectors, and does nothing
+else."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ CHUNKS = 4  # of 128 lanes x 16 bytes in flight in each CTA: 4 was as fast as 2 
 
 
 def copy(inputs: Sequence[jax.Array], outputs: int) -> list[jax.Array]:
-    """Reads all `inputs` (same size and dtype) and writes `outputs` arrays of that size: the bytes of a kernel with these operands."""
+    """Reads all `inputs` (same size and dtype) and writes `outputs` arrays of that size: the bytes of a kernel with
+    these operands."""
     x = inputs[0]
     vec = 16 // x.dtype.itemsize
     span = 128 * vec
@@ -36,7 +38,9 @@ def copy(inputs: Sequence[jax.Array], outputs: int) -> list[jax.Array]:
         for j, values in enumerate(read):
             for k, ref in enumerate(outs):
                 # Every input is stored or takes part in what is stored, else its load would be dropped.
-                value = values[k % len(values)] if len(values) <= len(outs) else sum(values[k :: len(outs)][1:], values[k])
+                value = (
+                    values[k % len(values)] if len(values) <= len(outs) else sum(values[k :: len(outs)][1:], values[k])
+                )
                 _compat.store(ref.at[pl.ds(start + j * span, span)], value, interpret=False)
 
     kernel = _compat.kernel(

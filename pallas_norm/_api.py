@@ -31,22 +31,24 @@ def rms_norm(
         x: `[..., n]`, bfloat16, float16 or float32; any number of rows, zero included.
         weight: `[n]`, or None for no weight. Its dtype may differ from that of x.
         eps: added to the mean of squares, as a float32; a Python float >= 0, compiled into the kernel.
-        cast_before_scale: True rounds the normalised x to its dtype before the weight multiplies it (Llama and most models of
-            Hugging Face). False multiplies in float32 and rounds once (Gemma, Olmo2, GptOss, torch.nn.functional.rms_norm).
+        cast_before_scale: True rounds the normalised x to its dtype before the weight multiplies it (Llama and most
+            models of Hugging Face). False multiplies in float32 and rounds once (Gemma, Olmo2, GptOss,
+            torch.nn.functional.rms_norm).
         weight_offset: added to the weight in float32 (Gemma: 1.0).
-        implementation: None takes the Mosaic GPU kernel where the program is lowered for an NVIDIA GPU of compute capability 9.0
-            or newer and n has a kernel, and lets XLA compile the reference elsewhere; `explain` tells which. "mosaic_gpu" or
-            "xla" forces one. "interpret" runs the kernel in Pallas's interpreter, on a CPU, for tests.
+        implementation: None takes the Mosaic GPU kernel where the program is lowered for an NVIDIA GPU of compute
+            capability 9.0 or newer and n has a kernel, and lets XLA compile the reference elsewhere; `explain` tells
+            which. "mosaic_gpu" or "xla" forces one. "interpret" runs the kernel in Pallas's interpreter, on a CPU, for
+            tests.
         return_rstd: also return rstd = 1 / sqrt(mean(x^2) + eps), `[...]` in float32. No gradient flows through it.
 
-    Returns: y, `[..., n]`, of dtype promote_types(x, weight): a float32 weight makes a bfloat16 x float32, as in Hugging Face.
-        With return_rstd, (y, rstd).
+    Returns: y, `[..., n]`, of dtype promote_types(x, weight): a float32 weight makes a bfloat16 x float32, as in
+        Hugging Face. With return_rstd, (y, rstd).
 
-    Rounding: sums, rstd and products in float32; the normalised x is rounded to the dtype of x, and y to its own. The same on
-        every path, and a row's bits do not depend on the other rows.
+    Rounding: sums, rstd and products in float32; the normalised x is rounded to the dtype of x, and y to its own. The
+        same on every path. On a GPU a row's bits do not depend on the other rows.
 
-    Special values: a NaN makes its row NaN. An infinity becomes NaN and the rest of its row signed zeros, as after an overflow
-        of the sum of squares. A row of zeros gives signed zeros for eps > 0 and NaN for eps = 0.
+    Special values: a NaN makes its row NaN. An infinity becomes NaN and the rest of its row signed zeros, as after an
+        overflow of the sum of squares. A row of zeros gives signed zeros for eps > 0 and NaN for eps = 0.
 
     Differentiation: reverse mode, also of second order, under jit, vmap, scan and remat; forward mode raises TypeError.
 
@@ -55,7 +57,8 @@ def rms_norm(
         ValueError: a shape or a value does not fit.
         NotImplementedError: a forced implementation cannot run.
 
-    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; `LlamaRMSNorm` in Hugging Face transformers.
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; `LlamaRMSNorm` in Hugging Face's
+        transformers.
     """
     results = _norm(x, None, weight, eps, cast_before_scale, weight_offset, implementation, return_rstd)
     return results if return_rstd else results[0]
@@ -76,8 +79,8 @@ def add_rms_norm(
 
     Arguments: as for `rms_norm`; `residual` has the shape and dtype of x.
 
-    Returns: (y, s), with return_rstd (y, s, rstd). s has the dtype of x and is rounded before it is normalised, so the bits are
-        those of `s = x + residual; y = rms_norm(s, weight)`, forward and backward.
+    Returns: (y, s), with return_rstd (y, s, rstd). s has the dtype of x and is rounded before it is normalised, so the
+        bits are those of `s = x + residual; y = rms_norm(s, weight)`, forward and backward.
 
     Raises: as `rms_norm`.
     """

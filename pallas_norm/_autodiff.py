@@ -1,13 +1,14 @@
 """Reverse-mode differentiation.
 
-rstd is kept in float32 from the forward pass, whatever the dtype of x, under the checkpoint name RSTD. Forward mode raises JAX's own
-TypeError for a custom_vjp: tangents are never silently zero. The second derivative is that of the backward formula, by JAX.
+rstd is kept in float32 from the forward pass, whatever the dtype of x, under the checkpoint name RSTD. Forward mode
+raises JAX's own
+TypeError for a custom_vjp: tangents are never silently zero. The second derivative is that of the backward formula,
+by JAX.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def norm(operands: Arrays, spec: Spec, with_rstd: bool) -> Arrays:  # noqa: FBT0
 
 
 def _norm_forward(operands: Arrays, spec: Spec, with_rstd: bool) -> tuple[Arrays, Arrays]:  # noqa: FBT001
-    results = norm(operands, spec, True)  # through `norm`, so that it can be differentiated again
+    results = norm(operands, spec, True)  # noqa: FBT003  through `norm`, so that it can be differentiated again
     saved = {"x": results.get("s", operands["x"]), "rstd": checkpoint_name(results["rstd"], RSTD)}
     if "weight" in operands:
         saved["weight"] = operands["weight"]

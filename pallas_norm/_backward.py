@@ -1,6 +1,7 @@
 """The backward kernel: dx, and each program's part of dweight, which one sum adds up in a fixed order.
 
-The grid is persistent: a program takes every programs-th row, or block of rows, and keeps its part of dweight in float32 registers.
+The grid is persistent: a program takes every programs-th row, or block of rows, and keeps its part of dweight in
+float32 registers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def _gradient(
     spec: Spec,
     when_met: Callable[[], None] = lambda: None,
 ) -> Chunks | None:
-    """Writes dx of the block's rows; returns `partial` with their dweight added. Reads the rows once for the sum, once for dx."""
+    """Writes dx of the block's rows; returns `partial` with their dweight added. Reads the rows once for the sum,
+    once for dx."""
     dtype = dx_ref.dtype
     rstd = block.spread(block.load_rows(rstd_ref))
 
@@ -150,7 +152,15 @@ def backward(
         scratch |= {f"{name}_stages": _compat.smem((plan.stages, *shape), operands[name].dtype) for name in names}
         scratch["arrived"] = _compat.barrier(len(names), plan.stages)
 
-    def body(exchange: Exchange | None, *, dx_ref: Any, rstd_ref: Any, weight_ref: Any = None, dweight_ref: Any = None, **refs: Any) -> None:
+    def body(
+        exchange: Exchange | None,
+        *,
+        dx_ref: Any,
+        rstd_ref: Any,
+        weight_ref: Any = None,
+        dweight_ref: Any = None,
+        **refs: Any,
+    ) -> None:
         own = {name: refs.pop(name) for name in scratch}
         sources = {name: refs[f"{name}_ref"] for name in names}
         gradient = functools.partial(_gradient, rstd_ref=rstd_ref, dx_ref=dx_ref, spec=spec)

@@ -148,9 +148,7 @@ class WarpRows(Block):
         return self._cast(lax.broadcast_in_dim(per_row, self.shape, (0,)))
 
     def load_rows(self, ref: Any) -> jax.Array:
-        return _compat.load(
-            ref.at[self.row], self.layout.reduce(1), shape=(self.plan.block,), interpret=self.interpret
-        )
+        return _compat.load(ref.at[self.row], self.layout.reduce(1), shape=(self.plan.block,), interpret=self.interpret)
 
     def store_rows(self, ref: Any, per_row: jax.Array) -> None:
         _compat.store(ref.at[self.row], per_row, interpret=self.interpret)
@@ -163,14 +161,17 @@ class WarpRows(Block):
             _compat.store(meeting.rows, chunk, interpret=self.interpret)
             _compat.arrive_and_wait(meeting.barrier)
             rows = [one_row._load(meeting.rows.at[row]) for row in range(self.plan.block)]
-            _compat.store(ref.at[pl.ds(start, self.plan.span)], functools.reduce(jnp.add, rows), interpret=self.interpret)
+            _compat.store(
+                ref.at[pl.ds(start, self.plan.span)], functools.reduce(jnp.add, rows), interpret=self.interpret
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class OneRow(Block):
     """One row, held by every group of plan.lanes lanes alike: the rows that do not fill a block of WarpRows.
 
-    Lanes and vectors are those of WarpRows, so the sum adds the same numbers in the same order and the bits are the same.
+    Lanes and vectors are those of WarpRows, so the sum adds the same numbers in the same order and the bits are the
+    same.
     """
 
     @property
@@ -214,9 +215,9 @@ class Exchange:
 class SharedRow(Block):
     """One row in the warps of several warpgroups, in one CTA or in a cluster of CTAs.
 
-    jnp.sum across warps is not to be used with several warpgroups: all of them would use one scratch (77 % of the outputs of a draft
-    were wrong, silently). So each warp adds up its own part, publishes one partial in shared memory, and after one barrier every
-    thread adds the partials in one fixed order.
+    jnp.sum across warps is not to be used with several warpgroups: all of them would use one scratch (77 % of the
+    outputs of a draft were wrong, silently). So each warp adds up its own part, publishes one partial in shared
+    memory, and after one barrier every thread adds the partials in one fixed order.
     """
 
     exchange: Exchange

@@ -1,4 +1,5 @@
-"""The only file that knows JAX versions and JAX's private names (interop/pallas_norm_torch/launch.py keeps the launch ABI).
+"""The only file that knows JAX versions and JAX's private names (interop/pallas_norm_torch/launch.py keeps the launch
+ABI).
 
 Tested: 0.10.2, 0.11.2, 0.12.0.1. What differs between them is named beside each function.
 """
@@ -13,14 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 TESTED_JAX = ((0, 10), (0, 13))  # from, up to but without
 
 try:
-    from jax.experimental.mosaic.gpu import fragmented_array as _fa
     from jax.experimental import pallas as pl
+    from jax.experimental.mosaic.gpu import fragmented_array as _fa
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from jaxlib.mlir import ir as _ir
     from jaxlib.mlir.dialects import llvm as _llvm
@@ -59,8 +59,8 @@ def _varying(value: jax.Array) -> frozenset[str]:
 
 
 def vary_alike(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Inside shard_map, operands that vary over the same mesh axes, as a kernel needs; the cast's transpose sums a replicated
-    weight's gradient over the shards."""
+    """Inside shard_map, operands that vary over the same mesh axes, as a kernel needs; the cast's transpose sums a
+    replicated weight's gradient over the shards."""
     axes = frozenset[str]().union(*map(_varying, operands.values()))
 
     def cast(value: jax.Array) -> jax.Array:
@@ -82,8 +82,8 @@ def vary_like(result: jax.Array, operand: jax.Array) -> jax.Array:
 def load(ref: Any, layout: Any, *, shape: tuple[int, ...], interpret: bool) -> jax.Array:
     """`ref` seen as `shape`, in registers, laid out as `layout`.
 
-    optimized=False: the optimised path wants SMEM. 0.10's load takes an index; its interpreter has no rule for load. The interpreters
-    have no reshaped references, so there the value is reshaped.
+    optimized=False: the optimised path wants SMEM. 0.10's load takes an index; its interpreter has no rule for load.
+    The interpreters have no reshaped references, so there the value is reshaped.
     """
     if interpret:
         return ref[...].reshape(shape)
@@ -95,7 +95,8 @@ def load(ref: Any, layout: Any, *, shape: tuple[int, ...], interpret: bool) -> j
 
 
 def store(ref: Any, value: jax.Array, *, interpret: bool) -> None:
-    """0.12's `ref[...] = value` refuses stores that touch partial cache lines of GMEM; older versions have no plgpu.store."""
+    """0.12's `ref[...] = value` refuses stores that touch partial cache lines of GMEM; older versions have no
+    plgpu.store."""
     shape = tuple(ref.shape)
     if interpret:
         ref[...] = value.reshape(shape)
@@ -161,8 +162,11 @@ def row_across_warps(vec: int, *, split: bool) -> Any:
 # --- kernels --------------------------------------------------------------------------------------------------------
 
 
-def kernel(body: Callable[..., None], *, interpret: bool, detect_races: bool = False, **options: Any) -> Callable[..., Any]:
-    """`plgpu.kernel` with Lane semantics: the default differs between versions; cluster kernels compile in Lane only."""
+def kernel(
+    body: Callable[..., None], *, interpret: bool, detect_races: bool = False, **options: Any
+) -> Callable[..., Any]:
+    """`plgpu.kernel` with Lane semantics: the default differs between versions; cluster kernels compile in Lane
+    only."""
     params = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True)
     if interpret:
         options["interpret"] = _interpret_params(detect_races=detect_races)
@@ -212,8 +216,8 @@ def _inline_ptx(ptx: str) -> None:
 def cluster_arrive() -> None:
     """First half of a barrier of all warps of a cluster, which orders their shared memory at cluster scope.
 
-    Not plgpu.ClusterBarrier: its arrival is sent by a few threads of a warpgroup, with CTA scope, and waits for none of the other
-    threads' stores. A draft built on it got up to 0.1 % of the outputs wrong.
+    Not plgpu.ClusterBarrier: its arrival is sent by a few threads of a warpgroup, with CTA scope, and waits for none
+    of the other threads' stores. A draft built on it got up to 0.1 % of the outputs wrong.
     """
     _inline_ptx("barrier.cluster.arrive.release.aligned;")
 
@@ -249,4 +253,4 @@ def gpu_kernels(found: list[tuple[str, float]]) -> Iterator[None]:
     try:
         yield
     finally:
-        found.extend((name, 1e3 * milliseconds) for name, milliseconds in cupti._cupti_get_timings(True))
+        found.extend((name, 1e3 * milliseconds) for name, milliseconds in cupti._cupti_get_timings(True))  # noqa: FBT003

@@ -1,7 +1,8 @@
 """Which path a call takes: a documented rule of n, platform and JAX version, the same rounding on every path.
 
-With implementation=None the choice is made when the program is lowered, for each platform it is lowered for: the Mosaic GPU kernel
-for CUDA, the reference elsewhere. Where n has no kernel, where this JAX cannot build one, or where a local GPU is older than
+With implementation=None the choice is made when the program is lowered, for each platform it is lowered for: the
+Mosaic GPU kernel for CUDA, the reference elsewhere. Where n has no kernel, where this JAX cannot build one, or where
+a local GPU is older than
 Hopper, CUDA takes the reference too.
 """
 
@@ -62,14 +63,21 @@ def explain(n: int, dtype: jax.typing.DTypeLike, implementation: str | None) -> 
     reason = no_kernel_for(n)
     if implementation is not None:
         if reason is not None:
-            raise NotImplementedError(f'implementation="{implementation}" cannot run: {reason}; pass implementation=None')
-        return Explanation(implementation, implementation, f'implementation="{implementation}" was asked for', plan_for(n, dtype))
+            raise NotImplementedError(
+                f'implementation="{implementation}" cannot run: {reason}; pass implementation=None'
+            )
+        return Explanation(
+            implementation, implementation, f'implementation="{implementation}" was asked for', plan_for(n, dtype)
+        )
     if reason is None and _compat.cuda_capabilities():
         reason = no_gpu()
     if reason is not None:
         return Explanation("xla", "xla", f"{reason}, so XLA compiles the reference, with the same rounding", None)
     plan = plan_for(n, dtype)
-    why = f"{plan.regime.value} kernel for n = {n}, chosen when the program is lowered; XLA compiles the reference, with the same rounding, for other platforms"
+    why = (
+        f"{plan.regime.value} kernel for n = {n}, chosen when the program is lowered; "
+        "XLA compiles the reference, with the same rounding, for other platforms"
+    )
     return Explanation("mosaic_gpu", "xla", why, plan)
 
 
@@ -77,8 +85,8 @@ def _require_gpu() -> None:
     """A forced kernel that cannot run raises here, not in the middle of a compilation."""
     if (reason := no_gpu()) is not None:
         raise NotImplementedError(
-            f'implementation="mosaic_gpu" cannot run: {reason}; pass implementation=None to let XLA compile the reference '
-            "where there is no such GPU"
+            f'implementation="mosaic_gpu" cannot run: {reason}; pass implementation=None to let XLA compile the '
+            "reference where there is no such GPU"
         )
 
 

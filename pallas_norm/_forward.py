@@ -40,9 +40,12 @@ def _body(
         xs = block.load(x_ref)
         if residual_ref is None:
             return xs
-        return [(x.astype(F32) + r.astype(F32)).astype(dtype) for x, r in zip(xs, block.load(residual_ref), strict=True)]
+        return [
+            (x.astype(F32) + r.astype(F32)).astype(dtype) for x, r in zip(xs, block.load(residual_ref), strict=True)
+        ]
 
-    # A row that registers cannot hold is read twice. Elsewhere the weight is loaded first, so that it arrives with the row.
+    # A row that registers cannot hold is read twice. Elsewhere the weight is loaded first, so that it arrives with
+    # the row.
     weights = None if block.plan.rereads else load_weights()
     xs = load_rows()
     sum_sq = block.row_sum([x.astype(F32) * x.astype(F32) for x in xs])
@@ -66,7 +69,8 @@ def _body(
 def forward(
     operands: dict[str, jax.Array], *, plan: Plan, spec: Spec, with_rstd: bool, interpret: bool
 ) -> dict[str, jax.Array]:
-    """y, with a residual also s, on request rstd; of x (rows, n), and where given residual and weight. One program a block."""
+    """y, with a residual also s, on request rstd; of x (rows, n), and where given residual and weight. One program a
+    block."""
     x, weight = operands["x"], operands.get("weight")
     if interpret:
         plan = _launch.interpretable(plan)

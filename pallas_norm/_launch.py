@@ -1,4 +1,5 @@
-"""From a kernel body and a Plan to a launched kernel: references by name, scratch, clusters; and which rows a CTA gets."""
+"""From a kernel body and a Plan to a launched kernel: references by name, scratch, clusters; and which rows a CTA
+gets."""
 
 from __future__ import annotations
 
@@ -94,11 +95,18 @@ def block(plan: Plan, index: Any, exchange: Exchange | None, slot: Any, *, inter
 
 
 def for_each_program(
-    plan: Plan, programs: int, rows: int, full: Callable[[Any], None], *, one_row: Callable[[Block], None], interpret: bool
+    plan: Plan,
+    programs: int,
+    rows: int,
+    full: Callable[[Any], None],
+    *,
+    one_row: Callable[[Block], None],
+    interpret: bool,
 ) -> None:
     """`full(program)` in the first `programs` programs, then one program for each row that fills no block.
 
-    No row is written by two programs, so an output may be an input. The rows left over have the lanes and vectors of the others.
+    No row is written by two programs, so an output may be an input. The rows left over have the lanes and vectors of
+    the others.
     """
     program = lax.axis_index("program")
     blocks, left = units(plan, rows)

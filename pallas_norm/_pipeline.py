@@ -36,7 +36,8 @@ class Pipeline:
         return {name: buffer.at[stage] for name, buffer in self.buffers.items()}
 
     def refill(self, step: jax.Array) -> None:
-        """Overwrites the stage of step - 1. To be called when all warps have met in `step`, so none still reads that stage."""
+        """Overwrites the stage of step - 1. To be called when all warps have met in `step`, so none still reads that
+        stage."""
         following = step - 1 + self.stages
         self._copy(following, (step > 0) & (following < self.steps))
 

@@ -1,8 +1,9 @@
 """vmap and sharding: how calls on arrays of any rank come down to calls on local rows.
 
 vmap adds a leading axis to the rows where the weight is shared, and loops where each member has a weight of its own.
-Under jit with sharded operands every device works on its own rows with no communication. A sharded last axis is gathered first,
-because every element of y depends on the whole row. dweight is summed over the devices in float32, before it is rounded.
+Under jit with sharded operands every device works on its own rows with no communication. A sharded last axis is
+gathered first, because every element of y depends on the whole row. dweight is summed over the devices in float32,
+before it is rounded.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def _on_rows(function: Function) -> Function:
 
 
 def _partitioned(function: Function, operands: Iterable[str], results: Iterable[str], rank: int) -> Function:
-    """`function` with a Shardy rule: batch axes stay as they are, n is not split, columns are summed over the devices."""
+    """`function` with a Shardy rule: batch axes stay as they are, n is not split, columns are summed over the
+    devices."""
     batch = " ".join(f"b{axis}" for axis in range(rank - 1))
 
     def factors(name: str) -> str:
@@ -86,8 +88,8 @@ def _operation(function: Function, spec: Spec, operands: Arrays, results: Iterab
 
 
 def _batched(call: Function, with_leading_axis: Function | None = None) -> Function:
-    """`call` with its vmap rule. `with_leading_axis` computes what `call` does for all members at once, the weight being shared;
-    by default that is `call` itself."""
+    """`call` with its vmap rule. `with_leading_axis` computes what `call` does for all members at once, the weight
+    being shared; by default that is `call` itself."""
 
     @custom_vmap
     def batched(operands: Arrays) -> Arrays:
@@ -131,8 +133,8 @@ def backward(operands: Arrays, spec: Spec) -> Arrays:
         return _operation(function, spec, operands, ["dx", "dweight"])
 
     def with_leading_axis(operands: Arrays) -> Arrays:
-        # Each member has a dweight of its own, so the kernel, which adds up all rows, cannot give it. The members may be many and
-        # small (one row each where a program is written for one token), so they are not looped over either.
+        # Each member has a dweight of its own, so the kernel, which adds up all rows, cannot give it. The members may
+        # be many and small (one row each where a program is written for one token), so they are not looped over either.
         def dweight(x: jax.Array, rstd: jax.Array, dy: jax.Array) -> jax.Array:
             return reference.weight_gradient(x, rstd, dy, cast_before_scale=spec.cast_before_scale)
 

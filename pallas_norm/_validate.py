@@ -26,9 +26,13 @@ def shape_and_dtype(name: str, value: Any) -> None:
     if np.dtype(value.dtype).name not in DTYPES:
         raise TypeError(f"{name} is {describe(value)}; needed one of {', '.join(DTYPES)}: cast it with astype first")
     if len(value.shape) == 0:
-        raise ValueError(f"{name} is {describe(value)}; needed at least one axis, the row to normalise: pass {name}[None]")
+        raise ValueError(
+            f"{name} is {describe(value)}; needed at least one axis, the row to normalise: pass {name}[None]"
+        )
     if value.shape[-1] == 0:
-        raise ValueError(f"{name} is {describe(value)}: the last axis is empty, and a mean over no elements is not defined")
+        raise ValueError(
+            f"{name} is {describe(value)}: the last axis is empty, and a mean over no elements is not defined"
+        )
 
 
 def _array(name: str, value: Any) -> jax.Array:
@@ -106,7 +110,7 @@ def weight_offset(value: Any, weight: Any) -> float:
 def implementation(value: Any) -> str | None:
     if value not in IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation is {value!r}; needed None (the kernel where it runs, XLA elsewhere), \"mosaic_gpu\", \"xla\" or "
-            '"interpret"'
+            f"implementation is {value!r}; needed None (the kernel where it runs, XLA elsewhere), "
+            '"mosaic_gpu", "xla" or "interpret"'
         )
     return value

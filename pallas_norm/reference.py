@@ -5,7 +5,8 @@
     y    = unit * (weight + weight_offset) one more rounding, to promote_types(x, weight)
 
 Every kernel computes these statements in this order. These functions are also the path that runs where no kernel does.
-Source: `LlamaRMSNorm.forward` in Hugging Face transformers; Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+Source: `LlamaRMSNorm.forward` in Hugging Face transformers; Zhang and Sennrich, "Root Mean Square Layer
+Normalization", 2019.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 F32 = jnp.float32
 
 
-def round_to(wide: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+def round_to(wide: Float[Array, ...], dtype: DTypeLike) -> Float[Array, ...]:
     """`wide` (float32) rounded to nearest even in `dtype`: a rounding that XLA does not remove.
 
-    XLA drops a float32 -> bfloat16 -> float32 round trip when its fusion allows it (25 % of the outputs of the plain formula change
-    between 512 x 1024 and 4096 x 1024 on a CPU), so the bfloat16 rounding is an operation of its own. float16 keeps the plain cast,
-    which XLA was never seen to drop: reduce_precision(5, 10) would flush float16's subnormal numbers.
+    XLA drops a float32 -> bfloat16 -> float32 round trip when its fusion allows it (25 % of the outputs of the plain
+    formula change between 512 x 1024 and 4096 x 1024 on a CPU), so the bfloat16 rounding is an operation of its own.
+    float16 keeps the plain cast, which XLA was never seen to drop: reduce_precision(5, 10) would flush float16's
+    subnormal numbers.
     """
     if dtype == jnp.bfloat16:
         wide = lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
@@ -103,7 +105,8 @@ def weight_gradient(
     *,
     cast_before_scale: bool = True,
 ) -> Float[Array, " n"]:
-    """dweight = sum over rows of dy * unit, in float32, before its one rounding; `unit` is what the weight multiplied."""
+    """dweight = sum over rows of dy * unit, in float32, before its one rounding; `unit` is what the weight
+    multiplied."""
     unit = x.astype(F32) * rstd[..., None]
     if cast_before_scale:
         unit = round_to(unit, x.dtype).astype(F32)

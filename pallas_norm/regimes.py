@@ -28,8 +28,8 @@ class Regime(enum.Enum):
 class Plan:
     """The block that one CTA covers: rows, columns per chunk, vector width, and who owns what.
 
-    A row is covered with `chunks` equal chunks; the last ones end exactly at n and overlap their predecessors, so no memory operation
-    needs a mask. What overlaps is left out of the sum and written twice with the same values.
+    A row is covered with `chunks` equal chunks; the last ones end exactly at n and overlap their predecessors, so no
+    memory operation needs a mask. What overlaps is left out of the sum and written twice with the same values.
     """
 
     n: int
@@ -84,27 +84,28 @@ class BackwardPlan(Plan):
     keeps_weight: bool = True  # in registers; else it is read again for every row
     programs: int = 264  # of the persistent grid, at most
 
+
 class Row(NamedTuple):
     largest_n: int
     largest_row_bytes: int
     regime: Regime
     warpgroups: int
     cluster: int
-    rereads: bool
     why: str
+    rereads: bool = False
 
 
 ANY = LARGEST_N * 4
 
 # Times are of an H200, bf16, cold L2; the copy kernel took 67 us where the bytes of x and y are 268 MB.
 TABLE = (
-    Row(1023, ANY, Regime.WARP, 1, 1, False, "65536 x 896: 57.8 us, CTA 60.2; 65536 x 1024: 67.2 us, CTA 64.8"),
-    Row(8192, ANY, Regime.CTA, 1, 1, False, "16384 x 4096: 66.8 us, 2 warpgroups 74.0; 8192 x 8192: 66.6, 66.6 with 2"),
-    Row(16384, ANY, Regime.CTA, 2, 1, False, "4096 x 16384: 66.9 us, 4 warpgroups 90.7, read twice 69.8"),
-    Row(32768, 65536, Regime.CTA, 4, 1, False, "2048 x 32768: 71.3 us, 8 warpgroups 75.4, read twice 79.3, cluster of 2 82.5"),
-    Row(65536, 131072, Regime.CTA, 8, 1, True, "1024 x 65536: 79.4 us, kept in a cluster of 4 91.2; float32 1024 x 32768: 79.8, 80.4"),
-    Row(LARGEST_N, 262144, Regime.CTA, 8, 2, True, "512 x 131072: 92.7 us, kept in a cluster of 8 100.9"),
-    Row(LARGEST_N, ANY, Regime.CTA, 8, 4, True, "as the row above, for rows of twice the bytes"),
+    Row(1023, ANY, Regime.WARP, 1, 1, "65536 x 896: 57.8 us, CTA 60.2; 65536 x 1024: 67.2 us, CTA 64.8"),
+    Row(8192, ANY, Regime.CTA, 1, 1, "16384 x 4096: 66.8 us, 2 warpgroups 74.0; 8192 x 8192: 66.6, 66.6 with 2"),
+    Row(16384, ANY, Regime.CTA, 2, 1, "4096 x 16384: 66.9 us, 4 warpgroups 90.7, read twice 69.8"),
+    Row(32768, 65536, Regime.CTA, 4, 1, "2048 x 32768: 71.3 us, 8 warpgroups 75.4, read twice 79.3, cluster of 2 82.5"),
+    Row(65536, 131072, Regime.CTA, 8, 1, "1024 x 65536: 79.4 us, kept in a cluster of 4: 91.2", rereads=True),
+    Row(LARGEST_N, 262144, Regime.CTA, 8, 2, "512 x 131072: 92.7 us, kept in a cluster of 8: 100.9", rereads=True),
+    Row(LARGEST_N, ANY, Regime.CTA, 8, 4, "as the row above, for rows of twice the bytes; not measured", rereads=True),
 )
 
 
@@ -114,8 +115,8 @@ class Narrow(NamedTuple):
     cluster: int
 
 
-# Rows whose vectors are narrower than 16 bytes, and backward rows that no pipeline takes: at most 16 elements a lane. With 32 and more,
-# one address for each load fills the registers (n = 32767: 444 bytes spilled).
+# Rows whose vectors are narrower than 16 bytes, and backward rows that no pipeline takes: at most 16 elements a lane.
+# With 32 and more, one address for each load fills the registers (n = 32767: 444 bytes spilled).
 NARROW = (Narrow(16384, 4, 2), Narrow(32768, 4, 4), Narrow(65536, 4, 8), Narrow(LARGEST_N, 8, 8))
 
 
@@ -133,7 +134,8 @@ def _vector(n: int, itemsize: int) -> int:
 
 
 def _lanes(n: int, vec: int) -> int:
-    """Lanes for a row in a warp: all 32, or fewer until they are filled and at most an eighth of what they read is read twice."""
+    """Lanes for a row in a warp: all 32, or fewer until they are filled and at most an eighth of what they read is
+    read twice."""
     lanes = 32
     while lanes * vec > n or (lanes > 4 and -n % (lanes * vec) > n // 8):
         lanes //= 2
@@ -141,7 +143,8 @@ def _lanes(n: int, vec: int) -> int:
 
 
 def _cta_vector(n: int, vec: int, itemsize: int, workers: int) -> int:
-    """Narrower vectors, down to 8 bytes, where more than a quarter of the row would be read twice (n = 1536: 25.2 us, not 27.4)."""
+    """Narrower vectors, down to 8 bytes, where over a quarter of a row would be read twice (16384 x 1536: 25.2 us,
+    not 27.4)."""
     while WARPS * 32 * vec > n or (vec > 8 // itemsize and -n % (WARPS * 32 * vec * workers) > n // 4):
         vec //= 2
     return vec
@@ -162,7 +165,8 @@ def _plan(n: int, itemsize: int) -> Plan:
 
 
 def plan_for(n: int, dtype: DTypeLike) -> Plan:
-    """The forward plan for rows of `n` elements of `dtype`. Raises NotImplementedError where there is no kernel for n."""
+    """The forward plan for rows of `n` elements of `dtype`. Raises NotImplementedError where there is no kernel for
+    n."""
     _check(n)
     return _plan(n, jnp.dtype(dtype).itemsize)
 
@@ -255,13 +259,17 @@ def _backward_warp_plan(n: int, itemsize: int) -> BackwardPlan:
         short = -(-n // (lanes * vec)) * vec <= 8
         return BackwardPlan(n, Regime.WARP, vec, lanes, rows * (2 if short else 1), programs=4 * SMS)
     # Read twice: 65536 x 512 57.6 us, kept in registers 58.6, and then n = 1000 spills.
-    return BackwardPlan(
-        n, Regime.WARP, vec, lanes, rows, source=Source.MEMORY, keeps_weight=False, programs=4 * SMS
-    )
+    return BackwardPlan(n, Regime.WARP, vec, lanes, rows, source=Source.MEMORY, keeps_weight=False, programs=4 * SMS)
 
 
 def pipeline_tile(n: int, itemsize: int) -> tuple[int, int] | None:
-    """A row as (n // width, width), which one bulk copy can move: at most 256 a side, rows of 16-byte multiples. None if none is."""
+    """A row as (n // width, width), which one bulk copy can move, or None if none can.
+
+    At most 256 a side, a width of whole 16 bytes, a row of whole 128 bytes: Mosaic splits the count of bytes over 128
+    lanes.
+    """
+    if n * itemsize % 128:
+        return None
     widths = (width for width in range(256, 0, -1) if n % width == 0 and width * itemsize % 16 == 0)
     width = next(widths, None)
     return None if width is None or n // width > 256 else (n // width, width)

@@ -1,0 +1,52 @@
+"""Result files: where they lie, and what each says of the machine it was measured on."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+FOLDER = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "torch", "transformers", "numpy", "ml_dtypes")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _command(*words: str) -> str | None:
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def machine(commit: str | None) -> dict[str, Any]:
+    """Device, driver, clocks, versions and commit; `commit` where the tree that runs is no checkout."""
+    query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm"
+    return {
+        "device": jax.devices()[0].device_kind,
+        "nvidia_smi": _command("nvidia-smi", query, "--format=csv,noheader"),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "commit": commit or _command("git", "rev-parse", "HEAD"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write(name: str, rows: list[dict[str, Any]], folder: Path, commit: str | None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({**machine(commit), "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text())
