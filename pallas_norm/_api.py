@@ -45,7 +45,7 @@ def rms_norm(
         Hugging Face. With return_rstd, (y, rstd).
 
     Rounding: sums, rstd and products in float32; the normalised x is rounded to the dtype of x, and y to its own. The
-        same on every path. On a GPU a row's bits do not depend on the other rows.
+        same on every path. In the kernels a row's bits do not depend on the other rows.
 
     Special values: a NaN makes its row NaN. An infinity becomes NaN and the rest of its row signed zeros, as after an
         overflow of the sum of squares. A row of zeros gives signed zeros for eps > 0 and NaN for eps = 0.
@@ -119,5 +119,5 @@ def explain(
 
     x may be an array or a jax.ShapeDtypeStruct. Nothing is computed.
     """
-    _validate.shape_and_dtype("x", x)
+    _validate.rows("x", x)
     return _dispatch.explain(x.shape[-1], np.dtype(x.dtype), _validate.implementation(implementation))

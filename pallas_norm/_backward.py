@@ -6,6 +6,7 @@ float32 registers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -135,7 +136,8 @@ def backward(
     x = operands["x"]
     rows, n = x.shape
     if interpret:
-        plan = _launch.interpretable(plan)
+        # 0.10's interpreter loses track of a weight that several threads load in a loop.
+        plan = dataclasses.replace(_launch.interpretable(plan), keeps_weight=True)
     blocks, left = _launch.units(plan, rows)
     programs = min(plan.programs, blocks)
     outputs = {"dx": jax.ShapeDtypeStruct(x.shape, x.dtype)}

@@ -162,23 +162,41 @@ def row_across_warps(vec: int, *, split: bool) -> Any:
 # --- kernels --------------------------------------------------------------------------------------------------------
 
 
-def kernel(
-    body: Callable[..., None], *, interpret: bool, detect_races: bool = False, **options: Any
-) -> Callable[..., Any]:
-    """`plgpu.kernel` with Lane semantics: the default differs between versions; cluster kernels compile in Lane
-    only."""
+def kernel(body: Callable[..., None], *, interpret: bool, **options: Any) -> Callable[..., Any]:
+    """`plgpu.kernel` with Lane semantics: the default differs between versions; cluster kernels compile in Lane only.
+
+    Without automatic barriers: Pallas would put two around each store, for regions that a thread both reads and writes.
+    Ours are the shared memory of Exchange and Meeting, between whose reads and writes the kernels have barriers of
+    their own.
+    """
     params = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True)
     if interpret:
-        options["interpret"] = _interpret_params(detect_races=detect_races)
+        options["interpret"] = _interpret_params()
     return plgpu.kernel(body, compiler_params=params, **options)
 
 
-def _interpret_params(*, detect_races: bool) -> Any:
-    if hasattr(plgpu, "InterpretGPUParams"):
-        return plgpu.InterpretGPUParams(detect_races=detect_races)
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # 0.10: not exported yet
+_detect_races = False
 
-    return InterpretGPUParams(detect_races=detect_races)
+
+def _interpret_params() -> Any:
+    if hasattr(plgpu, "InterpretGPUParams"):
+        params = plgpu.InterpretGPUParams
+    else:
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as params  # 0.10: not exported yet
+    return params(detect_races=_detect_races)
+
+
+@contextlib.contextmanager
+def race_detection() -> Iterator[Callable[[], bool]]:
+    """Kernels interpreted inside have their races detected; the value tells whether the last one had any."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    global _detect_races
+    _detect_races = True
+    try:
+        yield lambda: gpu_callbacks.get_races().races_found
+    finally:
+        _detect_races = False
 
 
 def smem(shape: tuple[int, ...], dtype: Any) -> Any:

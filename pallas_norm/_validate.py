@@ -21,17 +21,45 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
-def shape_and_dtype(name: str, value: Any) -> None:
-    """For arrays and jax.ShapeDtypeStruct alike."""
-    if np.dtype(value.dtype).name not in DTYPES:
+def dtype_name(name: str, dtype: Any) -> str:
+    """ "bfloat16", "float16" or "float32"; `name` is what has the dtype."""
+    try:
+        found = np.dtype(dtype).name if dtype is not None else "None"
+    except TypeError:  # JAX's own extended dtypes, another library's, or no dtype at all
+        found = str(dtype)
+    if found not in DTYPES:
+        raise TypeError(f"{name} is {found}; needed one of {', '.join(DTYPES)}")
+    return found
+
+
+def row_length(n: Any) -> int:
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
+        raise TypeError(f"n is {n!r}; needed an int: the length of a row")
+    return int(n)
+
+
+def _known_dtype(name: str, value: Any) -> None:
+    try:
+        known = np.dtype(value.dtype).name in DTYPES
+    except TypeError:
+        known = False
+    if not known:
         raise TypeError(f"{name} is {describe(value)}; needed one of {', '.join(DTYPES)}: cast it with astype first")
+
+
+def rows(name: str, value: Any) -> None:
+    """For arrays and jax.ShapeDtypeStruct alike."""
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise TypeError(f"{name} is a {type(value).__name__}; needed an array or a jax.ShapeDtypeStruct")
+    _known_dtype(name, value)
     if len(value.shape) == 0:
         raise ValueError(
             f"{name} is {describe(value)}; needed at least one axis, the row to normalise: pass {name}[None]"
         )
     if value.shape[-1] == 0:
         raise ValueError(
-            f"{name} is {describe(value)}: the last axis is empty, and a mean over no elements is not defined"
+            f"{name} is {describe(value)}: the last axis is empty, and a mean over no elements is not defined; "
+            "drop the call, or pass a longer last axis"
         )
 
 
@@ -41,7 +69,7 @@ def _array(name: str, value: Any) -> jax.Array:
             f"{name} is a {type(value).__name__}; needed a JAX or NumPy array: wrap it with jnp.asarray "
             "(a torch tensor: use pallas_norm_torch)"
         )
-    shape_and_dtype(name, value)
+    _known_dtype(name, value)
     return jnp.asarray(value)
 
 
@@ -54,6 +82,7 @@ def arrays(x: Any, residual: Any, weight: Any) -> dict[str, jax.Array]:
     """The operands that are there, by name."""
     operands = {"x": _array("x", x)}
     x = operands["x"]
+    rows("x", x)
     if residual is not None:
         operands["residual"] = residual = _array("residual", residual)
         if residual.shape != x.shape or residual.dtype != x.dtype:
@@ -72,16 +101,25 @@ def arrays(x: Any, residual: Any, weight: Any) -> dict[str, jax.Array]:
     return operands
 
 
-def number(name: str, value: Any) -> float:
-    """A finite Python float, also once it is a float32."""
+def _not_traced(name: str, value: Any, needed: str) -> None:
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
-            f"{name} is traced ({describe(value)}); needed a Python float, because it is compiled into the kernel: "
+            f"{name} is traced ({describe(value)}); needed {needed}, because it is compiled into the kernel: "
             f"mark it static (jax.jit(..., static_argnames='{name}')) or close over it"
         )
+
+
+def number(name: str, value: Any) -> float:
+    """A finite Python float, also once it is a float32."""
+    _not_traced(name, value, "a Python float")
+    if getattr(value, "ndim", 0):
+        raise TypeError(f"{name} is {describe(value)}; needed one Python float")
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, np.floating, np.integer)):
         raise TypeError(f"{name} is {describe(value)}; needed a Python float: pass float({name})")
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:
+        value = math.inf
     if not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
         raise ValueError(f"{name} is {value}; needed a finite float32 number")
     return value
@@ -95,6 +133,7 @@ def eps(value: Any) -> float:
 
 
 def flag(name: str, value: Any) -> bool:
+    _not_traced(name, value, "True or False")
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} is {describe(value)}; needed True or False")
     return bool(value)
@@ -108,7 +147,7 @@ def weight_offset(value: Any, weight: Any) -> float:
 
 
 def implementation(value: Any) -> str | None:
-    if value not in IMPLEMENTATIONS:
+    if not (value is None or isinstance(value, str)) or value not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation is {value!r}; needed None (the kernel where it runs, XLA elsewhere), "
             '"mosaic_gpu", "xla" or "interpret"'

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -38,7 +39,10 @@ def round_to(wide: Float[Array, ...], dtype: DTypeLike) -> Float[Array, ...]:
 
 def result_dtype(x_dtype: DTypeLike, weight_dtype: DTypeLike | None) -> jnp.dtype:
     """The dtype of y: that of x, promoted by the weight's (a float32 weight makes y float32, as in Hugging Face)."""
-    return jnp.dtype(x_dtype) if weight_dtype is None else jnp.promote_types(x_dtype, weight_dtype)
+    if weight_dtype is None:
+        return jnp.dtype(x_dtype)
+    with jax.numpy_dtype_promotion("standard"):  # the rule is ours, whatever the program around it allows
+        return jnp.promote_types(x_dtype, weight_dtype)
 
 
 def _scale(weight: Float[Array, " n"] | None, weight_offset: float) -> Float[Array, " n"] | None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 
+from . import _validate
+
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
@@ -167,16 +169,18 @@ def _plan(n: int, itemsize: int) -> Plan:
 def plan_for(n: int, dtype: DTypeLike) -> Plan:
     """The forward plan for rows of `n` elements of `dtype`. Raises NotImplementedError where there is no kernel for
     n."""
-    _check(n)
-    return _plan(n, jnp.dtype(dtype).itemsize)
+    n, itemsize = _check(n), jnp.dtype(_validate.dtype_name("dtype", dtype)).itemsize
+    return _plan(n, itemsize)
 
 
-def _check(n: int) -> None:
+def _check(n: int) -> int:
+    n = _validate.row_length(n)
     if not SMALLEST_N <= n <= LARGEST_N:
         raise NotImplementedError(
             f"no kernel for rows of {n} elements: the kernels take {SMALLEST_N} <= n <= {LARGEST_N}; "
             'leave implementation at None or pass "xla"'
         )
+    return n
 
 
 def backward_plan_for(
@@ -187,9 +191,9 @@ def backward_plan_for(
     dy_dtype: that of y, by default that of x. residual: the form that also adds a gradient ds.
     Raises NotImplementedError where there is no kernel for n.
     """
-    _check(n)
-    itemsize = jnp.dtype(dtype).itemsize
-    return _backward_plan(n, itemsize, jnp.dtype(dy_dtype or dtype).itemsize + itemsize * (2 if residual else 1))
+    n, itemsize = _check(n), jnp.dtype(_validate.dtype_name("dtype", dtype)).itemsize
+    dy_itemsize = jnp.dtype(_validate.dtype_name("dy_dtype", dtype if dy_dtype is None else dy_dtype)).itemsize
+    return _backward_plan(n, itemsize, dy_itemsize + itemsize * (2 if residual else 1))
 
 
 class Stages(NamedTuple):

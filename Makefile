@@ -1,0 +1,55 @@
+# Everything runs from nothing: the first target that needs an environment makes it, later ones find it there.
+# PYTHON=/path/to/python3 names the interpreter; otherwise scripts/find-python looks for one.
+# TORCH is what pip installs before anything that depends on torch. Where that would be a CUDA build of several gigabytes, name
+# the CPU build instead: make demo TORCH='--index-url <the index that pytorch.org gives for CPU> torch==2.13.0'
+TORCH ?= torch==2.13.0
+MINIMUM := 3.11
+export PYTHON
+
+.PHONY: help demo test test-nightly test-gpu test-newest lint install install-lint install-gpu clean
+
+help:
+	@echo 'make demo          compare the norms bit by bit on real-sized activations; writes demo/out/bits.png'
+	@echo 'make test          every test that needs no GPU'
+	@echo 'make test-nightly  the tests that are too long for every push'
+	@echo 'make test-gpu      the tests that need an NVIDIA GPU of compute capability 9.0 or newer'
+	@echo 'make test-newest   the tests that need no torch, with the newest supported JAX (needs Python >= 3.12)'
+	@echo 'make lint          ruff and pyright'
+
+install:
+	@scripts/bootstrap .venv $(MINIMUM) demo,test -- $(TORCH)
+
+demo: install
+	@.venv/bin/python -m demo
+
+test: install
+	.venv/bin/python -m pytest -n 2 -m 'not gpu and not nightly'
+
+test-nightly: install
+	.venv/bin/python -m pytest -n 2 -m 'nightly and not gpu'
+
+install-gpu:
+	@scripts/bootstrap .venv-gpu $(MINIMUM) cuda13,demo,test -- $(TORCH)
+
+test-gpu: install-gpu
+	XLA_PYTHON_CLIENT_PREALLOCATE=false .venv-gpu/bin/python -m pytest -m gpu
+
+test-newest:
+	@if reason=$$(scripts/find-python 3.12 --highest 2>&1 >/dev/null); then \
+		scripts/bootstrap .venv-newest 3.12 test --highest && \
+		.venv-newest/bin/python -c 'import jax, sys; print("Testing with jax", jax.__version__, "on Python", sys.version.split()[0])' && \
+		.venv-newest/bin/python -m pytest -n 2 -m 'not gpu and not nightly' --ignore=tests/interop --ignore=tests/test_demo.py; \
+	else \
+		printf 'make test-newest: skipped, because the newest JAX needs Python 3.12 or newer.\n%s\n' "$$reason"; \
+	fi
+
+install-lint: install
+	@scripts/install-group .venv lint
+
+lint: install-lint
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pyright
+
+clean:
+	rm -rf .venv .venv-gpu .venv-newest dist demo/out

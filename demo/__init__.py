@@ -1,0 +1,1 @@
+"""`python -m demo`: the norms of real models, compared bit by bit."""

@@ -1,0 +1,11 @@
+"""pallas_norm for PyTorch programs. Importing this imports torch and jax; importing pallas_norm never imports torch."""
+
+try:
+    from .exchange import to_jax as to_jax
+    from .exchange import to_torch as to_torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":  # whatever is missing, torch is not
+        raise
+    raise ImportError(
+        "pallas_norm_torch needs PyTorch, which is not installed: pip install 'pallas-norm[torch]'", name="torch"
+    ) from error

@@ -1,0 +1,51 @@
+"""Eight virtual CPU devices, Hypothesis profiles, and which tests can run on this machine."""
+
+from __future__ import annotations
+
+import functools
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device: the sharding tests want several
+
+DRAWN = (hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate)
+PROFILES = {
+    "dev": {"max_examples": 25, "phases": (*DRAWN, hypothesis.Phase.shrink)},
+    # Each step of shrinking compiles a kernel: a failure prints its case and its blob, which dev shrinks.
+    "ci": {"max_examples": 100, "derandomize": True, "print_blob": True, "phases": DRAWN},
+    "nightly": {"max_examples": 2000, "print_blob": True},
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--profile", choices=tuple(PROFILES), default="ci", help="how many examples Hypothesis draws")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, values in PROFILES.items():
+        # An example that meets a new shape compiles a kernel, so times say nothing.
+        hypothesis.settings.register_profile(
+            name, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], **values
+        )
+    hypothesis.settings.load_profile(config.getoption("--profile"))
+
+
+@functools.cache
+def _no_gpu() -> str | None:
+    devices = [device for device in jax.local_devices() if device.platform == "gpu"]
+    if not devices:
+        return "needs a CUDA device of compute capability 9.0 or newer; JAX sees none"
+    oldest = min(float(device.compute_capability) for device in devices)
+    return None if oldest >= 9.0 else f"needs a CUDA device of compute capability 9.0 or newer; one here has {oldest}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and (reason := _no_gpu()) is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=["xla", "interpret", pytest.param("mosaic_gpu", marks=pytest.mark.gpu)], scope="module")
+def implementation(request: pytest.FixtureRequest) -> str:
+    return request.param

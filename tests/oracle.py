@@ -1,0 +1,219 @@
+"""What the results must be: a bitwise host replay from the kernel's own rstd, and float64 with derived bounds.
+
+NumPy and ml_dtypes only. XLA is never the oracle: it may drop the rounding that is being tested.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from pallas_norm.regimes import backward_plan_for, plan_for
+
+Array = np.ndarray[Any, Any]
+
+BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
+DTYPES = {"bf16": BF16, "f16": F16, "f32": F32}
+U = 2.0**-24  # unit roundoff of float32
+SMALLEST = 2.0**-126  # the smallest normal float32: what an operation that flushes can lose
+UNCOMPARABLE = np.iinfo(np.int64).max  # the distance from a number to a NaN
+
+# --- bits -----------------------------------------------------------------------------------------------------------
+
+
+def bits(values: Array) -> Array:
+    """The integer view: -0 and 0 differ."""
+    return values.view(np.uint16 if values.dtype.itemsize == 2 else np.uint32)
+
+
+def same(actual: Array, expected: Array) -> Array:
+    """Where the bits agree; a NaN agrees with any NaN."""
+    both_nan = np.isnan(actual) & np.isnan(expected)
+    return both_nan | (bits(actual) == bits(expected))
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    agree = same(actual, expected)
+    if not agree.all():
+        at = tuple(int(i[0]) for i in np.nonzero(~agree))
+        raise AssertionError(f"{(~agree).sum()} of {agree.size} differ; at {at}: {actual[at]!r}, not {expected[at]!r}")
+
+
+def ordered(values: Array) -> Array:
+    """int64 in which neighbouring numbers are neighbours; -0 and 0 are one number. Not for NaN."""
+    raw = bits(values).astype(np.int64)
+    sign = np.int64(1) << (8 * values.dtype.itemsize - 1)
+    return np.where(raw & sign, sign - raw, raw)
+
+
+def ulps(actual: Array, expected: Array) -> Array:
+    """Signed distance in units in the last place; 0 between NaNs, UNCOMPARABLE between a NaN and a number."""
+    distance = ordered(actual) - ordered(expected)
+    nan = np.isnan(actual), np.isnan(expected)
+    return np.where(nan[0] & nan[1], 0, np.where(nan[0] | nan[1], UNCOMPARABLE, distance))
+
+
+def spacing(values: Array, dtype: Any) -> Array:
+    """The distance in `dtype` between the neighbours of each float64 value."""
+    info = ml_dtypes.finfo(dtype)
+    exponent = np.where(values == 0, info.minexp, np.maximum(np.frexp(np.abs(values))[1] - 1, info.minexp))
+    return np.ldexp(1.0, exponent - info.nmant)
+
+
+def flushed(values: Array, *, flushes: bool = True) -> Array:
+    """Subnormal float32 replaced by signed zeros, as XLA's CPU code does with operands and results."""
+    return (
+        np.where(np.abs(values) < F32.type(SMALLEST), np.copysign(F32.type(0), values), values) if flushes else values
+    )
+
+
+# --- the roundings, replayed ----------------------------------------------------------------------------------------
+
+
+def round_to(wide: Array, dtype: Any) -> Array:
+    """float32 to nearest even in `dtype`."""
+    with np.errstate(all="ignore"):
+        return wide.astype(dtype)
+
+
+def result_dtype(x_dtype: Any, weight_dtype: Any | None) -> np.dtype[Any]:
+    """The dtype of y: two different dtypes meet in float32."""
+    x_dtype = np.dtype(x_dtype)
+    return x_dtype if weight_dtype is None or np.dtype(weight_dtype) == x_dtype else F32
+
+
+def scale(weight: Array | None, weight_offset: float = 0.0, *, flushes: bool = False) -> Array:
+    """The float32 factor of each column."""
+    if weight is None:
+        return np.ones((), F32)
+    wide = flushed(weight.astype(F32), flushes=flushes)
+    return flushed(wide + F32.type(weight_offset), flushes=flushes) if weight_offset else wide
+
+
+def unit(x: Array, rstd: Array, *, cast_before_scale: bool = True, flushes: bool = False) -> Array:
+    """What the weight multiplies, in float32."""
+    with np.errstate(all="ignore"):
+        wide = flushed(flushed(x.astype(F32), flushes=flushes) * rstd[..., None], flushes=flushes)
+    return round_to(wide, x.dtype).astype(F32) if cast_before_scale else wide
+
+
+def replay(
+    x: Array,
+    weight: Array | None,
+    rstd: Array,
+    *,
+    cast_before_scale: bool = True,
+    weight_offset: float = 0.0,
+    flushes: bool = False,
+) -> Array:
+    """y, from the kernel's own rstd. `flushes`: float32 arithmetic takes and gives no subnormal numbers."""
+    with np.errstate(all="ignore"):
+        wide = unit(x, rstd, cast_before_scale=cast_before_scale, flushes=flushes)
+        wide = flushed(wide * scale(weight, weight_offset, flushes=flushes), flushes=flushes)
+    return round_to(wide, result_dtype(x.dtype, None if weight is None else weight.dtype))
+
+
+def add(x: Array, residual: Array, *, flushes: bool = False) -> Array:
+    """s = x + residual, rounded once."""
+    wide = (flushed(value.astype(F32), flushes=flushes) for value in (x, residual))
+    with np.errstate(all="ignore"):
+        return round_to(flushed(np.add(*wide), flushes=flushes), x.dtype)
+
+
+# --- rstd in float64 ------------------------------------------------------------------------------------------------
+
+
+def mean_square64(x: Array, eps: float) -> Array:
+    with np.errstate(all="ignore"):
+        return np.mean(np.square(x.astype(np.float64)), axis=-1) + np.float64(np.float32(eps))
+
+
+def rstd64(x: Array, eps: float) -> Array:
+    with np.errstate(all="ignore"):
+        return 1 / np.sqrt(mean_square64(x, eps))
+
+
+def depth(n: int, dtype: Any, implementation: str, *, backward: bool = False) -> int:
+    """Additions on the longest path of a row sum. Only the compiled kernel fixes their order; XLA, which also runs the
+    interpreter's blocks, may choose any."""
+    if implementation != "mosaic_gpu":
+        return n
+    return (backward_plan_for if backward else plan_for)(n, dtype).depth
+
+
+def rstd_error(rstd: Array, x: Array, eps: float) -> Array:
+    """Distance from float64 in units in the last place of float32, a fraction."""
+    exact = rstd64(x, eps)
+    return np.abs(rstd.astype(np.float64) - exact) / spacing(exact, F32)
+
+
+def rstd_bound(additions: int) -> float:
+    """rsqrt, division and the addition of eps take two units; squares do not cancel, so the relative error of the
+    sum is at most one 2^-24 per addition, and the square root halves it."""
+    return 2 + additions / 2
+
+
+def judged(x: Array, eps: float) -> Array:
+    """Rows whose mean of squares neither overflows nor loses a bit to underflow: those that the bound holds for."""
+    mean = mean_square64(x, eps)
+    return (mean * x.shape[-1] < 2.0**127) & (mean > 2.0**-100)
+
+
+# --- gradients in float64, with the roundings that the specification prescribes ---------------------------------------
+
+
+def gradient_of_unit(
+    x: Array, weight: Array | None, dy: Array, *, cast_before_scale: bool = True, weight_offset: float = 0.0
+) -> Array:
+    """g, in float32."""
+    with np.errstate(all="ignore"):
+        g = dy.astype(F32) * scale(weight, weight_offset)
+    return round_to(g, x.dtype).astype(F32) if cast_before_scale else g
+
+
+def input_gradient64(
+    x: Array, weight: Array | None, rstd: Array, dy: Array, additions: int, **rounding: Any
+) -> tuple[Array, Array]:
+    """(dx, the largest |kernel - dx|), componentwise: before the bound nothing but g is rounded."""
+    wide_rstd = rstd.astype(np.float64)[..., None]
+    unit64 = x.astype(np.float64) * wide_rstd
+    g = gradient_of_unit(x, weight, dy, **rounding).astype(np.float64)
+    mean = np.mean(g * unit64, axis=-1, keepdims=True)
+    dx = wide_rstd * (g - unit64 * mean)
+    of_sum = np.abs(unit64) * (additions + 4) * U * np.mean(np.abs(g * unit64), axis=-1, keepdims=True)
+    of_rest = 6 * U * (np.abs(g) + np.abs(unit64 * mean))
+    underflow = 2 * SMALLEST * (1 + wide_rstd * (1 + np.abs(unit64) * (1 + np.abs(unit64))))
+    error = wide_rstd * (of_sum + of_rest) + underflow
+    return dx, error + spacing(np.abs(dx) + error, x.dtype) / 2
+
+
+def weight_gradient64(
+    x: Array, rstd: Array, dy: Array, dtype: Any, *, cast_before_scale: bool = True
+) -> tuple[Array, Array]:
+    """(dweight, the largest |kernel - dweight|): any order of the rows' additions, then one rounding to `dtype`."""
+    factor = unit(x, rstd, cast_before_scale=cast_before_scale).astype(np.float64).reshape(-1, x.shape[-1])
+    terms = dy.astype(np.float64).reshape(factor.shape) * factor
+    exact = terms.sum(axis=0)
+    error = (len(terms) + 1) * (U * np.abs(terms).sum(axis=0) + 2 * SMALLEST)
+    return exact, error + spacing(np.abs(exact) + error, dtype) / 2
+
+
+def assert_within(actual: Any, expected: Array, bound: Array) -> None:
+    """Componentwise, where the result does not overflow; and the bound is not vacuous: an error comes near it."""
+    actual = np.asarray(actual)
+    largest = float(ml_dtypes.finfo(actual.dtype).max)
+    with np.errstate(all="ignore"):
+        inside = np.abs(expected) + bound < largest
+        ratio = np.abs(actual.astype(np.float64) - expected) / bound
+    wrong = inside & ~(ratio <= 1)
+    if wrong.any():
+        at = tuple(int(i[0]) for i in np.nonzero(wrong))
+        raise AssertionError(
+            f"{wrong.sum()} of {inside.sum()} outside the bound; at {at}: {actual[at]!r}, not {expected[at]!r} "
+            f"(+- {bound[at]!r}, ratio {ratio[at]:.3g})"
+        )

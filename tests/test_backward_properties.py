@@ -1,0 +1,251 @@
+"""Backward: dx and dweight against float64 with the specification's roundings, and relations that hold bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pallas_norm
+from tests import oracle, strategies
+from tests.oracle import BF16, DTYPES, F32, Array
+from tests.strategies import Case, cases, examples, gradients, norm, numbers, weights
+
+SHARE = {"xla": 0.3, "interpret": 0.05, "mosaic_gpu": 0.5}
+FEW = {"xla": 0.1, "interpret": 0.02, "mosaic_gpu": 0.1}
+SMOOTH = ("normal", "integers", "wide", "powers", "sparse")  # rstd, and with it dx, neither over- nor underflows
+POSITIVE = (1e-6, 1e-5, 0.5)
+
+
+def drawn(implementation: str, **options: object) -> st.SearchStrategy[Case]:
+    return cases(
+        implementation,
+        **{"values": SMOOTH, "eps": POSITIVE, "widths_of": strategies.backward_widths(implementation)} | options,
+    )
+
+
+def y_dtype(case: Case) -> np.dtype:
+    return oracle.result_dtype(DTYPES[case.dtype], None if case.weight_dtype is None else DTYPES[case.weight_dtype])
+
+
+def arguments(case: Case) -> tuple[Array, Array | None, Array]:
+    return case.x(), case.weight(), case.dy(y_dtype(case))
+
+
+def check(case: Case, implementation: str) -> None:
+    x, weight, dy = arguments(case)
+    dx, dweight, rstd = gradients(implementation, x, weight, dy, **case.options)
+    assert dx.dtype == x.dtype
+    additions = oracle.depth(case.n, x.dtype, implementation, backward=True)
+    expected = oracle.input_gradient64(x, weight, rstd, dy, additions, **case.rounding)
+    oracle.assert_within(dx, *expected)
+    if weight is not None:
+        assert dweight is not None
+        assert dweight.dtype == weight.dtype
+        options = {"cast_before_scale": case.cast_before_scale}
+        oracle.assert_within(dweight, *oracle.weight_gradient64(x, rstd, dy, weight.dtype, **options))
+
+
+def test_gradients_are_within_their_bounds_of_float64(implementation: str) -> None:
+    @examples(SHARE[implementation])
+    @given(drawn(implementation))
+    def holds(case: Case) -> None:
+        check(case, implementation)
+
+    holds()
+
+
+def test_a_power_of_two_or_a_sign_in_dy_passes_through(implementation: str) -> None:
+    @examples(FEW[implementation])
+    @given(drawn(implementation, values=("normal", "integers")), st.sampled_from((-1.0, 2.0, -0.25)))
+    def holds(case: Case, factor: float) -> None:
+        case = dataclasses.replace(case, dtype="bf16", weight_dtype=case.weight_dtype and "f32")  # nothing underflows
+        x, weight, dy = arguments(case)
+        dx, dweight, _ = gradients(implementation, x, weight, dy, **case.options)
+        scaled = gradients(implementation, x, weight, multiplied(dy, factor), **case.options)
+        # x * 0 and x - x have signs of their own
+        oracle.assert_same(scaled[0] + 0, multiplied(dx, factor) + 0)
+        if dweight is not None:
+            oracle.assert_same(scaled[1] + 0, multiplied(dweight, factor) + 0)
+
+    holds()
+
+
+def multiplied(values: Array, factor: Array | float) -> Array:
+    """By a power of two or a sign, which rounds nothing."""
+    return (values.astype(F32) * np.asarray(factor).astype(F32)).astype(values.dtype)
+
+
+def test_signs_of_x_and_dy_pass_through_to_dx_and_cancel_in_dweight(implementation: str) -> None:
+    @examples(FEW[implementation])
+    @given(drawn(implementation))
+    def holds(case: Case) -> None:
+        x, weight, dy = arguments(case)
+        sign = case.rng(4).choice([-1.0, 1.0], x.shape)
+        dx, dweight, _ = gradients(implementation, x, weight, dy, **case.options)
+        signed = gradients(implementation, multiplied(x, sign), weight, multiplied(dy, sign), **case.options)
+        oracle.assert_same(signed[0] + 0, multiplied(dx, sign) + 0)
+        if dweight is not None:
+            oracle.assert_same(signed[1] + 0, dweight + 0)
+
+    holds()
+
+
+def test_a_dy_of_zeros_gives_zeros(implementation: str) -> None:
+    @examples(FEW[implementation])
+    @given(drawn(implementation))
+    def holds(case: Case) -> None:
+        x, weight, dy = arguments(case)
+        dx, dweight, _ = gradients(implementation, x, weight, np.zeros_like(dy), **case.options)
+        assert (dx == 0).all()
+        assert dweight is None or (dweight == 0).all()
+
+    holds()
+
+
+def test_dx_of_a_row_does_not_depend_on_its_position_or_its_neighbours(implementation: str) -> None:
+    """The other rows hold NaN and infinities. XLA orders the sum by the shape of the whole batch, so there the other
+    batch has the same shape."""
+
+    @examples(FEW[implementation])
+    @given(drawn(implementation), st.data())
+    def holds(case: Case, data: st.DataObject) -> None:
+        rows = data.draw(strategies.row_counts(case.n, case.dtype))
+        position = data.draw(st.integers(0, rows - 1))
+        first = dataclasses.replace(case, rows=rows if implementation == "xla" else 1)
+        row, weight, dy = arguments(first)
+        alone, _, _ = gradients(implementation, row, weight, dy, **case.options)
+        x, dys = (
+            case.rng(7).choice(np.array([np.nan, np.inf, 1], F32), (rows, case.n)).astype(like.dtype)
+            for like in (row, dy)
+        )
+        x[position], dys[position] = row[0], dy[0]
+        dx, _, _ = gradients(implementation, x, weight, dys, **case.options)
+        oracle.assert_same(dx[position], alone[0])
+
+    holds()
+
+
+@pytest.mark.parametrize("n", [64, 1024])
+def test_a_nan_in_dy_reaches_only_its_column_of_dweight_and_one_in_x_all(implementation: str, n: int) -> None:
+    rng = np.random.default_rng(n)
+    x, dy = (rng.standard_normal((19, n)).astype(BF16) for _ in range(2))
+    weight = weights(rng, n, "bf16")
+    clean = gradients(implementation, x, weight, dy)[1]
+    poisoned = dy.copy()
+    poisoned[17, 5] = np.nan
+    dx, dweight, _ = gradients(implementation, x, weight, poisoned)
+    assert clean is not None
+    assert dweight is not None
+    assert np.flatnonzero(np.isnan(dweight)).tolist() == [5]
+    oracle.assert_same(np.delete(dweight, 5), np.delete(clean, 5))
+    assert np.flatnonzero(np.isnan(dx).any(axis=1)).tolist() == [17]
+    x[17, 5] = np.nan
+    assert np.isnan(gradients(implementation, x, weight, dy)[1]).all()
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(64, "bf16"), (200, "f16"), (513, "f32"), (1024, "bf16"), (1024, "f32")])
+def test_dweight_of_rows_whose_unit_is_one_is_the_exact_sum_of_integers(
+    implementation: str, dtype: str, n: int
+) -> None:
+    """Rows of +-2^k without eps: unit is exactly +-1 where rstd is exact."""
+    rng = np.random.default_rng(n)
+    x = numbers(rng, (35, n), dtype, "powers")
+    x = np.sign(x.astype(F32)).astype(x.dtype)  # a mean of exactly one in any order of the sum
+    dy = rng.integers(-7, 8, x.shape).astype(F32)
+    weight = weights(rng, n, "f32")
+    _, dweight, rstd = gradients(implementation, x, weight, dy, eps=0.0)
+    assert (rstd == 1).all()
+    oracle.assert_same(dweight, (x.astype(F32) * dy).sum(axis=0) + F32.type(0))
+
+
+def test_dx_is_radial_only_by_eps(implementation: str) -> None:
+    """<x, dx> = eps * rstd^2 * <x, dy * weight> * rstd: nothing without eps, because y does not depend on the scale."""
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal((5, 256)).astype(F32) for _ in range(2))
+    weight = weights(rng, 256, "f32")
+    for eps in (0.0, 1e-3, 0.5):
+        dx, _, rstd = gradients(implementation, x, weight, dy, eps=eps)
+        x64, g64, rstd64 = (value.astype(np.float64) for value in (x, dy * weight, rstd))
+        radial = np.sum(x64 * dx, axis=1)
+        expected = eps * rstd64**3 * np.sum(x64 * g64, axis=1)
+        scale = np.sum(np.abs(x64 * g64), axis=1) * rstd64
+        assert (np.abs(radial - expected) <= (oracle.depth(256, F32, implementation) + 12) * oracle.U * scale).all()
+
+
+def residual_gradients(implementation, dtype):
+    """The operands, and the function that gives (dx, dresidual, dweight) of (dy, ds)."""
+    rng = np.random.default_rng(0)
+    x, residual, dy, ds = (rng.standard_normal((5, 256)).astype(DTYPES[dtype]) for _ in range(4))
+    weight = weights(rng, 256, dtype)
+
+    @jax.jit
+    def run(dy, ds):
+        fused = functools.partial(pallas_norm.add_rms_norm, implementation=implementation)
+        return jax.vjp(fused, x, residual, weight)[1]((dy, ds))
+
+    return x, residual, weight, dy, ds, run
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="rounding dx to float32 is no operation, so rstd * (...) + ds becomes one fma, on a GPU and in XLA's CPU code",
+)
+def test_a_float32_dx_is_rounded_before_the_gradient_of_the_sum_is_added(implementation: str) -> None:
+    *_, dy, ds, run = residual_gradients(implementation, "f32")
+    oracle.assert_same(run(dy, ds)[0], oracle.add(np.asarray(run(dy, np.zeros_like(ds))[0]), ds))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_of_the_sum_is_added_to_dx_after_dx_was_rounded(implementation: str, dtype: str) -> None:
+    x, residual, weight, dy, ds, run = residual_gradients(implementation, dtype)
+    plain, dresidual, dweight = run(dy, np.zeros_like(ds))
+    dx, dresidual_too, same_dweight = run(dy, ds)
+    oracle.assert_same(plain, dresidual)
+    oracle.assert_same(dx, dresidual_too)
+    oracle.assert_same(same_dweight, dweight)
+    expected = oracle.add(np.asarray(plain), ds)
+    # Of the two roundings of float32, an fma leaves the first out: half a unit of dx, then half a unit of the sum.
+    allowed = sum(oracle.spacing(value.astype(np.float64), x.dtype) for value in (np.asarray(plain), expected)) / 2
+    assert (np.abs(np.asarray(dx, np.float64) - expected.astype(np.float64)) <= 2 * allowed).all()
+    if dtype != "f32":
+        oracle.assert_same(dx, expected)
+    s = oracle.add(x, residual)
+    _, rstd = norm(implementation, s, weight)
+    additions = oracle.depth(256, s.dtype, implementation, backward=True)
+    oracle.assert_within(plain, *oracle.input_gradient64(s, weight, rstd, dy, additions))
+
+
+def reference64(x, weight, dy, eps):
+    x, weight, dy = (value.astype(jnp.float64) for value in (x, weight, dy))
+    rstd = 1 / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    g, unit = dy * weight, x * rstd
+    return rstd * (g - unit * jnp.mean(g * unit, axis=-1, keepdims=True)), jnp.sum(dy * unit, axis=0)
+
+
+@pytest.mark.parametrize("n", [64, 1024])
+def test_the_second_derivative_matches_float64(implementation: str, n: int) -> None:
+    rng = np.random.default_rng(n)
+    x, dy, ddx = (rng.standard_normal((3, n)).astype(F32) for _ in range(3))
+    weight, ddweight = weights(rng, n, "f32"), rng.standard_normal(n).astype(F32)
+    fixed = functools.partial(pallas_norm.rms_norm, eps=1e-3, implementation=implementation)
+
+    @jax.jit
+    def second(x, weight, dy):
+        return jax.vjp(lambda x, weight, dy: jax.vjp(fixed, x, weight)[1](dy), x, weight, dy)[1]((ddx, ddweight))
+
+    actual = second(x, weight, dy)
+    with jax.enable_x64(True):  # noqa: FBT003
+        pullback = jax.vjp(functools.partial(reference64, eps=float(F32.type(1e-3))), x, weight, dy)[1]
+        expected = pullback((ddx.astype(np.float64), ddweight.astype(np.float64)))
+    for value, exact in zip(actual, expected, strict=True):
+        error = np.abs(np.asarray(value, np.float64) - np.asarray(exact))
+        # Sums of n or 3 terms, each a product of a few roundings, of the magnitude of the largest result.
+        assert error.max() <= (n + 32) * oracle.U * np.abs(np.asarray(exact)).max()

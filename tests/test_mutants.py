@@ -1,0 +1,183 @@
+"""Every mutant is killed by a property of the suite, and the right kernel by none. `-s` prints who killed whom."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_norm._spec import Spec
+from pallas_norm.regimes import backward_plan_for, plan_for
+from tests import mutants, oracle
+from tests.oracle import BF16, F16, F32, Array
+
+N, ROWS = 41, 4  # odd, and no multiple of any vector or padding
+
+
+def draw(seed: int, dtype: Any, *shape: int, size: float = 3.0) -> Array:
+    return (size * np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)).astype(dtype)
+
+
+# --- forward --------------------------------------------------------------------------------------------------------
+
+
+def replay(kernel: mutants.Forward) -> None:
+    for dtype, weight_dtype in ((BF16, BF16), (F16, F16), (F32, F32), (BF16, F32)):
+        x, weight = draw(1, dtype, 64, N), draw(2, weight_dtype, N, size=1.0)
+        y, rstd = kernel(x, weight, 1e-6)
+        oracle.assert_same(y, oracle.replay(x, weight, rstd))
+
+
+def rstd_bound(kernel: mutants.Forward) -> None:
+    for eps, size in ((1e-6, 1e-3), (0.37, 1.0), (0.0, 300.0), (1e-6, 3.0)):
+        for dtype in (BF16, F16, F32):
+            x = draw(3, dtype, 32, N, size=size)
+            _, rstd = kernel(x, draw(4, dtype, N), eps)
+            assert (oracle.rstd_error(rstd, x, eps) <= oracle.rstd_bound(N)).all()
+
+
+def special_values(kernel: mutants.Forward) -> None:
+    x, weight = draw(5, BF16, 5, N), draw(6, BF16, N)
+    x[0, 3], x[1, 4], x[2], x[3, 0] = np.nan, np.inf, 0, -0.0
+    weight[7] = -0.0
+    x[4] = np.full(N, 1e-40, BF16)  # subnormal
+    y, rstd = kernel(x, weight, 1e-6)
+    oracle.assert_same(y, oracle.replay(x, weight, rstd))
+    assert np.isnan(y[0]).all()
+    assert (np.abs(y[4]) > 0).sum() >= N - 1
+
+
+def batch_invariance(kernel: mutants.Forward) -> None:
+    x, weight = draw(7, F32, 64, N), draw(8, F32, N)
+    whole, alone = kernel(x, weight, 1e-6)[1], np.concatenate([kernel(row[None], weight, 1e-6)[1] for row in x])
+    oracle.assert_same(whole, alone)
+
+
+FORWARD: dict[str, Callable[[mutants.Forward], None]] = {
+    "1 replay": replay,
+    "2 rstd bound": rstd_bound,
+    "14 special values": special_values,
+    "8 batch invariance": batch_invariance,
+}
+
+# --- backward -------------------------------------------------------------------------------------------------------
+
+
+def operands(rows: int = ROWS, n: int = N, dtype: Any = BF16) -> dict[str, Array]:
+    x = draw(9, dtype, rows, n)
+    return {
+        "x": x,
+        "weight": draw(10, dtype, n, size=1.0),
+        "rstd": oracle.rstd64(x, 1e-6).astype(F32),
+        "dy": draw(11, dtype, rows, n),
+    }
+
+
+def dx_bound(kernel: mutants.Backward) -> None:
+    for dtype in (BF16, F32):
+        o = operands(64, N, dtype)
+        dx, _ = kernel(**o)
+        oracle.assert_within(dx, *oracle.input_gradient64(o["x"], o["weight"], o["rstd"], o["dy"], N))
+
+
+def dx_of_residual(kernel: mutants.Backward) -> None:
+    """dx is rounded before ds is added: bits of the composition."""
+    o, ds = operands(64), draw(12, BF16, 64, N)
+    expected = oracle.round_to(kernel(**o)[0].astype(F32) + ds.astype(F32), BF16)
+    oracle.assert_same(kernel(**o, ds=ds)[0], expected)
+
+
+def dweight_bound(kernel: mutants.Backward) -> None:
+    o = operands(64, N, BF16) | {"weight": draw(10, F32, N)}
+    _, dweight = kernel(**o)
+    oracle.assert_within(dweight, *oracle.weight_gradient64(o["x"], o["rstd"], o["dy"], F32))
+
+
+BACKWARD: dict[str, Callable[[mutants.Backward], None]] = {
+    "23 dx bound": dx_bound,
+    "residual form": dx_of_residual,
+    "23 dweight bound": dweight_bound,
+}
+
+# --- the real kernels, in the interpreter ---------------------------------------------------------------------------
+
+
+def interpreted(n: int, rows: int) -> None:
+    """Forward with a residual, then backward with ds, of the kernel that n takes."""
+    o = operands(rows, n)
+    residual, ds = draw(13, BF16, rows, n), draw(14, BF16, rows, n)
+    names = {"x": o["x"], "residual": residual, "weight": o["weight"]}
+    plan, spec = plan_for(n, BF16), Spec(eps=0.5)
+    given = {name: jnp.asarray(value) for name, value in names.items()}
+    kernels = sys.modules["pallas_norm._forward"].forward, sys.modules["pallas_norm._backward"].backward  # of a mutant
+    results = kernels[0](given, plan=plan, spec=spec, with_rstd=True, interpret=True)
+    y, s, rstd = (np.asarray(results[name]) for name in ("y", "s", "rstd"))
+    oracle.assert_same(s, oracle.add(o["x"], residual))
+    oracle.assert_same(y, oracle.replay(s, o["weight"], rstd))
+    assert (oracle.rstd_error(rstd, s, 0.5) <= oracle.rstd_bound(n)).all()
+
+    given = {name: jnp.asarray(value) for name, value in (o | {"ds": ds}).items()}
+    # Two programs, so that each takes several steps.
+    plan = dataclasses.replace(backward_plan_for(n, BF16, residual=True), programs=2)
+    gradients = kernels[1](given, plan=plan, spec=spec, with_dweight=True, interpret=True)
+    alone = {name: value for name, value in given.items() if name != "ds"}
+    dx = kernels[1](alone, plan=plan, spec=spec, with_dweight=False, interpret=True)["dx"]
+    oracle.assert_within(dx, *oracle.input_gradient64(o["x"], o["weight"], o["rstd"], o["dy"], n))
+    expected = oracle.round_to(np.asarray(dx).astype(F32) + ds.astype(F32), BF16)
+    oracle.assert_same(np.asarray(gradients["dx"]), expected)
+    exact, bound = oracle.weight_gradient64(o["x"], o["rstd"], o["dy"], F32)
+    oracle.assert_within(gradients["dweight"], exact, bound)
+
+
+# --- verdicts -------------------------------------------------------------------------------------------------------
+
+
+def killers(kernel: Any, properties: dict[str, Callable[[Any], None]]) -> list[str]:
+    found = []
+    for name, holds in properties.items():
+        try:
+            holds(kernel)
+        except AssertionError:
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("name", mutants.FORWARD)
+def test_a_wrong_forward_kernel_is_killed(name: str) -> None:
+    found = killers(mutants.FORWARD[name], FORWARD)
+    print(f"\n{name:45} killed by {', '.join(found)}")  # noqa: T201
+    assert found, f"{name} survives"
+
+
+@pytest.mark.parametrize("name", mutants.BACKWARD)
+def test_a_wrong_backward_kernel_is_killed(name: str) -> None:
+    found = killers(mutants.BACKWARD[name], BACKWARD)
+    print(f"\n{name:45} killed by {', '.join(found)}")  # noqa: T201
+    assert found, f"{name} survives"
+
+
+@pytest.mark.parametrize("name", mutants.SOURCE)
+def test_a_rewritten_kernel_is_killed(name: str) -> None:
+    rewrite = mutants.SOURCE[name]
+    with mutants.rewritten(rewrite), pytest.raises((AssertionError, TypeError, ValueError)) as killed:
+        interpreted(rewrite.n, rewrite.rows)
+    print(f"\n{name:45} killed by {str(killed.value).splitlines()[0][:60]}")  # noqa: T201
+
+
+def test_the_right_kernels_are_killed_by_nothing() -> None:
+    assert killers(mutants.forward, FORWARD) == []
+    assert killers(mutants.backward, BACKWARD) == []
+
+
+@pytest.mark.parametrize(("n", "rows"), sorted({(r.n, r.rows) for r in mutants.SOURCE.values()}))
+def test_the_real_kernels_are_killed_by_nothing(n: int, rows: int) -> None:
+    interpreted(n, rows)
+
+
+def test_there_are_at_least_forty_mutants() -> None:
+    assert len(mutants.FORWARD) + len(mutants.BACKWARD) + len(mutants.SOURCE) >= 40

@@ -1,0 +1,77 @@
+"""What installing and importing pallas_norm does and does not do, and that the README's examples run."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import pallas_norm
+
+ROOT = Path(__file__).parents[1]
+SIDE_EFFECTS = """
+import sys
+{statements}
+import jax._src.xla_bridge as bridge
+if "torch" in sys.modules:
+    print("torch was imported")
+if bridge.backends_are_initialized():
+    print("a JAX backend was started")
+"""
+
+
+def side_effects_of(statements: str, *paths: Path) -> list[str]:
+    """In a process of its own that sees no GPU, with `paths` first on its import path."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT)))}
+    command = [sys.executable, "-c", SIDE_EFFECTS.format(statements=statements)]
+    return subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True, timeout=120
+    ).stdout.splitlines()
+
+
+def test_importing_neither_imports_torch_nor_starts_a_backend() -> None:
+    assert side_effects_of("import pallas_norm") == []
+
+
+def test_the_test_above_can_fail(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").touch()  # a stand-in, so that this also runs where there is no torch
+    assert side_effects_of("import pallas_norm, torch", tmp_path) == ["torch was imported"]
+    assert side_effects_of("import jax, pallas_norm; jax.devices()") == ["a JAX backend was started"]
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert pallas_norm.__version__ == project()["version"]
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    versions = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert pallas_norm.__version__ in versions[:2]  # the first may be Unreleased
+
+
+def test_the_core_depends_on_neither_torch_nor_transformers() -> None:
+    names = {re.split(r"[^A-Za-z0-9_-]", requirement)[0] for requirement in project()["dependencies"]}
+    assert names == {"absl-py", "jax", "jaxlib", "ml_dtypes", "numpy"}
+
+
+def readme_examples() -> list[str]:
+    return re.findall(
+        r"^<!-- runs on a CPU -->\n```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+
+
+def test_the_readme_has_examples() -> None:
+    assert len(readme_examples()) >= 3
+
+
+@pytest.mark.parametrize("example", readme_examples(), ids=lambda example: example.splitlines()[0])
+def test_readme_example(example: str) -> None:
+    if "torch" in example:
+        pytest.importorskip("torch", reason="the example is for PyTorch, which is not installed")
+    exec(compile(example, "README.md", "exec"), {"__name__": "readme"})

@@ -1,0 +1,216 @@
+"""Plans: the tables are total, every column of a row is owned once, and what a plan needs is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import numpy as np
+import pytest
+
+from pallas_norm import _launch
+from pallas_norm._blocks import Block, SharedRow, WarpgroupRow, WarpRows
+from pallas_norm.regimes import (
+    ANY,
+    LARGEST_N,
+    NARROW,
+    PIPELINES,
+    SMALLEST_N,
+    SMALLEST_PIPELINE,
+    SMEM_BYTES,
+    SMS,
+    TABLE,
+    BackwardPlan,
+    Plan,
+    Regime,
+    Source,
+    backward_plan_for,
+    pipeline_tile,
+    plan_for,
+)
+
+LIMITS = (
+    {row.largest_n for row in TABLE}
+    | {row.largest_row_bytes // size for row in TABLE for size in (2, 4)}
+    | {row.largest_n for row in NARROW}
+    | {row.largest_row_bytes // size for row in PIPELINES for size in (2, 4)}
+    | {SMALLEST_N, SMALLEST_PIPELINE, 256, 1023, 4096, 8192}
+    | {2**power for power in range(5, 18)}
+)
+NEAR_LIMITS = {n + off for n in LIMITS for off in range(-2, 3)}
+SAMPLE = {int(n) for n in np.exp(np.random.default_rng(0).uniform(np.log(2048), np.log(LARGEST_N), 400))}
+WIDTHS = sorted(n for n in NEAR_LIMITS | SAMPLE | set(range(32, 2049)) if SMALLEST_N <= n <= LARGEST_N)
+ALIGNED = sorted({n for n in WIDTHS if n % 64 == 0} | set(range(2048, LARGEST_N + 1, 64)))  # the pipelines' rows
+
+FORWARD = ("bfloat16", "float32")  # float16 has the size of bfloat16, and a plan looks at no more
+BACKWARD = [
+    {"dtype": dtype, "dy_dtype": dy_dtype, "residual": residual}
+    for dtype, dy_dtype in (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
+    for residual in (False, True)
+]
+
+
+class Everyone:
+    """Mixed into SharedRow: the starts and repeats of all workers at once, outside a kernel."""
+
+    def _worker(self) -> np.ndarray:
+        return np.arange(self.plan.workers)  # pyright: ignore
+
+
+class EveryWorkersRow(Everyone, SharedRow):
+    pass
+
+
+def block_of(plan: Plan) -> Block:
+    if plan.regime is Regime.WARP:
+        return WarpRows(plan, 0, interpret=True)
+    if plan.workers == 1:
+        return WarpgroupRow(plan, 0, interpret=True)
+    return EveryWorkersRow(plan, 0, True, None, 0)  # pyright: ignore  # noqa: FBT003
+
+
+def starts_of(plan: Plan) -> np.ndarray:
+    """(chunks, workers)."""
+    return np.array(block_of(plan)._starts(), np.int64).reshape(plan.chunks, plan.workers)
+
+
+def times_counted(plan: Plan, starts: np.ndarray) -> np.ndarray:
+    """How often each column enters the row sum: a chunk is a +1 at its start and a -1 behind its end."""
+    repeated = np.minimum(np.broadcast_to(block_of(plan)._repeated(), plan.workers), plan.span)
+    begins = starts.copy()
+    begins[-1] += repeated  # the leading elements of the last chunk are left out
+    steps = np.zeros(plan.n + 1, np.int64)
+    np.add.at(steps, begins, 1)
+    np.add.at(steps, starts + plan.span, -1)
+    return np.cumsum(steps)[:-1]
+
+
+def check(plan: Plan, itemsize: int, context: object) -> None:
+    starts = starts_of(plan)
+    assert starts.min() >= 0, context
+    assert starts.max() + plan.span <= plan.n, context
+    assert np.all(times_counted(plan, starts) == 1), context
+    # A row starts at a multiple of n elements, a chunk at its own offset: both have to be whole vectors.
+    assert plan.n % plan.vec == 0, context
+    assert np.all(starts % plan.vec == 0), context
+    assert plan.vec * itemsize <= 16, context
+    assert plan.lanes in (4, 8, 16, 32), context
+    assert plan.depth >= plan.chunks + np.log2(plan.span * plan.workers // plan.vec), context
+    if plan.regime is Regime.WARP:
+        assert plan.block % (4 * (32 // plan.lanes)) == 0, context
+        assert plan.workers == 1, context
+    else:
+        assert (plan.block, plan.lanes) == (1, 32), context
+        assert plan.warpgroups * 128 <= 1024, context  # threads of a CTA
+        assert plan.cluster in (1, 2, 4, 8), context
+
+
+@pytest.mark.parametrize("dtype", FORWARD)
+def test_forward_plans_count_every_column_once_with_aligned_vectors(dtype: str) -> None:
+    for n in WIDTHS:
+        plan = plan_for(n, dtype)
+        assert plan.n == n
+        check(plan, np.dtype("uint16" if dtype == "bfloat16" else dtype).itemsize, n)
+
+
+@pytest.mark.parametrize("form", BACKWARD, ids=str)
+def test_backward_plans_count_every_column_once_with_aligned_vectors(form: dict) -> None:
+    for n in WIDTHS:
+        check(backward_plan_for(n, **form), 4 if form["dtype"] == "float32" else 2, (n, form))
+
+
+def test_the_plan_that_stands_in_for_a_cluster_counts_every_column_once() -> None:
+    plans = {n: plan_for(n, "float32") for n in WIDTHS} | {-n: backward_plan_for(n, "bfloat16") for n in WIDTHS}
+    clusters = {n: plan for n, plan in plans.items() if plan.cluster > 1}
+    assert {plan.cluster for plan in clusters.values()} == {2, 4, 8}
+    for n, plan in clusters.items():
+        stand_in = _launch.interpretable(plan)
+        assert stand_in.cluster == 1
+        starts = starts_of(stand_in)
+        assert np.all(times_counted(stand_in, starts) == 1), n
+
+
+@pytest.mark.parametrize("form", BACKWARD, ids=str)
+def test_backward_plans_fit_in_shared_memory(form: dict) -> None:
+    itemsize = 4 if form["dtype"] == "float32" else 2
+    column_bytes = (4 if form["dy_dtype"] == "float32" else 2) + itemsize * (2 if form["residual"] else 1)
+    sources = set()
+    for n in sorted({*WIDTHS, *ALIGNED}):
+        plan = backward_plan_for(n, **form)
+        sources.add(plan.source)
+        used = n * column_bytes * plan.stages
+        if plan.regime is Regime.WARP:
+            used += plan.block * plan.span * 4  # where the rows meet to give dweight
+        used += 2 * (plan.warpgroups * 4 + 1) * 4 + 8 * (plan.stages + 2)  # exchange and barriers
+        programs_per_sm = max(1, plan.programs * plan.cluster // SMS)
+        # A program's shared memory takes 1 KB more than it asks for; a pipeline counts on all its programs at once.
+        together = programs_per_sm if plan.source is Source.PIPELINE else 1
+        assert together * (used + 1024) <= SMEM_BYTES, (n, plan)
+        if plan.source is Source.PIPELINE:
+            assert plan.stages >= 2, (n, plan)
+            check_tile(n, itemsize)
+        else:
+            assert plan.stages == 0, (n, plan)
+    assert sources == set(Source)
+
+
+def check_tile(n: int, itemsize: int) -> None:
+    tile = pipeline_tile(n, itemsize)
+    assert tile is not None, n
+    height, width = tile
+    assert height * width == n, n
+    assert 1 <= height <= 256, n
+    assert 1 <= width <= 256, n
+    assert width * itemsize % 16 == 0, n
+    assert n * itemsize % 128 == 0, n
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_a_tile_is_found_wherever_there_is_one(itemsize: int) -> None:
+    for n in WIDTHS:
+        widths = (width for width in range(1, 257) if n % width == 0 and n // width <= 256)
+        exists = n * itemsize % 128 == 0 and any(width * itemsize % 16 == 0 for width in widths)
+        assert (pipeline_tile(n, itemsize) is not None) == exists, n
+
+
+def test_the_tables_are_monotone_and_total() -> None:
+    assert [row.largest_n for row in TABLE] == sorted(row.largest_n for row in TABLE)
+    assert (TABLE[-1].largest_n, TABLE[-1].largest_row_bytes) == (LARGEST_N, ANY)
+    widths = [row.largest_n for row in NARROW]
+    assert widths == sorted(set(widths))
+    assert widths[-1] == LARGEST_N
+    limits = [row.largest_row_bytes for row in PIPELINES]
+    assert limits == sorted(set(limits))
+    assert all(row.stages >= 2 for row in PIPELINES)
+
+
+def test_every_line_of_the_tables_is_some_rows_plan() -> None:
+    """A line that no row reaches is a number without an effect."""
+    forward = [plan_for(n, dtype) for n in ALIGNED + WIDTHS for dtype in FORWARD]
+    wide = {(plan.warpgroups, plan.cluster, plan.rereads) for plan in forward if plan.regime is Regime.CTA}
+    assert {(row.warpgroups, row.cluster, row.rereads) for row in TABLE if row.regime is Regime.CTA} <= wide
+    assert {(row.warpgroups, row.cluster, False) for row in NARROW} <= wide
+    backward = [backward_plan_for(n, **form) for n in ALIGNED for form in BACKWARD]
+    pipelines = {(plan.warpgroups, plan.stages, plan.programs) for plan in backward if plan.source is Source.PIPELINE}
+    assert {(row.warpgroups, row.stages, row.per_sm * SMS) for row in PIPELINES} <= pipelines
+
+
+def test_rows_are_kept_in_warps_below_a_width_and_shared_above_it() -> None:
+    for dtype in FORWARD:
+        kinds = [plan_for(n, dtype).regime for n in WIDTHS]
+        assert kinds == sorted(kinds, key=[Regime.WARP, Regime.CTA].index)
+
+
+def test_a_plan_is_a_function_of_row_length_and_dtypes_and_of_nothing_else() -> None:
+    """Were the number of rows an argument, a row's bits would depend on its batch."""
+    assert list(inspect.signature(plan_for).parameters) == ["n", "dtype"]
+    assert list(inspect.signature(backward_plan_for).parameters) == ["n", "dtype", "dy_dtype", "residual"]
+    assert plan_for(4096, "bfloat16") == plan_for(4096, "float16")
+    assert hash(plan_for(4096, "bfloat16")) == hash(plan_for(4096, "bfloat16"))
+
+
+def test_plans_are_immutable() -> None:
+    plan = backward_plan_for(4096, "bfloat16")
+    assert isinstance(plan, BackwardPlan)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.n = 5  # pyright: ignore
