@@ -196,7 +196,7 @@ def residual_gradients(implementation, dtype):
 @pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="rounding dx to float32 is no operation, so rstd * (...) + ds becomes one fma, on a GPU and in XLA's CPU code",
+    reason="rounding dx to float32 is no operation, so rstd * (...) + ds becomes one fma on a GPU and on a CPU",
 )
 def test_a_float32_dx_is_rounded_before_the_gradient_of_the_sum_is_added(implementation: str) -> None:
     *_, dy, ds, run = residual_gradients(implementation, "f32")

@@ -42,16 +42,30 @@ def test_outputs_equal_the_replay_and_rstd_is_within_its_bound(n: int, dtype: st
 def test_outputs_differ_from_hugging_face_eager_no_more_than_its_own_sums_explain(
     n: int, dtype: str, largest_share: float
 ) -> None:
-    """Judged over 10^7 outputs: one row whose rstd is a unit off changes 0.01 % of its own."""
+    """Judged over 10^7 outputs: one row whose rstd is a unit off changes 0.01 % of its own.
+
+    Our outputs are within `largest_share` of HF's rounding with exact statistics. From 16384 elements on the float32
+    sum of HF eager is further from it than that, so there its own distance is added.
+    """
     torch = pytest.importorskip("torch", reason="needs torch")
     llama = pytest.importorskip("transformers.models.llama.modeling_llama", reason="needs transformers")
-    x, weight = (jnp.asarray(value) for value in draw(n, -(-ACCURACY_ELEMENTS // n), DTYPES[dtype]))
+    x, weight = draw(n, -(-ACCURACY_ELEMENTS // n), DTYPES[dtype])
+    y = norm(x, weight)
     module = llama.LlamaRMSNorm(n, eps=EPS)
-    module.weight.data = torch.from_dlpack(weight)
+    module.weight.data = torch.from_dlpack(jnp.asarray(weight))
     with torch.no_grad():
-        eager = jnp.from_dlpack(module(torch.from_dlpack(x)))
-    share = float(jnp.mean(norm(x, weight).view(jnp.uint16) != eager.view(jnp.uint16)))
-    assert share <= largest_share
+        eager = jnp.from_dlpack(module(torch.from_dlpack(jnp.asarray(x))))
+
+    def share(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.mean(a.view(np.uint16) != b.view(np.uint16)))
+
+    allowed = largest_share
+    if n >= 16384:
+        rstd64 = 1 / np.sqrt(np.mean(np.square(x, dtype=np.float64), axis=1) + np.float64(np.float32(EPS)))
+        exact = hf_steps(x, weight, rstd64)
+        assert share(np.asarray(y), exact) <= largest_share
+        allowed += share(np.asarray(eager), exact)
+    assert share(np.asarray(y), np.asarray(eager)) <= allowed
 
 
 @pytest.mark.parametrize("n", [128, 4096])

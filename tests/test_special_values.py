@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
+import pallas_norm
 from tests import oracle
-from tests.oracle import DTYPES, F32, Array
-from tests.strategies import flushes, norm, numbers
+from tests.oracle import BF16, DTYPES, F32, Array
+from tests.strategies import flushes, norm, numbers, weights
 
 INF, NAN = np.inf, np.nan
 

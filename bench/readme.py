@@ -1,0 +1,131 @@
+"""Fills the marked sections of README.md, and draws the figure, from the committed result files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from . import results
+
+README = Path(__file__).parent.parent / "README.md"
+FIGURE = Path(__file__).parent.parent / "docs" / "accuracy.svg"
+PEERS = ("XLA", "F.rms_norm", "HF eager")
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _measured_on(file: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in file["versions"].items() if version)
+    return f"{file['device']}, {versions}, commit {file['commit'][:9]}, {file['date'][:10]}."
+
+
+def performance(file: dict[str, Any]) -> str:
+    cases: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in file["rows"]:
+        case = row["operation"], f"{row['rows']} x {row['n']}", row["dtype"]
+        cases.setdefault(case, {})[row["provider"]] = row["median_us"]
+
+    def cells(case: tuple[str, ...], times: dict[str, float]) -> list[str]:
+        ours = times["pallas-norm"]
+        shown = [f"{times[peer]:.1f}" if peer in times else "" for peer in PEERS]
+        return [case[0], *case[1:], f"{times['copy']:.1f}", f"{ours:.1f}", f"{times['copy'] / ours:.2f}", *shown]
+
+    header = ["pass", "rows x n", "dtype", "copy", "pallas-norm", "share of copy", *PEERS]
+    return (
+        "Kernel times in microseconds, L2 cold, medians of one interleaved run; *copy* is a kernel that moves the same "
+        "bytes and does nothing else, *XLA* this library's reference compiled by XLA, with the same rounding. The "
+        "backward pass counts both its kernels.\n\n"
+        + _table(header, (cells(case, times) for case, times in cases.items()))
+        + f"\n\n{_measured_on(file)} All samples: `bench/results/times.json`.\n"
+    )
+
+
+def accuracy(file: dict[str, Any]) -> str:
+    def percent(row: dict[str, Any], key: str) -> str:
+        return f"{100 * row[key] / row['elements']:.4f}"
+
+    header = [
+        "dtype",
+        "n",
+        "provider",
+        "from exact, %",
+        "from HF eager, %",
+        "max ULP",
+        "mean signed ULP",
+        "from replay",
+    ]
+    rows = (
+        [
+            row["dtype"],
+            str(row["n"]),
+            row["provider"],
+            percent(row, "differ_from_exact"),
+            percent(row, "differ_from_hf_eager"),
+            str(row["max_ulp_from_exact"]),
+            f"{row['mean_signed_ulp_from_exact']:+.1e}",
+            str(row.get("differ_from_replay", "")),
+        ]
+        for row in file["rows"]
+        if row["dtype"] != "float32" and row["n"] in (128, 4096, 16384)
+    )
+    return (
+        "Share of outputs that differ from Hugging Face's rounding with exact (float64) statistics, and from Hugging "
+        "Face eager on the same GPU. *Replay* counts outputs that differ from Hugging Face's steps applied to the "
+        "provider's own rstd.\n\n"
+        + _table(header, rows)
+        + "\n\n![Outputs that differ from Hugging Face's rounding](docs/accuracy.svg)\n\n"
+        + f"{_measured_on(file)} Every width and float32: `bench/results/accuracy.json`.\n"
+    )
+
+
+def draw(file: dict[str, Any], path: Path = FIGURE) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "pallas-norm"  # the same file from the same figures
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    styles = {
+        "HF eager": ("#000000", "o"),
+        "pallas-norm": ("#0072B2", "s"),
+        "XLA": ("#009E73", "^"),
+        "F.rms_norm": ("#D55E00", "D"),
+    }
+    for panel, dtype in zip(panels, ("bfloat16", "float16"), strict=True):
+        for provider, (colour, marker) in styles.items():
+            rows = [row for row in file["rows"] if row["dtype"] == dtype and row["provider"] == provider]
+            shares = [100 * row["differ_from_exact"] / row["elements"] for row in rows]
+            panel.plot(
+                [row["n"] for row in rows], shares, marker, ls="-", color=colour, label=provider, ms=5, lw=1, alpha=0.8
+            )
+        panel.set(xscale="log", yscale="log", title=dtype, xlabel="row length n")
+        panel.set_xticks([64, 256, 1024, 4096, 16384], ["64", "256", "1024", "4096", "16384"])
+        panel.minorticks_off()
+        panel.grid(visible=True, alpha=0.3)
+    panels[0].set_ylabel("outputs that differ from HF's rounding\nwith exact statistics, %")
+    panels[1].legend(frameon=False, loc="center right")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def fill(text: str, section: str, content: str) -> str:
+    opening, closing = f"<!-- generated:{section} -->", f"<!-- /generated:{section} -->"
+    before, rest = text.split(opening)
+    _, after = rest.split(closing)
+    return f"{before}{opening}\n{content}{closing}{after}"
+
+
+def rendered(text: str) -> str:
+    text = fill(text, "performance", performance(results.read("times")))
+    return fill(text, "accuracy", accuracy(results.read("accuracy")))
+
+
+def run() -> None:
+    draw(results.read("accuracy"))
+    README.write_text(rendered(README.read_text()))
