@@ -104,12 +104,14 @@ def draw(file: dict[str, Any], path: Path = FIGURE) -> None:
             panel.plot(
                 [row["n"] for row in rows], shares, marker, ls="-", color=colour, label=provider, ms=5, lw=1, alpha=0.8
             )
-        panel.set(xscale="log", yscale="log", title=dtype, xlabel="row length n")
+        panel.set(xscale="log", title=dtype, xlabel="row length n")
+        panel.set_yscale("symlog", linthresh=1e-4)  # zero is a result too
+        panel.set_ylim(-2e-5, 100)
         panel.set_xticks([64, 256, 1024, 4096, 16384], ["64", "256", "1024", "4096", "16384"])
         panel.minorticks_off()
         panel.grid(visible=True, alpha=0.3)
     panels[0].set_ylabel("outputs that differ from HF's rounding\nwith exact statistics, %")
-    panels[1].legend(frameon=False, loc="center right")
+    panels[1].legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.9))
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
 

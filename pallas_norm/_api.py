@@ -80,7 +80,8 @@ def add_rms_norm(
     Arguments: as for `rms_norm`; `residual` has the shape and dtype of x.
 
     Returns: (y, s), with return_rstd (y, s, rstd). s has the dtype of x and is rounded before it is normalised, so the
-        bits are those of `s = x + residual; y = rms_norm(s, weight)`, forward and backward.
+        bits are those of `s = x + residual; y = rms_norm(s, weight)`, forward, and backward in bfloat16 and float16. In
+        float32 the compiler fuses the last product of the backward pass with the addition of the gradient of s.
 
     Raises: as `rms_norm`.
     """

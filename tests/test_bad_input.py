@@ -126,7 +126,14 @@ BAD = (
     Bad("eps None", lambda: rms_norm(X, eps=None), TypeError, no_float("eps", "NoneType")),
     Bad("eps complex", lambda: rms_norm(X, eps=1j), TypeError, no_float("eps", "complex")),
     Bad("eps a JAX scalar", lambda: rms_norm(X, eps=jnp.float32(1)), TypeError, no_float("eps", "float32[]")),
-    Bad("eps an array", lambda: rms_norm(X, eps=np.ones(3, np.float32)), TypeError, no_float("eps", "float32[3]")),
+    Bad("eps an array", lambda: rms_norm(X, eps=np.ones(3, np.float32)), TypeError, "eps is float32[3]; needed one Python float"),  # noqa: E501
+    Bad("eps beyond float64", lambda: rms_norm(X, eps=10**400), ValueError, "eps is inf; needed a finite float32 number"),  # noqa: E501
+    Bad("n a float", lambda: plan_for(64.0, "float32"), TypeError, "n is 64.0; needed an int: the length of a row"),
+    Bad("n a flag", lambda: plan_for(True, "float32"), TypeError, "n is True; needed an int: the length of a row"),  # noqa: FBT003
+    Bad("a plan for integers", lambda: plan_for(64, "int32"), TypeError, "dtype is int32; needed one of bfloat16, float16, float32"),  # noqa: E501
+    Bad("a plan for no dtype", lambda: plan_for(64, None), TypeError, "dtype is None; needed one of bfloat16, float16, float32"),  # noqa: E501
+    Bad("explain nothing", lambda: explain(None), TypeError, "x is a NoneType; needed an array or a jax.ShapeDtypeStruct"),  # noqa: E501
+    Bad("a weight of rank 0", lambda: rms_norm(X, W[0]), TypeError, no_array("weight is a bfloat16")),
     Bad("eps traced", lambda: jax.jit(lambda eps: rms_norm(X, eps=eps))(1e-6), TypeError, traced("eps")),
     Bad("eps by position", lambda: rms_norm(X, W, 1e-5), TypeError, "rms_norm() takes from 1 to 2 positional arguments but 3 were given"),  # noqa: E501
     # weight_offset
@@ -201,3 +208,16 @@ def test_neither_bad_nor_good_calls_touch_their_inputs() -> None:
 @pytest.mark.parametrize("eps", [0, 0.0, -0.0, 1e-5, np.float32(1e-5), np.float64(1e-5), 3.4e38])
 def test_every_real_number_that_is_a_finite_float32_is_an_eps(eps: float) -> None:
     assert rms_norm(X, W, eps=eps).shape == X.shape
+
+
+def test_a_float_that_equals_an_int_does_not_answer_for_it_from_the_cache() -> None:
+    """plan_for(64.0) was taken, and 64.0 == 64 to functools.cache: every later call for 64 got a Plan with n = 64.0."""
+    with pytest.raises(TypeError):
+        plan_for(64.0, "float32")
+    assert isinstance(plan_for(64, "float32").n, int)
+
+
+def test_a_weight_of_another_dtype_is_promoted_whatever_the_program_around_allows() -> None:
+    """Under strict promotion JAX's own promote_types raised TypePromotionError out of reference.result_dtype."""
+    with jax.numpy_dtype_promotion("strict"):
+        assert rms_norm(X, W.astype(np.float32)).dtype == jnp.float32
