@@ -49,7 +49,8 @@ def special_values(kernel: mutants.Forward) -> None:
     y, rstd = kernel(x, weight, 1e-6)
     oracle.assert_same(y, oracle.replay(x, weight, rstd))
     assert np.isnan(y[0]).all()
-    assert (np.abs(y[4]) > 0).sum() >= N - 1
+    with np.errstate(invalid="ignore"):  # a mutant's NaN is no number greater than 0, and no warning either
+        assert (np.abs(y[4]) > 0).sum() >= N - 1
 
 
 def batch_invariance(kernel: mutants.Forward) -> None:
