@@ -78,7 +78,8 @@ def _exchange(plan: Plan) -> dict[str, Any]:
 def interpretable(plan: AnyPlan) -> AnyPlan:
     """The plan for the interpreter, which knows no clusters: one CTA with up to 4 warpgroups stands in.
 
-    The interpreter runs each as a thread of its own, and 16 that wait for one another were seen to hang on 2 cores.
+    A warpgroup that waits at a barrier holds a thread of XLA's CPU pool, which has one for each core or CPU device:
+    more warpgroups than that may hang. jax_num_cpu_devices = 8 gives the tests theirs.
     """
     return dataclasses.replace(plan, warpgroups=min(plan.workers, 4), cluster=1)
 

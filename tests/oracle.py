@@ -38,6 +38,7 @@ def assert_same(actual: Any, expected: Any) -> None:
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
+    actual, expected = np.atleast_1d(actual, expected)
     agree = same(actual, expected)
     if not agree.all():
         at = tuple(int(i[0]) for i in np.nonzero(~agree))

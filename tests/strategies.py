@@ -82,8 +82,10 @@ class Case:
 
 
 def weights(rng: np.random.Generator, n: int, dtype: str) -> Array:
-    """Of both signs, no two alike, and never all ones."""
-    return ((rng.standard_normal(n) + 0.5) * 2.0 ** rng.integers(-3, 4, n)).astype(DTYPES[dtype])
+    """Of both signs, hardly two alike, never all ones; one is -0, which adding an offset of zero would turn into 0."""
+    values = (rng.standard_normal(n) + 0.5) * 2.0 ** rng.integers(-3, 4, n)
+    values[rng.integers(n)] = -0.0
+    return values.astype(DTYPES[dtype])
 
 
 def numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, values: str) -> Array:
@@ -152,7 +154,7 @@ def cases(
         seed=draw(st.integers(0, 2**16)),
         eps=draw(st.sampled_from(eps)),
         cast_before_scale=draw(st.booleans()),
-        weight_offset=draw(st.sampled_from((0.0, 1.0))) if weight_dtype else 0.0,
+        weight_offset=draw(st.sampled_from((0.0, 1.0, -0.375))) if weight_dtype else 0.0,
     )
 
 

@@ -126,8 +126,12 @@ def poison(case: Case, rows: int, dtype: np.dtype) -> Array:
 
 
 def test_rows_do_not_depend_on_their_position_or_their_neighbours(implementation: str) -> None:
-    """The other rows hold NaN, infinities and huge numbers. XLA orders the sum by the shape of the whole batch, so
-    there the other batch has the same shape: of 4 x 1024 normal float32, one rstd differs from its row's alone."""
+    """The other rows hold NaN, infinities and huge numbers.
+
+    XLA's CPU code, which also adds up the interpreter's blocks, orders a sum by the shape of the whole array (small
+    ones by a tree of windows, large ones by a fusion of its own): there only the neighbours change, not the shape or
+    the place.
+    """
 
     @examples(FEW[implementation])
     @given(cases(implementation, values=FINITE), st.data())
@@ -135,19 +139,23 @@ def test_rows_do_not_depend_on_their_position_or_their_neighbours(implementation
         weight = case.weight()
         rows = data.draw(strategies.row_counts(case.n, case.dtype))
         position = data.draw(st.integers(0, rows - 1))
-        row = dataclasses.replace(case, rows=rows if implementation == "xla" else 1).x()
+        at = 0 if implementation == "mosaic_gpu" else position
+        row = dataclasses.replace(case, rows=1 if implementation == "mosaic_gpu" else rows).x()
         alone = norm(implementation, row, weight, **case.options)
         batch = poison(case, rows, row.dtype)
-        batch[position] = row[0]
+        batch[position] = row[at]
         for whole, part in zip(norm(implementation, batch, weight, **case.options), alone, strict=True):
-            oracle.assert_same(whole[position], part[0])
+            oracle.assert_same(whole[position], part[at])
 
     holds()
 
 
 def test_permuted_rows_give_permuted_results(implementation: str) -> None:
+    # Interpreted, a row's sum is XLA's, and its order another one in a block than alone: integers are exact in any.
+    values = {"values": ("integers",)} if implementation == "interpret" else {}
+
     @examples(FEW[implementation])
-    @given(cases(implementation))
+    @given(cases(implementation, **values))
     def holds(case: Case) -> None:
         x, weight, order = case.x(), case.weight(), case.rng(6).permutation(case.rows)
         results = norm(implementation, x, weight, **case.options)
