@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import _compat, _launch
+from . import _compat, _launch, reference
 from ._blocks import Block, Exchange, Meeting
 from ._pipeline import Pipeline
 from ._spec import Spec
@@ -172,7 +172,7 @@ def backward(
             def scales() -> Sequence[Any]:
                 if weight_ref is None:
                     return [None] * block.plan.chunks
-                return [spec.scale(weight) for weight in block.columns(weight_ref)]
+                return [reference.scale(weight, spec.weight_offset) for weight in block.columns(weight_ref)]
 
             kept = scales() if plan.keeps_weight else None
             return (scales if kept is None else lambda: kept), block.zeros() if with_dweight else None

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import _launch
+from . import _launch, reference
 from ._blocks import Block, Exchange
 from ._spec import Spec
-from .reference import result_dtype
 from .regimes import Plan
 
 F32 = jnp.float32
@@ -34,7 +33,7 @@ def _body(
     def load_weights() -> list[Any]:
         if weight_ref is None:
             return [None] * block.plan.chunks
-        return [spec.scale(weight) for weight in block.columns(weight_ref)]
+        return [reference.scale(weight, spec.weight_offset) for weight in block.columns(weight_ref)]
 
     def load_rows() -> list[jax.Array]:
         xs = block.load(x_ref)
@@ -74,7 +73,9 @@ def forward(
     x, weight = operands["x"], operands.get("weight")
     if interpret:
         plan = _launch.interpretable(plan)
-    outputs = {"y": jax.ShapeDtypeStruct(x.shape, result_dtype(x.dtype, None if weight is None else weight.dtype))}
+    outputs = {
+        "y": jax.ShapeDtypeStruct(x.shape, reference.result_dtype(x.dtype, None if weight is None else weight.dtype))
+    }
     if "residual" in operands:
         outputs["s"] = jax.ShapeDtypeStruct(x.shape, x.dtype)
     if with_rstd:

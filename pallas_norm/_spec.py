@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-
 Implementation = Literal["mosaic_gpu", "xla", "interpret"]
 
 
@@ -22,8 +19,3 @@ class Spec:
     def rounding(self) -> dict[str, Any]:
         """The options of reference.backward, and with eps those of reference.forward."""
         return {"cast_before_scale": self.cast_before_scale, "weight_offset": self.weight_offset}
-
-    def scale(self, weight: jax.Array) -> jax.Array:
-        """The float32 factor of each column. Adding an offset of 0.0 would turn a weight of -0.0 into 0.0."""
-        wide = weight.astype(jnp.float32)
-        return wide + jnp.float32(self.weight_offset) if self.weight_offset else wide

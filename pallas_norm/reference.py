@@ -45,10 +45,8 @@ def result_dtype(x_dtype: DTypeLike, weight_dtype: DTypeLike | None) -> jnp.dtyp
         return jnp.promote_types(x_dtype, weight_dtype)
 
 
-def _scale(weight: Float[Array, " n"] | None, weight_offset: float) -> Float[Array, " n"] | None:
-    """The float32 factor of each column; None is a factor of one."""
-    if weight is None:
-        return None
+def scale(weight: Float[Array, " n"], weight_offset: float) -> Float[Array, " n"]:
+    """The float32 factor of each column. Adding an offset of 0.0 would turn a weight of -0.0 into 0.0."""
     return weight.astype(F32) + F32(weight_offset) if weight_offset else weight.astype(F32)
 
 
@@ -66,8 +64,7 @@ def forward(
     unit = wide * rstd
     if cast_before_scale:
         unit = round_to(unit, x.dtype).astype(F32)  # Hugging Face rounds here, before the weight
-    scale = _scale(weight, weight_offset)
-    y = unit if scale is None else unit * scale
+    y = unit if weight is None else unit * scale(weight, weight_offset)
     return round_to(y, result_dtype(x.dtype, None if weight is None else weight.dtype)), rstd[..., 0]
 
 
@@ -94,8 +91,7 @@ def input_gradient(
     In the residual form `x` is s, and `ds` the gradient that reaches s from elsewhere: dx = round_to(dx + ds, x.dtype).
     """
     unit = x.astype(F32) * rstd[..., None]
-    scale = _scale(weight, weight_offset)
-    g = dy.astype(F32) if scale is None else dy.astype(F32) * scale
+    g = dy.astype(F32) if weight is None else dy.astype(F32) * scale(weight, weight_offset)
     if cast_before_scale:
         g = round_to(g, x.dtype).astype(F32)
     dx = round_to(rstd[..., None] * (g - unit * jnp.mean(g * unit, axis=-1, keepdims=True)), x.dtype)

@@ -99,7 +99,8 @@ class Row(NamedTuple):
 
 ANY = LARGEST_N * 4
 
-# Times are of an H200, bf16, cold L2; the copy kernel took 67 us where the bytes of x and y are 268 MB.
+# Times are of an H200, bf16, cold L2 (bench/results/tuning_*.json); the copy kernel took 67 us where the bytes of x
+# and y are 268 MB.
 TABLE = (
     Row(1023, ANY, Regime.WARP, 1, 1, "65536 x 896: 57.8 us, CTA 60.2; 65536 x 1024: 67.2 us, CTA 64.8"),
     Row(8192, ANY, Regime.CTA, 1, 1, "16384 x 4096: 66.8 us, 2 warpgroups 74.0; 8192 x 8192: 66.6, 66.6 with 2"),

@@ -69,7 +69,7 @@ def test_what_was_exported_for_cuda_has_the_kernels(function: Callable[..., Any]
 
 def test_what_was_exported_for_cuda_says_so_when_it_is_called_elsewhere() -> None:
     if jax.default_backend() == "gpu":
-        pytest.skip("here it would run")
+        pytest.skip("calls it where it cannot run: needs a machine whose default backend is not CUDA")
     x, weight = operands(128)
     exported = round_trip(forward, x, weight, platform="cuda")
     with pytest.raises(ValueError, match="was exported for platforms"):
@@ -82,7 +82,7 @@ def test_an_exported_forward_pass_can_still_be_differentiated() -> None:
     exported = export.export(jax.jit(forward), platforms=("cpu",))(x, weight)
     again = export.deserialize(exported.serialize(vjp_order=1))
     if jax.default_backend() != "cpu":
-        pytest.skip("runs what was exported for a CPU")
+        pytest.skip("exports for a CPU and runs that: needs CPU as the default backend")
     ours, theirs = (jax.jit(lambda f=f: jax.vjp(f, x, weight)[1](x))() for f in (forward, again.call))
     for own, other in zip(ours, theirs, strict=True):
         assert np.array_equal(own, other)
