@@ -45,7 +45,7 @@ def _norm_backward(spec: Spec, with_rstd: bool, saved: Arrays, cotangents: Array
     if "ds" in given:
         operands["residual"] = gradients["dx"]
     if "weight" in saved:
-        operands["weight"] = reference.round_to(gradients["dweight"], saved["weight"].dtype)
+        operands["weight"] = gradients["dweight"]
     return (operands,)
 
 
@@ -54,7 +54,7 @@ norm.defvjp(_norm_forward, _norm_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gradient(operands: Arrays, spec: Spec) -> Arrays:
-    """dx, with a weight also dweight in float32; of x, rstd, dy, and where given weight and ds."""
+    """dx, with a weight also dweight in its dtype; of x, rstd, dy, and where given weight and ds."""
     return _transforms.backward(operands, spec)
 
 
@@ -72,9 +72,8 @@ def _gradient_backward(spec: Spec, saved: Arrays, cotangents: Arrays) -> tuple[A
         weight, dy, ds = operands.get("weight"), operands["dy"], operands.get("ds")
         results = {"dx": reference.input_gradient(operands["x"], weight, rstd, dy, ds, **spec.rounding)}
         if weight is not None:
-            results["dweight"] = reference.weight_gradient(
-                operands["x"], rstd, dy, cast_before_scale=spec.cast_before_scale
-            )
+            dweight = reference.weight_gradient(operands["x"], rstd, dy, cast_before_scale=spec.cast_before_scale)
+            results["dweight"] = reference.round_to(dweight, weight.dtype)
         return results
 
     _, pullback = jax.vjp(formula, {name: value for name, value in saved.items() if name != "rstd"})

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import _compat, _launch, reference
+from . import _columns, _compat, _launch, reference
 from ._blocks import Block, Exchange, Meeting
 from ._pipeline import Pipeline
 from ._spec import Spec
@@ -78,8 +78,8 @@ def _every_row(
     columns: Callable[[Block], tuple[Callable[[], Sequence[Any]], Chunks | None]],
     *,
     program: jax.Array,
-    programs: int,
-    count: int,
+    programs: Any,
+    count: Any,
     interpret: bool,
 ) -> tuple[Block, Chunks | None]:
     """`gradient` for every programs-th of `count` blocks; returns a block and this program's part of dweight."""
@@ -130,19 +130,43 @@ def _every_row(
 
 
 def backward(
+    operands: dict[str, jax.Array],
+    *,
+    plan: BackwardPlan,
+    spec: Spec,
+    with_dweight: bool,
+    dweight_dtype: Any = F32,
+    interpret: bool,
+) -> dict[str, jax.Array]:
+    """dx, on request dweight, rounded to dweight_dtype; of x (rows, n), rstd, dy, and where given weight and ds."""
+    results = parts(operands, plan=plan, spec=spec, with_dweight=with_dweight, interpret=interpret)
+    if with_dweight:
+        used = parts_of(plan, operands["x"].shape[0])
+        results["dweight"] = _columns.column_sum(results["dweight"], used, dweight_dtype, interpret=interpret)
+    return results
+
+
+def parts_of(plan: BackwardPlan, rows: int) -> int:
+    """Programs, each with its part of dweight, that work on `rows` rows."""
+    blocks, left = _launch.units(plan, rows)
+    return min(plan.programs, blocks) + left
+
+
+def parts(
     operands: dict[str, jax.Array], *, plan: BackwardPlan, spec: Spec, with_dweight: bool, interpret: bool
 ) -> dict[str, jax.Array]:
-    """dx, on request dweight in float32; of x (rows, n), rstd, dy, and where given weight and ds."""
+    """As backward, but of dweight the part of each program, in the first parts_of(...) rows.
+
+    An operand `rows` makes the row count a number of the launch, as in the forward pass.
+    """
     x = operands["x"]
-    rows, n = x.shape
+    nominal_rows, n = x.shape
     if interpret:
         # 0.10's interpreter loses track of a weight that several threads load in a loop.
         plan = dataclasses.replace(_launch.interpretable(plan), keeps_weight=True)
-    blocks, left = _launch.units(plan, rows)
-    programs = min(plan.programs, blocks)
     outputs = {"dx": jax.ShapeDtypeStruct(x.shape, x.dtype)}
     if with_dweight:
-        outputs["dweight"] = jax.ShapeDtypeStruct((programs + left, n), F32)
+        outputs["dweight"] = jax.ShapeDtypeStruct((max(parts_of(plan, nominal_rows), _columns.TILE), n), F32)
     names = [name for name in ("x", "dy", "ds") if name in operands]
     inputs, scratch = dict(operands), {}
     if with_dweight and plan.regime is Regime.WARP:
@@ -150,7 +174,7 @@ def backward(
     if plan.source is Source.PIPELINE:
         shape = pipeline_tile(n, x.dtype.itemsize)
         assert shape is not None
-        inputs |= {name: operands[name].reshape(rows, *shape) for name in names}
+        inputs |= {name: operands[name].reshape(nominal_rows, *shape) for name in names}
         scratch |= {f"{name}_stages": _compat.smem((plan.stages, *shape), operands[name].dtype) for name in names}
         scratch["arrived"] = _compat.barrier(len(names), plan.stages)
 
@@ -159,10 +183,14 @@ def backward(
         *,
         dx_ref: Any,
         rstd_ref: Any,
+        rows_ref: Any = None,
         weight_ref: Any = None,
         dweight_ref: Any = None,
         **refs: Any,
     ) -> None:
+        rows = nominal_rows if rows_ref is None else _compat.number(rows_ref, interpret=interpret)
+        blocks, _ = _launch.units(plan, rows)
+        programs = min(plan.programs, blocks) if isinstance(blocks, int) else lax.min(blocks, plan.programs)
         own = {name: refs.pop(name) for name in scratch}
         sources = {name: refs[f"{name}_ref"] for name in names}
         gradient = functools.partial(_gradient, rstd_ref=rstd_ref, dx_ref=dx_ref, spec=spec)
@@ -192,7 +220,5 @@ def backward(
 
         _launch.for_each_program(plan, programs, rows, full, one_row=one_row, interpret=interpret)
 
-    results = _launch.launch(body, plan, programs + left, inputs, outputs, scratch=scratch, interpret=interpret)
-    if with_dweight:
-        results["dweight"] = jnp.sum(results["dweight"], axis=0)
-    return results
+    grid = parts_of(plan, nominal_rows)
+    return _launch.launch(body, plan, grid, inputs, outputs, scratch=scratch, interpret=interpret)

@@ -43,6 +43,11 @@ class Block:
 
     def load(self, ref: Any) -> list[jax.Array]:
         """The chunks of this block's rows of a (rows, n) reference."""
+        if isinstance(ref, _compat.StridedRows):
+            return [
+                ref.load(self._first_row(), start, self.layout, shape=self.shape, one_row=self.one_row)
+                for start in self._starts()
+            ]
         return [self._load(ref.at[self.row, pl.ds(start, self.plan.span)]) for start in self._starts()]
 
     def load_stage(self, ref: Any) -> list[jax.Array]:
@@ -58,6 +63,9 @@ class Block:
     def store(self, ref: Any, chunks: Sequence[jax.Array]) -> None:
         """The inverse of load."""
         for start, chunk in zip(self._starts(), chunks, strict=True):
+            if isinstance(ref, _compat.StridedRows):
+                ref.store(self._first_row(), start, chunk, self.layout, one_row=self.one_row)
+                continue
             _compat.store(ref.at[self.row, pl.ds(start, self.plan.span)], chunk, interpret=self.interpret)
 
     def row_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
@@ -91,6 +99,13 @@ class Block:
     @property
     def layout(self) -> Any:
         raise NotImplementedError
+
+    @property
+    def one_row(self) -> bool:
+        return True
+
+    def _first_row(self) -> Any:
+        return self.row
 
     def _starts(self) -> list[Any]:
         return [min(j * self.plan.span, self.plan.n - self.plan.span) for j in range(self.plan.chunks)]
@@ -128,6 +143,13 @@ class WarpRows(Block):
     @property
     def layout(self) -> Any:
         return _compat.rows_in_warps(self.plan.lanes, self.plan.vec)
+
+    @property
+    def one_row(self) -> bool:
+        return False
+
+    def _first_row(self) -> Any:
+        return self.row.start
 
     def columns(self, ref: Any) -> list[jax.Array]:
         def spread(start: int) -> jax.Array:

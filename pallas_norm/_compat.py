@@ -7,6 +7,7 @@ Tested: 0.10.2, 0.11.2, 0.12.0.1. What differs between them is named beside each
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import math
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 TESTED_JAX = ((0, 10), (0, 13))  # from, up to but without
@@ -23,7 +26,9 @@ try:
     from jax.experimental.mosaic.gpu import fragmented_array as _fa
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from jaxlib.mlir import ir as _ir
+    from jaxlib.mlir.dialects import arith as _arith
     from jaxlib.mlir.dialects import llvm as _llvm
+    from jaxlib.mlir.dialects import memref as _memref
 
     _IMPORT_ERROR: ImportError | None = None
 except ImportError as error:  # a JAX without Mosaic GPU (some Windows and macOS builds): only the XLA path runs
@@ -256,6 +261,130 @@ def _load_takes_index() -> bool:
 
 
 _LOAD_TAKES_INDEX = _IMPORT_ERROR is None and _load_takes_index()
+
+
+# --- numbers and strides that are known when the kernel is launched --------------------------------------------------
+
+# Mosaic compiles a kernel's parameters as addresses of 256-byte multiples. An address that is not one gives wrong bits
+# silently, wherever the compiler adds a small offset by setting bits (n = 64 at a base 160 bytes past a multiple).
+ADDRESS_UNIT = 256
+
+
+def _index_of(ref: Any) -> Any:
+    """(Mosaic GPU code) The address of `ref`, as an i64."""
+    return _arith.index_cast(_ir.IntegerType.get_signless(64), _memref.extract_aligned_pointer_as_index(ref))
+
+
+def _number_of(ref: Any) -> Any:
+    """(Mosaic GPU code) The number that was passed in place of the address of `ref`, as an i64."""
+    i64 = _ir.IntegerType.get_signless(64)
+    return _arith.divui(_index_of(ref), _arith.constant(i64, ADDRESS_UNIT))
+
+
+def number(ref: Any, *, interpret: bool) -> jax.Array:
+    """The int32 that the launch passed as the address of `ref`, times ADDRESS_UNIT: no memory is read for it.
+
+    A row count in memory would have to be written there before each launch, and costs a read before anything else.
+    An interpreter has no addresses: there it is the element.
+    """
+    if interpret:
+        return ref[0]
+    scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=scalar)
+    def inline(_: Any, ref: Any) -> Any:
+        value = _arith.trunci(_ir.IntegerType.get_signless(32), _number_of(ref))
+        return _fa.FragmentedArray.splat(value, (), is_signed=True)
+
+    return inline(ref)
+
+
+@dataclasses.dataclass(frozen=True)
+class StridedRows:
+    """A (rows, n) reference whose row r begins offset + (r // group) * outer + (r % group) * inner bytes from its
+    address.
+
+    Pallas takes strides from the shape, which is static. Numbers passed at the launch (see `number`) serve every one.
+    """
+
+    ref: Any
+    group: Any
+    offset: Any
+    outer: Any
+    inner: Any
+
+    @property
+    def dtype(self) -> Any:
+        return self.ref.dtype
+
+    def load(self, row: Any, start: Any, layout: Any, *, shape: tuple[int, ...], one_row: bool) -> jax.Array:
+        """`shape` elements from column `start` on: of one row, or of shape[0] rows from `row` on."""
+        returned = plgpu.ShapeDtypeStruct(shape, self.dtype, layout=layout)
+
+        @plgpu.inline_mgpu(arg_types=self._types(), return_type=returned)
+        def inline(_: Any, *arguments: Any) -> Any:
+            fragment, element = layout.to_mgpu(), arguments[0].type.element_type
+            vector = fragment.registers_element_type(element)
+            registers = np.empty(fragment.registers_shape(shape), dtype=object)
+            addresses = _addresses(fragment, shape, *arguments, one_row=one_row)
+            for index, address in zip(np.ndindex(*registers.shape), addresses, strict=True):
+                registers[index] = _llvm.load(vector, address)
+            return _fa.FragmentedArray(_registers=registers, _layout=fragment, _is_signed=None)
+
+        return inline(*self._arguments(row, start))
+
+    def store(self, row: Any, start: Any, value: jax.Array, layout: Any, *, one_row: bool) -> None:
+        """The inverse of load."""
+        shape = value.shape
+
+        @plgpu.inline_mgpu(arg_types=(*self._types(), layout))
+        def inline(_: Any, *arguments: Any) -> None:
+            *arguments, fragments = arguments
+            addresses = _addresses(fragments.layout, shape, *arguments, one_row=one_row)
+            for index, address in zip(np.ndindex(*fragments.registers.shape), addresses, strict=True):
+                _llvm.store(fragments.registers[index], address)
+
+        inline(*self._arguments(row, start), value)
+
+    def _types(self) -> tuple[Any, ...]:
+        return (plgpu.RefType(),) * 5 + (plgpu.Layout.WG_SPLAT(()),) * 2
+
+    def _arguments(self, row: Any, start: Any) -> tuple[Any, ...]:
+        return self.ref, self.group, self.offset, self.outer, self.inner, jnp.int32(row), jnp.int32(start)
+
+
+def _addresses(
+    layout: Any,
+    shape: tuple[int, ...],
+    ref: Any,
+    group: Any,
+    offset: Any,
+    outer: Any,
+    inner: Any,
+    row: Any,
+    start: Any,
+    *,
+    one_row: bool,
+) -> Iterator[Any]:
+    """(Mosaic GPU code) The address of each register's first element, in the order of the registers."""
+    i32, i64 = (_ir.IntegerType.get_signless(width) for width in (32, 64))
+    element_bytes = _arith.constant(i64, _ir.MemRefType(ref.type).element_type.width // 8)
+    first_row, first_column = (scalar.registers.item() for scalar in (row, start))
+    base, outer, inner = _arith.addi(_index_of(ref), _number_of(offset)), _number_of(outer), _number_of(inner)
+    group = _arith.trunci(i32, _number_of(group))
+    for indices in layout.thread_idxs(shape):
+        *leading, column = (_arith.index_cast(i32, index) for index in indices)
+        row = first_row
+        if leading and one_row:
+            column = _arith.addi(column, _arith.muli(leading[0], _arith.constant(i32, shape[1])))
+        elif leading:
+            row = _arith.addi(row, leading[0])
+        parts = (
+            _arith.muli(_arith.extui(i64, _arith.divui(row, group)), outer),
+            _arith.muli(_arith.extui(i64, _arith.remui(row, group)), inner),
+            _arith.muli(_arith.extui(i64, _arith.addi(first_column, column)), element_bytes),
+        )
+        yield _llvm.inttoptr(_llvm.PointerType.get(1), functools.reduce(_arith.addi, parts, base))
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from . import _backward, _compat, _forward, reference
@@ -119,19 +121,27 @@ def forward(operands: Arrays, spec: Spec, *, with_rstd: bool) -> Arrays:
     return _choose(by_kernel, by_reference, operands, spec)
 
 
-def backward(operands: Arrays, spec: Spec, *, with_dweight: bool) -> Arrays:
-    """dx, on request dweight in float32; of x (rows, n), rstd, dy, and where given weight and ds."""
+def backward(operands: Arrays, spec: Spec, *, with_dweight: bool, dweight_dtype: Any = jnp.float32) -> Arrays:
+    """dx, on request dweight, rounded to dweight_dtype; of x (rows, n), rstd, dy, and where given weight and ds."""
 
     def by_reference(operands: Arrays) -> Arrays:
         x, weight, rstd, dy, ds = (operands.get(name) for name in ("x", "weight", "rstd", "dy", "ds"))
         gradients = {"dx": reference.input_gradient(x, weight, rstd, dy, ds, **spec.rounding)}
         if with_dweight:
-            gradients["dweight"] = reference.weight_gradient(x, rstd, dy, cast_before_scale=spec.cast_before_scale)
+            exact = reference.weight_gradient(x, rstd, dy, cast_before_scale=spec.cast_before_scale)
+            gradients["dweight"] = reference.round_to(exact, dweight_dtype)
         return gradients
 
     def by_kernel(operands: Arrays, *, interpret: bool) -> Arrays:
         x, dy = operands["x"], operands["dy"]
         plan = backward_plan_for(x.shape[1], x.dtype, dy_dtype=dy.dtype, residual="ds" in operands)
-        return _backward.backward(operands, plan=plan, spec=spec, with_dweight=with_dweight, interpret=interpret)
+        return _backward.backward(
+            operands,
+            plan=plan,
+            spec=spec,
+            with_dweight=with_dweight,
+            dweight_dtype=dweight_dtype,
+            interpret=interpret,
+        )
 
     return _choose(by_kernel, by_reference, operands, spec)

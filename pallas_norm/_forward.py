@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import _launch, reference
+from . import _compat, _launch, reference
 from ._blocks import Block, Exchange
 from ._spec import Spec
 from .regimes import Plan
@@ -69,7 +69,11 @@ def forward(
     operands: dict[str, jax.Array], *, plan: Plan, spec: Spec, with_rstd: bool, interpret: bool
 ) -> dict[str, jax.Array]:
     """y, with a residual also s, on request rstd; of x (rows, n), and where given residual and weight. One program a
-    block."""
+    block.
+
+    An operand `rows` makes the row count a number of the launch, and those of `_launch.strided` make the strides
+    of the rows such numbers; the shape of x then bounds nothing.
+    """
     x, weight = operands["x"], operands.get("weight")
     if interpret:
         plan = _launch.interpretable(plan)
@@ -80,13 +84,16 @@ def forward(
         outputs["s"] = jax.ShapeDtypeStruct(x.shape, x.dtype)
     if with_rstd:
         outputs["rstd"] = jax.ShapeDtypeStruct(x.shape[:1], F32)
-    blocks, left = _launch.units(plan, len(x))
 
-    def body(exchange: Exchange | None, **refs: Any) -> None:
+    def body(exchange: Exchange | None, *, rows_ref: Any = None, **refs: Any) -> None:
+        rows = len(x) if rows_ref is None else _compat.number(rows_ref, interpret=interpret)
+        refs = _launch.strided(refs)
+
         def full(program: jax.Array) -> None:
             _body(_launch.block(plan, program, exchange, 0, interpret=interpret), **refs, spec=spec)
 
         one_row = functools.partial(_body, **refs, spec=spec)
-        _launch.for_each_program(plan, blocks, len(x), full, one_row=one_row, interpret=interpret)
+        blocks, _ = _launch.units(plan, rows)
+        _launch.for_each_program(plan, blocks, rows, full, one_row=one_row, interpret=interpret)
 
-    return _launch.launch(body, plan, blocks + left, operands, outputs, interpret=interpret)
+    return _launch.launch(body, plan, sum(_launch.units(plan, len(x))), operands, outputs, interpret=interpret)

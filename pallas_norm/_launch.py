@@ -84,9 +84,28 @@ def interpretable(plan: AnyPlan) -> AnyPlan:
     return dataclasses.replace(plan, warpgroups=min(plan.workers, 4), cluster=1)
 
 
-def units(plan: Plan, rows: int) -> tuple[int, int]:
+def units(plan: Plan, rows: Any) -> tuple[Any, Any]:
     """(full blocks of plan.block rows, rows left over)."""
-    return divmod(rows, plan.block)
+    if plan.block == 1:
+        return rows, 0
+    if isinstance(rows, int):
+        return divmod(rows, plan.block)
+    return lax.div(rows, plan.block), lax.rem(rows, plan.block)
+
+
+def strided(refs: dict[str, Any]) -> dict[str, Any]:
+    """The references, those of rows at strides of the launch's choice (`group` is among them) wrapped as such."""
+    group = refs.pop("group_ref", None)
+    if group is None:
+        return refs
+    levels = ("offset", "outer", "inner")
+    strides = {name: refs.pop(name) for name in list(refs) if name.removesuffix("_ref").endswith(levels)}
+
+    def wrapped(name: str, ref: Any) -> Any:
+        given = [strides.get(f"{name.removesuffix('_ref')}_{level}_ref") for level in levels]
+        return ref if any(level is None for level in given) else _compat.StridedRows(ref, group, *given)
+
+    return {name: wrapped(name, ref) for name, ref in refs.items()}
 
 
 def block(plan: Plan, index: Any, exchange: Exchange | None, slot: Any, *, interpret: bool) -> Block:
@@ -100,8 +119,8 @@ def block(plan: Plan, index: Any, exchange: Exchange | None, slot: Any, *, inter
 
 def for_each_program(
     plan: Plan,
-    programs: int,
-    rows: int,
+    programs: Any,
+    rows: Any,
     full: Callable[[Any], None],
     *,
     one_row: Callable[[Block], None],
@@ -118,9 +137,10 @@ def for_each_program(
     def left_over() -> None:
         one_row(OneRow(plan, program - programs + blocks * plan.block, interpret))
 
-    if not left:
+    known = isinstance(left, int)
+    if known and not left:
         full(program)
-    elif not blocks:
+    elif known and not blocks:
         left_over()
     else:
         pl.when(program < programs)(lambda: full(program))

@@ -46,9 +46,11 @@ def _on_rows(function: Function) -> Function:
     return call
 
 
-def _partitioned(function: Function, operands: Iterable[str], results: Iterable[str], rank: int) -> Function:
-    """`function` with a Shardy rule: batch axes stay as they are, n is not split, columns are summed over the
-    devices."""
+def _partitioned(
+    function: Function, part: Function, operands: Iterable[str], results: Iterable[str], rank: int
+) -> Function:
+    """`function` with a Shardy rule: batch axes stay as they are, n is not split. Columns are summed over the devices:
+    those of `part`, which does not round them."""
     batch = " ".join(f"b{axis}" for axis in range(rank - 1))
 
     def factors(name: str) -> str:
@@ -62,13 +64,14 @@ def _partitioned(function: Function, operands: Iterable[str], results: Iterable[
             spec = (None,) if name in COLUMNS else rows if name in PER_ROW else (*rows, None)
             return NamedSharding(mesh, PartitionSpec(*spec))
 
-        def local(operands: Arrays) -> Arrays:
-            return {
-                name: lax.psum(value, tuple(axes)) if name in COLUMNS and axes else value
-                for name, value in function(operands).items()
-            }
+        def summed(operands: Arrays) -> Arrays:
+            results = part(operands)
+            for name in results.keys() & set(COLUMNS):
+                results[name] = reference.round_to(lax.psum(results[name], tuple(axes)), operands["weight"].dtype)
+            return results
 
-        return mesh, local, {name: sharding(name) for name in results}, ({name: sharding(name) for name in operands},)
+        of_results, of_operands = ({name: sharding(name) for name in names} for names in (results, operands))
+        return mesh, summed if axes else function, of_results, (of_operands,)
 
     wrapped = custom_partitioning(function)
     wrapped.def_partition(
@@ -80,11 +83,14 @@ def _partitioned(function: Function, operands: Iterable[str], results: Iterable[
     return wrapped
 
 
-def _operation(function: Function, spec: Spec, operands: Arrays, results: Iterable[str]) -> Arrays:
+def _operation(
+    function: Function, spec: Spec, operands: Arrays, results: Iterable[str], part: Function | None = None
+) -> Arrays:
+    """`part` is `function` for a part of the rows, whose columns are still to be summed and rounded."""
     call = _on_rows(function)
     if spec.implementation == "interpret":  # an interpreted kernel cannot run inside custom_partitioning
         return call(operands)
-    return _partitioned(call, operands, results, operands["x"].ndim)(operands)
+    return _partitioned(call, _on_rows(part or function), operands, results, operands["x"].ndim)(operands)
 
 
 def _batched(call: Function, with_leading_axis: Function | None = None) -> Function:
@@ -119,7 +125,7 @@ def forward(operands: Arrays, spec: Spec, *, with_rstd: bool) -> Arrays:
 
 
 def backward(operands: Arrays, spec: Spec) -> Arrays:
-    """dx, with a weight also dweight in float32; of x, rstd, dy, and where given weight and ds. x is (..., n)."""
+    """dx, with a weight also dweight in its dtype; of x, rstd, dy, and where given weight and ds. x is (..., n)."""
 
     def rows_only(operands: Arrays) -> Arrays:
         function = functools.partial(_dispatch.backward, spec=spec, with_dweight=False)
@@ -129,14 +135,16 @@ def backward(operands: Arrays, spec: Spec) -> Arrays:
         return _batched(rows_only)(operands)
 
     def whole(operands: Arrays) -> Arrays:
-        function = functools.partial(_dispatch.backward, spec=spec, with_dweight=True)
-        return _operation(function, spec, operands, ["dx", "dweight"])
+        part = functools.partial(_dispatch.backward, spec=spec, with_dweight=True)
+        function = functools.partial(part, dweight_dtype=operands["weight"].dtype)
+        return _operation(function, spec, operands, ["dx", "dweight"], part)
 
     def with_leading_axis(operands: Arrays) -> Arrays:
         # Each member has a dweight of its own, so the kernel, which adds up all rows, cannot give it. The members may
         # be many and small (one row each where a program is written for one token), so they are not looped over either.
         def dweight(x: jax.Array, rstd: jax.Array, dy: jax.Array) -> jax.Array:
-            return reference.weight_gradient(x, rstd, dy, cast_before_scale=spec.cast_before_scale)
+            exact = reference.weight_gradient(x, rstd, dy, cast_before_scale=spec.cast_before_scale)
+            return reference.round_to(exact, operands["weight"].dtype)
 
         rows = operands["x"], operands["rstd"], operands["dy"]
         return _batched(rows_only)(operands) | {"dweight": jax.vmap(dweight)(*rows)}

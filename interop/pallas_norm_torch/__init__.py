@@ -3,6 +3,8 @@
 try:
     from .exchange import to_jax as to_jax
     from .exchange import to_torch as to_torch
+    from .ops import add_rms_norm as add_rms_norm
+    from .ops import rms_norm as rms_norm
 except ModuleNotFoundError as error:
     if error.name != "torch":  # whatever is missing, torch is not
         raise

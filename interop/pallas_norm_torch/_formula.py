@@ -1,0 +1,49 @@
+"""The backward formula as torch operations: what its own derivative is taken of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pallas_norm._spec import Spec
+
+Tensor = torch.Tensor
+
+
+def gradients(
+    x: Tensor, weight: Tensor | None, dy: Tensor, ds: Tensor | None, spec: Spec
+) -> tuple[Tensor, Tensor | None]:
+    """(dx, dweight) with the roundings of the kernel, and its sums in float32."""
+    wide = x.float()
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + spec.eps)
+    unit = wide * rstd
+    g = dy.float() if weight is None else dy.float() * (weight.float() + spec.weight_offset)
+    if spec.cast_before_scale:
+        g = g.to(x.dtype).float()
+    dx = (rstd * (g - unit * (g * unit).mean(-1, keepdim=True))).to(x.dtype)
+    if ds is not None:
+        dx = dx + ds
+    if weight is None:
+        return dx, None
+    factor = unit.to(x.dtype).float() if spec.cast_before_scale else unit
+    return dx, (dy.float() * factor).sum(tuple(range(x.ndim - 1))).to(weight.dtype)
+
+
+def second_order(
+    operands: Sequence[Tensor | None], ddx: Tensor, ddweight: Tensor | None, spec: Spec
+) -> tuple[Tensor | None, ...]:
+    """The gradients with respect to x, weight, dy and ds of <ddx, dx> + <ddweight, dweight>."""
+    given = [tensor for tensor in operands if tensor is not None]
+
+    def outputs(*values: Tensor) -> tuple[Tensor, ...]:
+        left = iter(values)
+        x, weight, dy, ds = (None if tensor is None else next(left) for tensor in operands)
+        assert x is not None
+        assert dy is not None
+        dx, dweight = gradients(x, weight, dy, ds, spec)
+        return (dx,) if ddweight is None or dweight is None else (dx, dweight)
+
+    _, pullback = torch.func.vjp(outputs, *given)
+    found = iter(pullback((ddx,) if ddweight is None else (ddx, ddweight)))
+    return tuple(None if tensor is None else next(found) for tensor in operands)

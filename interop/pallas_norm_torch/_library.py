@@ -1,0 +1,263 @@
+"""The operators pallas_norm::rms_norm, add_rms_norm and rms_norm_backward: what torch.compile, torch.export, functorch
+and autograd see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pallas_norm._spec import Spec
+
+from . import _formula, _validate, direct, through_jax
+
+Tensor = torch.Tensor
+# The options every operator takes, in this order; a Spec by another name, which schemas can say.
+OPTIONS = "float eps, bool cast_before_scale, float weight_offset"
+
+library = torch.library.Library("pallas_norm", "DEF")
+TAGS = (torch.Tag.pt2_compliant_tag,)
+library.define(f"rms_norm(Tensor x, Tensor? weight, {OPTIONS}) -> (Tensor, Tensor)", tags=TAGS)
+library.define(
+    f"add_rms_norm(Tensor x, Tensor residual, Tensor? weight, {OPTIONS}) -> (Tensor, Tensor, Tensor)", tags=TAGS
+)
+library.define(
+    "rms_norm_backward(Tensor x, Tensor? weight, Tensor rstd, Tensor dy, Tensor? ds, "
+    f"{OPTIONS}, bool with_dweight) -> (Tensor, Tensor)",
+    tags=TAGS,
+)
+
+
+def path(x: Tensor) -> Any:
+    """The module whose forward and backward a call takes."""
+    if x.is_cuda and direct.unavailable(x.shape[-1], x.device.index) is None:
+        return direct
+    return through_jax
+
+
+# --- what they compute ------------------------------------------------------------------------------------------------
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    _validate.operands(x, None, weight, with_residual=False)
+    y, _, rstd = path(x).forward(x, None, weight, Spec(*options), with_rstd=True)
+    return y, rstd
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _validate.operands(x, residual, weight, with_residual=True)
+    return path(x).forward(x, residual, weight, Spec(*options), with_rstd=True)
+
+
+def _rms_norm_backward(
+    x: Tensor, weight: Tensor | None, rstd: Tensor, dy: Tensor, ds: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    *options, with_dweight = options
+    dx, dweight = path(x).backward(x, weight, rstd, dy, ds, Spec(*options), with_dweight=with_dweight)
+    return dx, dweight if with_dweight and dweight is not None else x.new_empty(0)
+
+
+IMPLEMENTATIONS = {"rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm, "rms_norm_backward": _rms_norm_backward}
+for name, function in IMPLEMENTATIONS.items():
+    library.impl(name, function, "CompositeExplicitAutograd")
+
+
+# --- what they return, without computing it ---------------------------------------------------------------------------
+
+
+def _like(x: Tensor, weight: Tensor | None) -> Tensor:
+    return torch.empty(x.shape, dtype=direct.result_dtype(x, weight), device=x.device)
+
+
+def _rstd_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+
+
+@torch.library.register_fake("pallas_norm::rms_norm", lib=library)
+def _(x: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    del options
+    _validate.operands(x, None, weight, with_residual=False)
+    return _like(x, weight), _rstd_like(x)
+
+
+@torch.library.register_fake("pallas_norm::add_rms_norm", lib=library)
+def _(x: Tensor, residual: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    del options
+    _validate.operands(x, residual, weight, with_residual=True)
+    return _like(x, weight), _like(x, None), _rstd_like(x)
+
+
+@torch.library.register_fake("pallas_norm::rms_norm_backward", lib=library)
+def _(
+    x: Tensor, weight: Tensor | None, rstd: Tensor, dy: Tensor, ds: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    del rstd, dy, ds
+    with_dweight = options[-1] and weight is not None
+    return _like(x, None), torch.empty_like(weight) if with_dweight else x.new_empty(0)
+
+
+# --- differentiation --------------------------------------------------------------------------------------------------
+
+
+class Norm(torch.autograd.Function):
+    """(y, rstd), with a residual (y, s, rstd); of x, residual, weight and the options."""
+
+    @staticmethod
+    def forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, *options: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            if residual is None:
+                return torch.ops.pallas_norm.rms_norm(x, weight, *options)
+            return torch.ops.pallas_norm.add_rms_norm(x, residual, weight, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, residual, weight, *ctx.options = inputs
+        *_, rstd = output
+        ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if residual is None else output[1], weight, rstd)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        ds = others[0] if len(others) == 2 else None
+        wants_x, wants_residual, wants_weight, *options = ctx.needs_input_grad
+        nothing = (None,) * len(options)
+        if dy is None:
+            if ds is None:
+                return None, None, None, *nothing
+            dy = x.new_zeros(x.shape, dtype=direct.result_dtype(x, weight))
+        dx, dweight = Gradient.apply(x, weight, rstd, dy, ds, *ctx.options, wants_weight)
+        return dx if wants_x else None, dx if wants_residual else None, dweight if wants_weight else None, *nothing
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return _members(Norm.apply, info.batch_size, in_dims, arguments, weight_at=2, shared_results=())
+
+
+class Gradient(torch.autograd.Function):
+    """(dx, dweight), differentiable by its formula, in which rstd is computed again from x."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.pallas_norm.rms_norm_backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _, dy, ds, *ctx.options, ctx.with_dweight = inputs
+        if not ctx.with_dweight:
+            ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, dy, ds)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor, ddweight: Tensor) -> tuple[Any, ...]:
+        cotangent = ddweight if ctx.with_dweight else None
+        x, weight, dy, ds = _formula.second_order(ctx.saved_tensors, ddx, cotangent, Spec(*ctx.options))
+        return x, weight, None, dy, ds, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return _members_of_gradient(Gradient.apply, info.batch_size, in_dims, arguments)
+
+
+def _rms_norm_autograd(x: Tensor, weight: Tensor | None, *options: Any) -> Any:
+    return Norm.apply(x, None, weight, *options)
+
+
+library.impl("rms_norm", _rms_norm_autograd, "Autograd")
+library.impl("add_rms_norm", Norm.apply, "Autograd")
+library.impl("rms_norm_backward", Gradient.apply, "Autograd")
+
+
+class EagerNorm(torch.autograd.Function):
+    """Norm for plain tensors: without the operators' dispatch and with the context in forward, which saves most of
+    190 us a call."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> Any:
+        y, s, rstd = path(x).forward(x, residual, weight, spec, with_rstd=True)
+        ctx.spec = spec
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if s is None else s, weight, rstd)
+        return y if s is None else (y, s)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> tuple[Any, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        wants_x, wants_residual, wants_weight, _ = ctx.needs_input_grad
+        if dy is None:
+            if ds is None:
+                return None, None, None, None
+            dy = x.new_zeros(x.shape, dtype=direct.result_dtype(x, weight))
+        spec = ctx.spec
+        if torch.is_grad_enabled():  # to be differentiated again
+            options = spec.eps, spec.cast_before_scale, spec.weight_offset
+            dx, dweight = Gradient.apply(x, weight, rstd, dy, ds, *options, wants_weight)
+        else:
+            dx, dweight = path(x).backward(x, weight, rstd, dy, ds, spec, with_dweight=wants_weight)
+        return dx if wants_x else None, dx if wants_residual else None, dweight if wants_weight else None, None
+
+
+# --- vmap: one more leading axis, where the weight is shared; a loop where each member has a column of its own --------
+
+
+def _members(
+    call: Callable[..., Any],
+    size: int,
+    in_dims: tuple[Any, ...],
+    arguments: tuple[Any, ...],
+    *,
+    weight_at: int,
+    loop: bool = False,
+    shared_results: tuple[int, ...],
+) -> tuple[Any, tuple[Any, ...]]:
+    """weight_at: which argument is (n,); the other tensors are (..., n) or (...). shared_results: results without an
+    axis, if there is no loop."""
+
+    def moved(position: int, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if in_dims[position] is not None:
+            return value.movedim(in_dims[position], 0)
+        return value if position == weight_at else value.expand(size, *value.shape)
+
+    whole = [moved(position, value) for position, value in enumerate(arguments)]
+    if not loop and in_dims[weight_at] is None:
+        results = call(*whole)
+        return results, tuple(None if i in shared_results else 0 for i in range(len(results)))
+
+    def member(index: int) -> list[Any]:
+        own = [isinstance(v, Tensor) and (i != weight_at or in_dims[i] is not None) for i, v in enumerate(whole)]
+        return [value[index] if is_own else value for value, is_own in zip(whole, own, strict=True)]
+
+    looped = zip(*(call(*member(index)) for index in range(size)), strict=True)
+    results = tuple(torch.stack(values) for values in looped)
+    return results, (0,) * len(results)
+
+
+def _members_of_gradient(
+    call: Callable[..., Any], size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
+) -> Any:
+    with_dweight = arguments[-1]
+    return _members(call, size, in_dims, arguments, weight_at=1, loop=with_dweight, shared_results=(1,))
+
+
+def _vmap_rms_norm(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    operator = torch.ops.pallas_norm.rms_norm
+    return _members(operator, info.batch_size, in_dims, arguments, weight_at=1, shared_results=())
+
+
+def _vmap_add_rms_norm(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    operator = torch.ops.pallas_norm.add_rms_norm
+    return _members(operator, info.batch_size, in_dims, arguments, weight_at=2, shared_results=())
+
+
+def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    return _members_of_gradient(torch.ops.pallas_norm.rms_norm_backward, info.batch_size, in_dims, arguments)
+
+
+torch.library.register_vmap("pallas_norm::rms_norm", _vmap_rms_norm, lib=library)
+torch.library.register_vmap("pallas_norm::add_rms_norm", _vmap_add_rms_norm, lib=library)
+torch.library.register_vmap("pallas_norm::rms_norm_backward", _vmap_backward, lib=library)

@@ -1,0 +1,192 @@
+"""What a call is given, checked before anything is launched: each message says what came, what was needed, what to
+do."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+
+Tensor = torch.Tensor
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DEVICES = ("cpu", "cuda")
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}[{','.join(map(str, value.shape))}] on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; needed a torch.Tensor: wrap it with torch.as_tensor "
+            "(a JAX or NumPy array: use pallas_norm.rms_norm)"
+        )
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} has the layout {value.layout}; needed torch.strided: pass {name}.to_dense()")
+    if value.is_quantized:
+        raise TypeError(f"{name} is quantized ({value.dtype}); needed a plain tensor: pass {name}.dequantize()")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} is {describe(value)}; needed bfloat16, float16 or float32: cast it with {name}.to")
+    if value.device.type not in DEVICES and value.device.type != "meta":
+        raise NotImplementedError(
+            f"{name} is on the device {value.device}; needed cpu or cuda: move it with {name}.to first"
+        )
+    return value
+
+
+def operands(x: Any, residual: Any, weight: Any, *, with_residual: bool) -> None:
+    x = _tensor("x", x)
+    if x.ndim == 0:
+        raise ValueError(f"x is {describe(x)}; needed at least one axis: the last one is normalised")
+    if x.shape[-1] == 0:
+        raise ValueError(f"x is {describe(x)}; needed a last axis of at least one element: it is normalised")
+    if with_residual:
+        if residual is None:
+            raise TypeError("residual is None; needed a tensor: call rms_norm where there is nothing to add")
+        residual = _tensor("residual", residual)
+        if residual.device != x.device:
+            raise ValueError(f"residual is on {residual.device} but x is on {x.device}; move one of them with .to")
+        if residual.shape != x.shape or residual.dtype != x.dtype:
+            error = ValueError if residual.shape != x.shape else TypeError
+            raise error(
+                f"residual is {describe(residual)} but x is {describe(x)}; needed the same shape and dtype: "
+                "expand or cast it first"
+            )
+    if weight is not None:
+        weight = _tensor("weight", weight)
+        if weight.device != x.device:
+            raise ValueError(f"weight is on {weight.device} but x is on {x.device}; move one of them with .to")
+        if weight.shape != x.shape[-1:]:
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)} but the last axis of x has length {x.shape[-1]} "
+                f"(x: {describe(x)}); pass the weight of this layer, or slice x"
+            )
+
+
+def number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} is a tensor ({describe(value)}); needed a Python float, because it is compiled into the kernel: "
+            f"pass {name}.item()"
+        )
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {describe(value)}; needed a Python float: pass float({name})")
+    try:
+        value = float(value)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value) or abs(value) > LARGEST_FLOAT32:
+        raise ValueError(f"{name} is {value}; needed a finite float32 number")
+    return value
+
+
+def eps(value: Any) -> float:
+    value = number("eps", value)
+    if value < 0:
+        raise ValueError(f"eps is {value}; needed eps >= 0: it is added to a mean of squares")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {describe(value)}; needed True or False")
+    return value
+
+
+def weight_offset(value: Any, weight: Any) -> float:
+    value = number("weight_offset", value)
+    if value and weight is None:
+        raise ValueError(f"weight_offset is {value} but weight is None: there is nothing to add it to; pass a weight")
+    return value
+
+
+def out(value: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype, *, differentiates: bool) -> None:
+    """`out` may be x itself, or share no memory with an operand."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"out is a {type(value).__name__}; needed a torch.Tensor or None")
+    if value.layout is not torch.strided:
+        raise TypeError(f"out has the layout {value.layout}; needed torch.strided")
+    if value.device != x.device:
+        raise ValueError(f"out is on {value.device} but x is on {x.device}; make it with device=x.device")
+    if value.shape != x.shape:
+        raise ValueError(
+            f"out is {describe(value)} but x is {describe(x)}; needed the shape of x: make it with torch.empty_like(x)"
+        )
+    if value.dtype != dtype:
+        needed = str(dtype).removeprefix("torch.")
+        raise TypeError(
+            f"out is {describe(value)}; needed {needed}, which is what x and weight promote to: "
+            f"make it with torch.empty_like(x, dtype=torch.{needed})"
+        )
+    if differentiates:
+        raise ValueError(
+            "out= was given while an operand requires grad, and autograd cannot record that; "
+            "needed torch.no_grad(), detached operands, or a call without out="
+        )
+    if value.requires_grad:
+        raise ValueError("out requires grad, and autograd cannot record what is written to it; pass out.detach()")
+    if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
+        raise ValueError(
+            f"out is {describe(value)} with strides {value.stride()}, so several of its elements are one; "
+            "needed memory of its own for each: pass a tensor that was not expanded"
+        )
+    same_rows = value.data_ptr() == x.data_ptr() and value.stride() == x.stride() and value.dtype == x.dtype
+    if not same_rows and _may_overlap(value, x):
+        raise ValueError(
+            "out overlaps x without being x: rows would be written before they are read; "
+            "pass out=x to work in place, or memory of its own"
+        )
+    if weight is not None and _may_overlap(value, weight):
+        raise ValueError("out overlaps weight, which every row reads; pass memory of its own")
+
+
+def _may_overlap(left: Tensor, right: Tensor) -> bool:
+    """Whether the memory between the first and the last element of each has something in common, and is one storage's.
+
+    Interleaved tensors, such as two slices of the columns of one, do not overlap if their columns do not.
+    """
+    if left.numel() == 0 or right.numel() == 0:
+        return False
+    if left.untyped_storage().data_ptr() != right.untyped_storage().data_ptr():
+        return False
+
+    def span(tensor: Tensor) -> tuple[int, int]:
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+
+    (left_start, left_end), (right_start, right_end) = span(left), span(right)
+    if left_end <= right_start or right_end <= left_start:
+        return False
+    if left.ndim == right.ndim and left.stride() == right.stride() and left.element_size() == right.element_size():
+        # Columns of the same rows: equal strides, so only the offset within the smallest row stride matters.
+        period = min((s for s in left.stride()[:-1] if s), default=0) * left.element_size()
+        width = left.shape[-1] * left.element_size()
+        distance = (right_start - left_start) % period if period else 0
+        if left.stride(-1) == 1 and period and width <= distance <= period - width:
+            return False
+    return True
+
+
+def no_tangents(*tensors: Any) -> None:
+    """Forward mode has no rule here, and must not come out as zeros."""
+    transforms = torch._C._functorch
+    stack = transforms.get_interpreter_stack()
+    if stack and any(interpreter.key() == transforms.TransformType.Jvp for interpreter in stack):
+        raise NotImplementedError(
+            "forward-mode differentiation (torch.func.jvp) of rms_norm is not implemented; use reverse mode: "
+            "torch.func.vjp, grad or jacrev"
+        )
+    if torch.autograd.forward_ad._current_level >= 0 and any(
+        isinstance(tensor, Tensor) and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+        for tensor in tensors
+    ):
+        raise NotImplementedError(
+            "forward-mode differentiation (torch.autograd.forward_ad) of rms_norm is not implemented; use reverse "
+            "mode: torch.autograd.grad or backward"
+        )

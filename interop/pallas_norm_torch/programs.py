@@ -1,0 +1,87 @@
+"""Which kernels the direct launch needs: as JAX functions whose row count and strides come with the launch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from pallas_norm import _backward, _columns, _forward
+from pallas_norm._spec import Spec
+from pallas_norm.regimes import Plan, backward_plan_for, plan_for
+
+# The shape with which a kernel is traced; it bounds nothing. A multiple of every block; below 2^31 CTAs with clusters.
+NOMINAL_ROWS = 1 << 24
+
+Kind = Literal["forward", "backward", "column_sum"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """Everything that a kernel's code depends on, beside the device. `direct` makes one for each, so that identity is
+    equality, and cheap.
+
+    dtypes: of the arrays that go in, by name and in this order. Numbers of the launch follow them: `rows`, and with
+        `strided` the group and strides of the rows (see pallas_norm._compat.StridedRows).
+    outputs: names, in this order.
+    """
+
+    kind: Kind
+    n: int
+    dtypes: tuple[tuple[str, str], ...]
+    outputs: tuple[str, ...]
+    spec: Spec
+    strided: bool = False
+    dweight_dtype: str = "float32"  # of column_sum
+
+    @functools.cached_property
+    def plan(self) -> Plan | None:
+        dtypes = dict(self.dtypes)
+        if self.kind == "forward":
+            return plan_for(self.n, dtypes["x"])
+        if self.kind == "backward":
+            return backward_plan_for(self.n, dtypes["x"], dy_dtype=dtypes["dy"], residual="ds" in dtypes)
+        return None
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        if not self.strided:
+            return ("rows",)
+        rows_of = [name for name in (*dict(self.dtypes), *self.outputs) if name in ("x", "residual", "y", "s")]
+        return ("rows", "group", *(f"{name}_{level}" for name in rows_of for level in ("offset", "outer", "inner")))
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (*dict(self.dtypes), *self.numbers)
+
+    @property
+    def structs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        shapes = {"weight": (self.n,), "rstd": (NOMINAL_ROWS,)}
+        arrays = [jax.ShapeDtypeStruct(shapes.get(name, (NOMINAL_ROWS, self.n)), dtype) for name, dtype in self.dtypes]
+        return (*arrays, *(jax.ShapeDtypeStruct((1,), jnp.int32) for _ in self.numbers))
+
+    def function(self) -> Callable[..., Any]:
+        def kernel(*values: jax.Array) -> Any:
+            operands = dict(zip(self.inputs, values, strict=True))
+            if self.kind == "column_sum":
+                return _columns.column_sum(operands["parts"], operands["rows"], self.dweight_dtype, interpret=False)
+            if self.kind == "forward":
+                results = _forward.forward(
+                    operands, plan=self.plan, spec=self.spec, with_rstd="rstd" in self.outputs, interpret=False
+                )
+            else:
+                results = _backward.parts(
+                    operands, plan=self.plan, spec=self.spec, with_dweight="dweight" in self.outputs, interpret=False
+                )
+            return tuple(results[name] for name in self.outputs)
+
+        return kernel
+
+    @property
+    def most_programs(self) -> int | None:
+        """Of full blocks, whatever the row count; None: as many as there are blocks."""
+        return getattr(self.plan, "programs", None)

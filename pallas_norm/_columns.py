@@ -1,0 +1,86 @@
+"""The second kernel of the backward pass: the programs' parts of dweight, added up by column in a fixed order."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from . import _compat
+
+F32 = jnp.float32
+TILE = 32  # rows that the lanes of a warpgroup read at once
+AHEAD = 8  # tiles whose loads are in flight together
+COLUMNS = 16  # of one program: 64 bytes of each row, so that 2048 columns are 128 programs
+
+
+def vector(n: int) -> int:
+    """Columns that a lane reads at once: up to 16 bytes that keep every row aligned."""
+    vec = 4
+    while n % vec:
+        vec //= 2
+    return vec
+
+
+def _body(
+    parts_ref: Any, rows_ref: Any, sum_ref: Any, *, columns: int, rows: Any, layout: Any, interpret: bool
+) -> None:
+    n = parts_ref.shape[1]
+    if rows_ref is not None:
+        rows = _compat.number(rows_ref, interpret=interpret)
+    column = lax.min(lax.axis_index("program") * columns, n - columns)
+
+    def cast(value: jax.Array) -> jax.Array:
+        return _compat.layout_cast(value, layout, interpret=interpret)
+
+    last = lax.max(rows - TILE, 0)
+
+    def add_tile(tile: Any, total: jax.Array) -> jax.Array:
+        nominal = tile * TILE
+        start = lax.min(nominal, last)  # tiles past the last row read the last tile again, so no load needs a mask
+        part = _compat.load(
+            parts_ref.at[pl.ds(start, TILE), pl.ds(column, columns)],
+            layout,
+            shape=(TILE, columns),
+            interpret=interpret,
+        )
+        row = cast(lax.broadcasted_iota(jnp.int32, (TILE, columns), 0)) + start
+        return total + jnp.where((row >= nominal) & (row < rows), part, 0.0)
+
+    def add_tiles(step: Any, total: jax.Array) -> jax.Array:
+        return functools.reduce(lambda total, ahead: add_tile(step * AHEAD + ahead, total), range(AHEAD), total)
+
+    steps = lax.div(rows + (TILE * AHEAD - 1), TILE * AHEAD)
+    total = lax.fori_loop(0, steps, add_tiles, cast(jnp.zeros((TILE, columns), F32)))
+    rounded = jnp.sum(total, axis=0).astype(sum_ref.dtype)
+    _compat.store(sum_ref.at[pl.ds(column, columns)], rounded, interpret=interpret)
+
+
+def column_sum(parts: jax.Array, rows: jax.Array | int, dtype: Any, *, interpret: bool) -> jax.Array:
+    """(n,): the sum of the first `rows` of the at least TILE rows of `parts`, (held, n) in float32, rounded to dtype.
+
+    rows: a number, or an operand whose address stands for one (see `_compat.number`).
+    """
+    n = parts.shape[1]
+    vec = vector(n)
+    columns = n if interpret else max(COLUMNS, 4 * vec)
+    layout = None if interpret else _compat.rows_in_warps(columns // vec, vec)
+    known = isinstance(rows, int)
+
+    def kernel(parts_ref: Any, *refs: Any) -> None:
+        rows_ref, sum_ref = (None, *refs) if known else refs
+        options = {"columns": columns, "rows": rows, "layout": layout, "interpret": interpret}
+        _body(parts_ref, rows_ref, sum_ref, **options)
+
+    result = _compat.kernel(
+        kernel,
+        interpret=interpret,
+        out_type=jax.ShapeDtypeStruct((n,), dtype),
+        grid=(-(-n // columns),),
+        grid_names=("program",),
+    )(parts, *(() if known else (rows,)))
+    return _compat.vary_like(result, parts)
