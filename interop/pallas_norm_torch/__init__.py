@@ -1,10 +1,15 @@
 """pallas_norm for PyTorch programs. Importing this imports torch and jax; importing pallas_norm never imports torch."""
 
 try:
+    from ._explain import explain as explain
+    from .exchange import call_jax as call_jax
     from .exchange import to_jax as to_jax
     from .exchange import to_torch as to_torch
+    from .module import RMSNorm as RMSNorm
     from .ops import add_rms_norm as add_rms_norm
     from .ops import rms_norm as rms_norm
+    from .sglang import is_supported_rmsnorm_hf_hidden_size as is_supported_rmsnorm_hf_hidden_size
+    from .sglang import rmsnorm_hf as rmsnorm_hf
 except ModuleNotFoundError as error:
     if error.name != "torch":  # whatever is missing, torch is not
         raise

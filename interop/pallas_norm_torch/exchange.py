@@ -1,13 +1,18 @@
-"""Tensors and arrays that share their memory, through DLPack. What JAX copies nevertheless is said at `to_jax`."""
+"""Tensors and arrays that share their memory, through DLPack, and JAX functions called on tensors."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import torch
+from torch.utils.dlpack import to_dlpack
+
+from pallas_norm import _compat
 
 # What JAX narrows without a word unless jax_enable_x64 is set.
 NARROWED = {
@@ -17,7 +22,9 @@ NARROWED = {
     torch.complex128: "complex64",
 }
 TENSORS = (torch.Tensor, torch.nn.Parameter)
-DEVICES = ("cpu", "cuda")
+# By device type, the bytes that an address must be a multiple of. JAX copies on a CPU what does not begin there; on a
+# GPU, XLA runs a kernel of Mosaic's on nothing else.
+ALIGNMENT = {"cpu": 64, "cuda": 256}
 
 
 def _describe(tensor: torch.Tensor) -> str:
@@ -32,9 +39,15 @@ def _check(tensor: Any) -> None:
         )
     if tensor.layout is not torch.strided:
         raise TypeError(f"tensor has the layout {tensor.layout}; needed torch.strided: pass tensor.to_dense()")
-    if tensor.device.type not in DEVICES:
+    if tensor.device.type not in ALIGNMENT:
         raise ValueError(
-            f"tensor is on the device {tensor.device}; needed one of {', '.join(DEVICES)}: move it with tensor.to first"
+            f"tensor is on the device {tensor.device}; needed one of {', '.join(ALIGNMENT)}: "
+            "move it with tensor.to first"
+        )
+    if tensor.is_conj() or tensor.is_neg():
+        raise TypeError(
+            f"tensor is {_describe(tensor)} and conjugated or negated lazily, so its memory holds other values; "
+            "needed the values themselves: pass tensor.resolve_conj().resolve_neg()"
         )
     x64 = jax.config.jax_enable_x64  # pyright: ignore (jax.config gets its attributes at run time)
     if tensor.dtype in NARROWED and not x64:
@@ -48,29 +61,61 @@ def _check(tensor: Any) -> None:
             f"tensor is {_describe(tensor)} and requires grad, but autograd cannot see what JAX computes; "
             "needed a tensor that does not: pass tensor.detach()"
         )
+
+
+def _share_of(tensor: torch.Tensor) -> str | None:
+    """Why JAX cannot share the tensor's memory as it lies, or None."""
     if not tensor.is_contiguous():
-        raise ValueError(
-            f"tensor is {_describe(tensor)} with strides {tensor.stride()}; "
-            "needed a contiguous tensor: pass tensor.contiguous()"
-        )
+        return f"has strides {tensor.stride()}, which is not contiguous"
+    needed = ALIGNMENT[tensor.device.type]
+    if tensor.numel() and tensor.data_ptr() % needed:
+        return f"begins {tensor.data_ptr() % needed} bytes past a multiple of {needed}"
+    return None
 
 
-def to_jax(tensor: torch.Tensor) -> jax.Array:
+def to_jax(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
     """The same elements as a jax.Array on the same device.
 
-    Memory: shared, with one exception: on a CPU, JAX copies a tensor whose memory does not begin at a multiple of 64
-        bytes. torch aligns what it allocates, so that concerns views that begin inside another tensor. While the memory
-        is shared, do not write to the tensor: JAX takes its arrays to be constant.
+    Arguments:
+        tensor: a dense tensor on a CPU or a CUDA device, current or not.
+        copy: False shares the memory, or raises where JAX cannot: the tensor must be contiguous, and begin at a
+            multiple of 64 bytes on a CPU and of 256 on a GPU. torch aligns what it allocates, so that concerns views
+            that begin inside another tensor. True copies first.
 
-    Streams: on a GPU, JAX waits on the device for what torch has queued on its current stream. Keep the tensor alive
-        until the results have been computed: JAX does not keep it for kernels that are still running.
+    Memory: while it is shared, do not write to the tensor: JAX takes its arrays to be constant.
+
+    Streams: on a GPU, JAX waits on the device for what torch has queued on its current stream.
+
+    Lifetimes: JAX's GPU client drops the memory with the array, even if a kernel still reads it. So keep the tensor
+        until what JAX makes of it has been computed or exported; `call_jax` does that for a whole call.
 
     Raises:
         TypeError: not a plain, dense tensor, or of a dtype that JAX would narrow.
-        ValueError: on another device than a CPU or a CUDA device, requires grad, or is not contiguous.
+        ValueError: on another device than a CPU or a CUDA device, requires grad, or cannot be shared without a copy.
     """
     _check(tensor)
-    return jnp.from_dlpack(tensor)  # pyright: ignore[reportUnknownMemberType]
+    if copy:
+        shared = _adopted([tensor.clone(memory_format=torch.contiguous_format)])[0]
+        return jax.block_until_ready(jnp.array(shared, copy=True))  # JAX's own memory, of which it takes care
+    if (reason := _share_of(tensor)) is not None:
+        raise ValueError(
+            f"tensor is {_describe(tensor)} and {reason}, so JAX would copy it; needed memory that can be shared: "
+            "pass copy=True, or tensor.clone(memory_format=torch.contiguous_format)"
+        )
+    array = _adopted([tensor])[0]
+    assert array.unsafe_buffer_pointer() == tensor.data_ptr() or not tensor.numel()
+    return array
+
+
+def _adopted(tensors: list[torch.Tensor]) -> list[jax.Array]:
+    device = tensors[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        capsules = [to_dlpack(tensor.detach()) for tensor in tensors]
+        return _compat.adopt(capsules, device.type, device.index or 0, _wait_for_torch)
+
+
+def _wait_for_torch(stream: int) -> None:
+    torch.cuda.ExternalStream(stream).wait_stream(torch.cuda.current_stream())
 
 
 def to_torch(array: jax.Array) -> torch.Tensor:
@@ -94,4 +139,49 @@ def to_torch(array: jax.Array) -> torch.Tensor:
         raise ValueError(
             f"array lies on {len(devices)} devices; needed one: gather it with jax.device_put(array, jax.devices()[0])"
         )
-    return torch.from_dlpack(array)
+    (device,) = devices
+    if device.platform == "cpu":
+        return torch.from_dlpack(array)
+    with torch.cuda.device(device.local_hardware_id):
+        return torch.from_dlpack(array)
+
+
+def call_jax(function: Callable[..., Any], *operands: Any) -> Any:
+    """`function(*operands)` with every tensor in the operands as a jax.Array, and every array in its result as a
+    tensor, of torch's current stream.
+
+    Arguments:
+        function: of arrays, jitted or not.
+        operands: trees (tuples, lists, dicts) of tensors, all on one device; other leaves are passed as they are. Tensors
+            that cannot be shared are copied, see `to_jax`.
+
+    Lifetimes: the operands are kept until torch's stream waits for the results; if anything raises, until the device is
+        done with them. Autograd records nothing.
+
+    Raises: as `to_jax`, except for what copy=True cures; and what `function` raises.
+    """
+    leaves, tree = jax.tree.flatten(operands)
+    at = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    kept = [_shareable(leaves[index]) for index in at]
+    if len(found := {tensor.device for tensor in kept}) > 1:
+        raise ValueError(
+            f"the operands are on {', '.join(sorted(map(str, found)))}; needed one device: move them with tensor.to"
+        )
+    arrays = _adopted(kept) if kept else []
+    results: Any = None
+    try:
+        for index, array in zip(at, arrays, strict=True):
+            leaves[index] = array
+        results = function(*jax.tree.unflatten(tree, leaves))
+        if kept and kept[0].device.type == "cpu":
+            jax.block_until_ready(results)
+        return jax.tree.map(to_torch, results)
+    except BaseException:
+        jax.block_until_ready((arrays, results))
+        raise
+
+
+def _shareable(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    _check(tensor)
+    return tensor if _share_of(tensor) is None else tensor.clone(memory_format=torch.contiguous_format)

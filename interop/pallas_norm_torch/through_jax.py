@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +12,9 @@ import torch
 from pallas_norm import _autodiff
 from pallas_norm._spec import Spec
 
-from .exchange import to_jax, to_torch
-from .rows import ready
+from .exchange import call_jax
 
 Tensor = torch.Tensor
-Tensors = dict[str, Tensor]
 
 
 @functools.cache
@@ -28,28 +25,6 @@ def _forward(spec: Spec, *, with_rstd: bool) -> Callable[..., Any]:
 @functools.cache
 def _backward(spec: Spec) -> Callable[..., Any]:
     return jax.jit(functools.partial(_autodiff.gradient, spec=spec))
-
-
-def call(function: Callable[..., Any], tensors: Tensors) -> Tensors:
-    """`function` of the tensors as arrays, by name.
-
-    Lifetimes: JAX's GPU client frees an imported tensor as soon as its array is dropped, even if a kernel still reads
-    it. So a result is exported, and torch's stream waits for it, before the arrays go; after an error the device is
-    waited for.
-    """
-    device = next(iter(tensors.values())).device
-    context = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with context:
-        arrays = {name: to_jax(ready(tensor.detach())) for name, tensor in tensors.items()}
-        results: Any = None
-        try:
-            results = function(arrays)
-            if device.type == "cpu":
-                jax.block_until_ready(results)
-            return {name: to_torch(array) for name, array in results.items()}
-        except BaseException:
-            jax.block_until_ready((arrays, results))
-            raise
 
 
 def forward(
@@ -64,7 +39,7 @@ def forward(
     """(y, s, rstd), as direct.forward."""
     given = {"x": x, "residual": residual, "weight": weight}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    results = call(_forward(spec, with_rstd=with_rstd), tensors)
+    results = call_jax(_forward(spec, with_rstd=with_rstd), tensors)
     y = results["y"] if out is None else out.copy_(results["y"])
     return y, results.get("s"), results.get("rstd")
 
@@ -82,5 +57,5 @@ def backward(
     """(dx, dweight), as direct.backward."""
     del with_dweight  # XLA computes both, or neither is much
     given = {"x": x, "weight": weight, "rstd": rstd, "dy": dy, "ds": ds}
-    results = call(_backward(spec), {name: tensor for name, tensor in given.items() if tensor is not None})
+    results = call_jax(_backward(spec), {name: tensor for name, tensor in given.items() if tensor is not None})
     return results["dx"], results.get("dweight")

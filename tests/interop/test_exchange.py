@@ -62,13 +62,56 @@ def test_no_rows() -> None:
     assert pallas_norm_torch.to_torch(jnp.zeros((0, 64))).shape == (0, 64)
 
 
-def test_on_a_cpu_jax_copies_what_is_not_aligned_to_64_bytes() -> None:
-    """The exception that to_jax documents. If this fails, JAX has changed and the docstring is out of date."""
+def test_what_cannot_be_shared_is_copied_only_on_request() -> None:
     tensor = torch.arange(4097, dtype=torch.float32)[1:]
     assert tensor.data_ptr() % 64 == 4
-    array = pallas_norm_torch.to_jax(tensor)
-    assert array.unsafe_buffer_pointer() != tensor.data_ptr()
-    np.testing.assert_array_equal(np.asarray(array), tensor.numpy())
+    with pytest.raises(ValueError, match="begins 4 bytes past a multiple of 64"):
+        pallas_norm_torch.to_jax(tensor)
+    array = pallas_norm_torch.to_jax(tensor, copy=True)
+    tensor.zero_()
+    np.testing.assert_array_equal(np.asarray(array), np.arange(1, 4097, dtype=np.float32))
+    strided = torch.arange(128.0).reshape(2, 64)[:, :32]
+    np.testing.assert_array_equal(np.asarray(pallas_norm_torch.to_jax(strided, copy=True)), strided.numpy())
+
+
+def test_jax_would_copy_what_is_not_aligned_to_64_bytes() -> None:
+    """The reason for the rule. If this fails, JAX has changed and to_jax is stricter than it must be."""
+    tensor = torch.arange(4097, dtype=torch.float32)[1:]
+    assert jnp.from_dlpack(tensor).unsafe_buffer_pointer() != tensor.data_ptr()
+
+
+def test_call_jax_takes_trees_and_gives_tensors_back() -> None:
+    x, y = torch.arange(8.0), torch.arange(16.0)[1::2]
+    results = pallas_norm_torch.call_jax(lambda x, other, k: {"sum": (x + other["y"]) * k}, x, {"y": y}, 2)
+    assert torch.equal(results["sum"], (x + y) * 2)
+    assert isinstance(results["sum"], torch.Tensor)
+
+
+def test_call_jax_detaches_and_refuses_two_devices() -> None:
+    x = torch.arange(8.0, requires_grad=True)
+    assert not pallas_norm_torch.call_jax(lambda x: x * 2, x).requires_grad
+    with pytest.raises(ValueError, match=r"tensor is on the device meta; needed one of cpu, cuda"):
+        pallas_norm_torch.call_jax(lambda x, y: x, torch.zeros(8), torch.zeros(8, device="meta"))
+
+
+def test_an_error_inside_call_jax_leaves_the_next_call_right() -> None:
+    def fails(x: jax.Array) -> jax.Array:
+        raise LookupError("of the caller's own")
+
+    for _ in range(3):
+        with pytest.raises(LookupError, match="of the caller's own"):
+            pallas_norm_torch.call_jax(fails, torch.ones(64))
+        assert torch.equal(pallas_norm_torch.call_jax(lambda x: x + 1, torch.ones(64)), torch.full((64,), 2.0))
+
+
+@pytest.mark.gpu
+def test_an_operand_of_call_jax_may_be_dropped_at_once() -> None:
+    """JAX's GPU client frees an imported tensor with its array, while the kernel still reads: the results of many calls
+    whose operands are temporaries must not see the memory's next use."""
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 50, lambda _, x: x * 1.0001 / 1.0001, x) * 0 + x)
+    results = [pallas_norm_torch.call_jax(slow, torch.full((1 << 22,), float(i), device="cuda")) for i in range(40)]
+    for i, result in enumerate(results):
+        assert bool((result == i).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -109,12 +152,20 @@ REFUSED = {
     "transposed": (
         lambda: torch.zeros(2, 64).T,
         ValueError,
-        "tensor is float32[64,2] with strides (1, 64); needed a contiguous tensor: pass tensor.contiguous()",
+        "tensor is float32[64,2] and has strides (1, 64), which is not contiguous, so JAX would copy it; needed memory "
+        "that can be shared: pass copy=True, or tensor.clone(memory_format=torch.contiguous_format)",
     ),
     "sliced": (
         lambda: torch.zeros(2, 64)[:, :32],
         ValueError,
-        "tensor is float32[2,32] with strides (64, 1); needed a contiguous tensor: pass tensor.contiguous()",
+        "tensor is float32[2,32] and has strides (64, 1), which is not contiguous, so JAX would copy it; needed memory "
+        "that can be shared: pass copy=True, or tensor.clone(memory_format=torch.contiguous_format)",
+    ),
+    "negated lazily": (
+        lambda: torch.complex(torch.zeros(64), torch.ones(64)).conj().imag,
+        TypeError,
+        "tensor is float32[64] and conjugated or negated lazily, so its memory holds other values; "
+        "needed the values themselves: pass tensor.resolve_conj().resolve_neg()",
     ),
     "sparse": (
         lambda: torch.eye(4).to_sparse(),

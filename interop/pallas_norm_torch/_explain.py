@@ -1,0 +1,32 @@
+"""Which way a call goes, and why."""
+
+from __future__ import annotations
+
+import jax
+import torch
+
+import pallas_norm
+
+from . import direct
+
+
+def explain(n: int, dtype: torch.dtype, device: torch.device | str = "cuda") -> str:
+    """Which way `rms_norm` goes for rows of n elements of `dtype` on `device`, and why: a sentence or two.
+
+    Three ways, the same rounding on each: the kernel launched directly on torch's stream, the kernel inside a jitted
+    JAX function through DLPack, and XLA's own code for the reference through DLPack.
+    """
+    device = torch.device(device)
+    by_jax = pallas_norm.explain(jax.ShapeDtypeStruct((1, n), direct.dtype_name(dtype)))
+    if device.type != "cuda":
+        return f"DLPack and JAX on {device.type}, {by_jax.elsewhere}: {by_jax.why}"
+    if not torch.cuda.is_available():
+        return "nothing: torch sees no CUDA device in this process"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if (reason := direct.unavailable(n, index)) is not None:
+        return f"DLPack and JAX on cuda:{index}, {by_jax.cuda}: no direct launch, because {reason}"
+    plan = pallas_norm.plan_for(n, direct.dtype_name(dtype))
+    return (
+        f"direct launch on torch's current stream of cuda:{index}: the {plan.regime.value} kernel for n = {n}, compiled "
+        "once for every row count"
+    )

@@ -1,0 +1,68 @@
+"""RMSNorm as a module."""
+
+from __future__ import annotations
+
+import torch
+
+from .ops import rms_norm
+
+Tensor = torch.Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """`rms_norm` with a weight of its own: Hugging Face's rounding, and the parameter's name, as in LlamaRMSNorm.
+
+    Arguments:
+        hidden_size: n, the length of the last axis.
+        eps, cast_before_scale, weight_offset: as in `rms_norm`.
+        with_weight: False leaves the weight out (`weight` is then None).
+        device, dtype: of the weight, which starts as ones, or with a weight_offset as ones less that offset.
+
+    Raises: ValueError and TypeError as `rms_norm`, at the call.
+    """
+
+    weight: torch.nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        *,
+        cast_before_scale: bool = True,
+        weight_offset: float = 0.0,
+        with_weight: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden_size, self.eps = hidden_size, eps
+        self.cast_before_scale, self.weight_offset = cast_before_scale, weight_offset
+        if with_weight:
+            self.weight = torch.nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        else:
+            self.register_parameter("weight", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Makes the norm's factor one."""
+        if self.weight is not None:
+            torch.nn.init.constant_(self.weight, 1.0 - self.weight_offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(
+            x,
+            self.weight,
+            self.eps,
+            cast_before_scale=self.cast_before_scale,
+            weight_offset=self.weight_offset,
+        )
+
+    def extra_repr(self) -> str:
+        options = [f"{self.hidden_size}", f"eps={self.eps}"]
+        if not self.cast_before_scale:
+            options.append("cast_before_scale=False")
+        if self.weight_offset:
+            options.append(f"weight_offset={self.weight_offset}")
+        if self.weight is None:
+            options.append("with_weight=False")
+        return ", ".join(options)

@@ -1,0 +1,90 @@
+"""RMSNorm for arrays of any framework that speaks DLPack: NumPy, CuPy, tvm-ffi, PyTorch, JAX."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _api
+
+
+def rms_norm(
+    x: Any,
+    weight: Any = None,
+    *,
+    eps: float = 1e-6,
+    cast_before_scale: bool = True,
+    weight_offset: float = 0.0,
+) -> Any:
+    """`pallas_norm.rms_norm` of arrays of any kind; returns an array of the kind of x.
+
+    Arguments:
+        x: `[..., n]`, bfloat16, float16 or float32: anything with `__dlpack__`, on a CPU or a CUDA device.
+        weight: `[n]`, of any kind too, on the device of x; or None.
+        eps, cast_before_scale, weight_offset: as in `pallas_norm.rms_norm`.
+
+    Returns: y, of the kind of x: a NumPy array for a NumPy array, a torch tensor for a torch tensor; otherwise what the
+        `from_dlpack` of the array's own namespace (`x.__array_namespace__()`, or the package that defines its type)
+        makes of the result, without a copy. A kind that has no `from_dlpack`, or none for the dtype of y, gets the
+        jax.Array.
+
+    Memory: x is read where it lies, unless JAX has to copy it: a CPU array that does not begin at a multiple of 64
+        bytes. A torch tensor goes to `pallas_norm_torch.rms_norm`, which must be installed with torch.
+
+    Raises: as `pallas_norm.rms_norm`; TypeError also for an object without `__dlpack__`.
+    """
+    options: dict[str, Any] = {"eps": eps, "cast_before_scale": cast_before_scale, "weight_offset": weight_offset}
+    if _package(x) == "torch":
+        import pallas_norm_torch  # torch is there already: its tensor is
+
+        if weight is not None and _package(weight) != "torch":
+            weight = _from_dlpack_of("torch")(weight)
+        return pallas_norm_torch.rms_norm(x, weight, **options)
+    arrays = [_to_jax(name, value) for name, value in (("x", x), ("weight", weight)) if value is not None]
+    y = _api.rms_norm(*arrays, **options)
+    if isinstance(x, np.ndarray):
+        return np.asarray(y)
+    if isinstance(x, jax.Array):
+        return y
+    convert = _converter(x)
+    try:
+        # The operands are still referenced: JAX would free what it adopted of them while the kernel runs.
+        return y if convert is None else convert(y)
+    except (TypeError, ValueError, BufferError, RuntimeError):
+        jax.block_until_ready(y)
+        return y
+
+
+def _package(value: Any) -> str:
+    return type(value).__module__.partition(".")[0]
+
+
+def _to_jax(name: str, value: Any) -> Any:
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return value
+    if not hasattr(value, "__dlpack__") or not hasattr(value, "__dlpack_device__"):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, which has no __dlpack__; needed an array that speaks DLPack: "
+            "convert it with numpy.asarray first"
+        )
+    if "64" in str(getattr(value, "dtype", "")):
+        raise TypeError(
+            f"{name} is a {type(value).__name__} of {value.dtype}; needed bfloat16, float16 or float32: cast it first"
+        )
+    return jnp.from_dlpack(value)
+
+
+def _from_dlpack_of(package: str) -> Callable[[Any], Any]:
+    return sys.modules[package].from_dlpack
+
+
+def _converter(value: Any) -> Callable[[Any], Any] | None:
+    """What makes an array of the kind of `value`."""
+    namespace = getattr(value, "__array_namespace__", None)
+    home = namespace() if namespace is not None else sys.modules.get(_package(value))
+    return getattr(home, "from_dlpack", None)

@@ -1,0 +1,152 @@
+"""What the torch functions refuse: the whole message, nothing computed, operands and out untouched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pallas_norm_torch import _library, add_rms_norm, call_jax, explain, rms_norm, rmsnorm_hf, to_jax
+from tests.interop.cases import bits
+
+X = torch.arange(8 * 64).reshape(8, 64).to(torch.bfloat16)
+W = torch.ones(64, dtype=torch.bfloat16)
+FLAT = torch.zeros(1024, dtype=torch.bfloat16)
+
+
+def out(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.full(shape, torch.nan, dtype=dtype)
+
+
+class Half(float):
+    """Not a float as far as type() goes, and an eps all the same."""
+
+
+NEEDED_FLOAT = "needed a Python float: pass float(eps)"
+REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    # x
+    "x is a list": (lambda: rms_norm([1.0]), TypeError, "x is a list; needed a torch.Tensor: wrap it with torch.as_tensor (a JAX or NumPy array: use pallas_norm.rms_norm)"),
+    "x is None": (lambda: rms_norm(None), TypeError, "x is a NoneType; needed a torch.Tensor: wrap it with torch.as_tensor (a JAX or NumPy array: use pallas_norm.rms_norm)"),
+    "x is a NumPy array": (lambda: rms_norm(np.zeros((2, 64), np.float32)), TypeError, "x is a ndarray; needed a torch.Tensor: wrap it with torch.as_tensor (a JAX or NumPy array: use pallas_norm.rms_norm)"),
+    "x has no axis": (lambda: rms_norm(torch.tensor(1.0)), ValueError, "x is float32[] on cpu; needed at least one axis: the last one is normalised"),
+    "x has rows of nothing": (lambda: rms_norm(torch.zeros(4, 0)), ValueError, "x is float32[4,0] on cpu; needed a last axis of at least one element: it is normalised"),
+    "x is float64": (lambda: rms_norm(torch.zeros(4, 64, dtype=torch.float64)), TypeError, "x is float64[4,64] on cpu; needed bfloat16, float16 or float32: cast it with x.to"),
+    "x is int32": (lambda: rms_norm(torch.zeros(4, 64, dtype=torch.int32)), TypeError, "x is int32[4,64] on cpu; needed bfloat16, float16 or float32: cast it with x.to"),
+    "x is bool": (lambda: rms_norm(torch.zeros(4, 64, dtype=torch.bool)), TypeError, "x is bool[4,64] on cpu; needed bfloat16, float16 or float32: cast it with x.to"),
+    "x is complex": (lambda: rms_norm(torch.zeros(4, 64, dtype=torch.complex64)), TypeError, "x is complex64[4,64] on cpu; needed bfloat16, float16 or float32: cast it with x.to"),
+    "x is float8": (lambda: rms_norm(torch.zeros(4, 64).to(torch.float8_e4m3fn)), TypeError, "x is float8_e4m3fn[4,64] on cpu; needed bfloat16, float16 or float32: cast it with x.to"),
+    "x is sparse": (lambda: rms_norm(torch.eye(64).to_sparse()), TypeError, "x has the layout torch.sparse_coo; needed torch.strided: pass x.to_dense()"),
+    # weight
+    "weight is a list": (lambda: rms_norm(X, [1.0] * 64), TypeError, "weight is a list; needed a torch.Tensor: wrap it with torch.as_tensor (a JAX or NumPy array: use pallas_norm.rms_norm)"),
+    "weight is a number": (lambda: rms_norm(X, 1e-6), TypeError, "weight is a float; needed a torch.Tensor: wrap it with torch.as_tensor (a JAX or NumPy array: use pallas_norm.rms_norm)"),
+    "weight of another layer": (lambda: rms_norm(X, W[:32]), ValueError, "weight has shape (32,) but the last axis of x has length 64 (x: bfloat16[8,64] on cpu); pass the weight of this layer, or slice x"),
+    "weight of two axes": (lambda: rms_norm(X, X[:1]), ValueError, "weight has shape (1, 64) but the last axis of x has length 64 (x: bfloat16[8,64] on cpu); pass the weight of this layer, or slice x"),
+    "weight of no axis": (lambda: rms_norm(X, torch.tensor(1.0)), ValueError, "weight has shape () but the last axis of x has length 64 (x: bfloat16[8,64] on cpu); pass the weight of this layer, or slice x"),
+    "weight is float64": (lambda: rms_norm(X, W.double()), TypeError, "weight is float64[64] on cpu; needed bfloat16, float16 or float32: cast it with weight.to"),
+    "weight on another device": (lambda: rms_norm(X, W.to("meta")), ValueError, "weight is on meta but x is on cpu; move one of them with .to"),
+    # eps and the options
+    "eps is negative": (lambda: rms_norm(X, W, -1e-6), ValueError, "eps is -1e-06; needed eps >= 0: it is added to a mean of squares"),
+    "eps is NaN": (lambda: rms_norm(X, W, float("nan")), ValueError, "eps is nan; needed a finite float32 number"),
+    "eps is infinite": (lambda: rms_norm(X, W, float("inf")), ValueError, "eps is inf; needed a finite float32 number"),
+    "eps is too large for float32": (lambda: rms_norm(X, W, 1e39), ValueError, "eps is 1e+39; needed a finite float32 number"),
+    "eps is no int64 either": (lambda: rms_norm(X, W, 10**400), ValueError, "eps is inf; needed a finite float32 number"),
+    "eps is a string": (lambda: rms_norm(X, W, "1e-6"), TypeError, f"eps is '1e-6' (str); {NEEDED_FLOAT}"),
+    "eps is None": (lambda: rms_norm(X, W, None), TypeError, f"eps is None (NoneType); {NEEDED_FLOAT}"),
+    "eps is True": (lambda: rms_norm(X, W, True), TypeError, f"eps is True (bool); {NEEDED_FLOAT}"),  # noqa: FBT003
+    "eps is complex": (lambda: rms_norm(X, W, 1j), TypeError, f"eps is 1j (complex); {NEEDED_FLOAT}"),
+    "eps is a tensor": (lambda: rms_norm(X, W, torch.tensor(1e-6)), TypeError, "eps is a tensor (float32[] on cpu); needed a Python float, because it is compiled into the kernel: pass eps.item()"),
+    "cast_before_scale is a number": (lambda: rms_norm(X, W, cast_before_scale=1), TypeError, "cast_before_scale is 1 (int); needed True or False"),
+    "weight_offset is None": (lambda: rms_norm(X, W, weight_offset=None), TypeError, "weight_offset is None (NoneType); needed a Python float: pass float(weight_offset)"),
+    "weight_offset without a weight": (lambda: rms_norm(X, weight_offset=1.0), ValueError, "weight_offset is 1.0 but weight is None: there is nothing to add it to; pass a weight"),
+    # residual
+    "residual is None": (lambda: add_rms_norm(X, None), TypeError, "residual is None; needed a tensor: call rms_norm where there is nothing to add"),
+    "residual of another shape": (lambda: add_rms_norm(X, X[:4]), ValueError, "residual is bfloat16[4,64] on cpu but x is bfloat16[8,64] on cpu; needed the same shape and dtype: expand or cast it first"),
+    "residual that would broadcast": (lambda: add_rms_norm(X, W), ValueError, "residual is bfloat16[64] on cpu but x is bfloat16[8,64] on cpu; needed the same shape and dtype: expand or cast it first"),
+    "residual of another dtype": (lambda: add_rms_norm(X, X.float()), TypeError, "residual is float32[8,64] on cpu but x is bfloat16[8,64] on cpu; needed the same shape and dtype: expand or cast it first"),
+    "residual on another device": (lambda: add_rms_norm(X, X.to("meta")), ValueError, "residual is on meta but x is on cpu; move one of them with .to"),
+    # out
+    "out is a list": (lambda: rms_norm(X, W, out=[1.0]), TypeError, "out is a list; needed a torch.Tensor or None"),
+    "out is sparse": (lambda: rms_norm(X, W, out=torch.zeros(8, 64).to_sparse()), TypeError, "out has the layout torch.sparse_coo; needed torch.strided"),
+    "out of another shape": (lambda: rms_norm(X, W, out=out(64, 8)), ValueError, "out is bfloat16[64,8] on cpu but x is bfloat16[8,64] on cpu; needed the shape of x: make it with torch.empty_like(x)"),
+    "out of another dtype": (lambda: rms_norm(X, W, out=out(8, 64, dtype=torch.float32)), TypeError, "out is float32[8,64] on cpu; needed bfloat16, which is what x and weight promote to: make it with torch.empty_like(x, dtype=torch.bfloat16)"),
+    "out of the dtype of x, not of y": (lambda: rms_norm(X, W.float(), out=out(8, 64)), TypeError, "out is bfloat16[8,64] on cpu; needed float32, which is what x and weight promote to: make it with torch.empty_like(x, dtype=torch.float32)"),
+    "out on another device": (lambda: rms_norm(X, W, out=out(8, 64).to("meta")), ValueError, "out is on meta but x is on cpu; make it with device=x.device"),
+    "out is expanded": (lambda: rms_norm(X, W, out=out(64).expand(8, 64)), ValueError, "out is bfloat16[8,64] on cpu with strides (0, 1), so several of its elements are one; needed memory of its own for each: pass a tensor that was not expanded"),
+    "out is x shifted by a row": (lambda: rms_norm(FLAT[64:576].view(8, 64), W, out=FLAT[:512].view(8, 64)), ValueError, "out overlaps x without being x: rows would be written before they are read; pass out=x to work in place, or memory of its own"),
+    "out is x transposed": (lambda: rms_norm(FLAT.view(32, 32), out=FLAT.view(32, 32).T), ValueError, "out overlaps x without being x: rows would be written before they are read; pass out=x to work in place, or memory of its own"),
+    "out contains the weight": (lambda: rms_norm(X, FLAT[:64], out=FLAT[:512].view(8, 64)), ValueError, "out overlaps weight, which every row reads; pass memory of its own"),
+    "out while x requires grad": (lambda: rms_norm(X.clone().requires_grad_(), W, out=out(8, 64)), ValueError, "out= was given while an operand requires grad, and autograd cannot record that; needed torch.no_grad(), detached operands, or a call without out="),
+    "out requires grad": (lambda: rms_norm(X, W, out=nn.Parameter(out(8, 64))), ValueError, "out requires grad, and autograd cannot record what is written to it; pass out.detach()"),
+    # SGLang's function
+    "rmsnorm_hf of three axes": (lambda: rmsnorm_hf(X.view(2, 4, 64), W), ValueError, "input has shape (2, 4, 64); needed (rows, n): pass input.reshape(-1, input.shape[-1])"),
+    "rmsnorm_hf of float32": (lambda: rmsnorm_hf(X.float(), W.float()), RuntimeError, "rmsnorm_hf: input must be fp16 or bf16, got torch.float32; for float32 call rms_norm"),
+    "rmsnorm_hf of two dtypes": (lambda: rmsnorm_hf(X, W.float()), RuntimeError, "rmsnorm_hf: weight must have the dtype of input, got torch.float32 and torch.bfloat16; for mixed dtypes call rms_norm"),
+    "rmsnorm_hf without a weight": (lambda: rmsnorm_hf(X, None), TypeError, "weight is a NoneType; needed a torch.Tensor: wrap it with torch.as_tensor"),
+    # the others
+    "explain of float64": (lambda: explain(64, torch.float64, "cpu"), TypeError, "x is float64[1,64]; needed one of bfloat16, float16, float32: cast it with astype first"),
+    "to_jax of a view": (lambda: to_jax(X[:, :32]), ValueError, "tensor is bfloat16[8,32] and has strides (64, 1), which is not contiguous, so JAX would copy it; needed memory that can be shared: pass copy=True, or tensor.clone(memory_format=torch.contiguous_format)"),
+    "call_jax of two devices": (lambda: call_jax(lambda x, y: x, X, X.to("meta")), ValueError, "tensor is on the device meta; needed one of cpu, cuda: move it with tensor.to first"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_refused_with_this_message(
+    call: Callable[[], Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launched(*_: Any) -> None:
+        raise AssertionError("something was computed")
+
+    monkeypatch.setattr(_library, "path", launched)
+    before = [tensor.clone() for tensor in (X, W, FLAT)]
+    with pytest.raises(error, match=f"^{re.escape(message)}$") as caught:
+        call()
+    assert type(caught.value) is error
+    for tensor, expected in zip((X, W, FLAT), before, strict=True):
+        assert torch.equal(bits(tensor), bits(expected))
+
+
+def test_there_are_forty_rows_at_least() -> None:
+    assert len(REFUSED) >= 40
+
+
+@pytest.mark.parametrize("wrong", [{"weight": W[:32]}, {"eps": -1.0}, {"weight_offset": None}])
+def test_out_is_untouched_by_a_refused_call(wrong: dict[str, Any]) -> None:
+    target = out(8, 64)
+    with pytest.raises((TypeError, ValueError)):
+        rms_norm(X, **({"weight": W} | wrong), out=target)
+    assert bool(target.isnan().all())
+
+
+def test_what_looks_odd_and_is_right() -> None:
+    assert rms_norm(X, W, 0).dtype == torch.bfloat16  # eps = 0 is legal, and an int is a number
+    assert torch.equal(rms_norm(X, W, Half(1e-6)), rms_norm(X, W))
+    assert torch.equal(rms_norm(X, nn.Parameter(W)), rms_norm(X, W))
+    columns = torch.zeros(8, 128, dtype=torch.bfloat16)
+    columns[:, :64] = X
+    assert rms_norm(columns[:, :64], W, out=columns[:, 64:]) is not None  # interleaved, and nothing overlaps
+    assert torch.equal(columns[:, 64:], rms_norm(X, W))
+    assert torch.equal(columns[:, :64], X)
+    joined = torch.cat([X.flatten(), W])
+    assert torch.equal(rms_norm(joined[:512].view(8, 64), joined[512:]), rms_norm(X, W))
+
+
+@pytest.mark.gpu
+def test_devices_that_do_not_match() -> None:
+    message = "weight is on cpu but x is on cuda:0; move one of them with .to"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        rms_norm(X.cuda(), W)
+    rms_norm(X.cuda(), W.cuda())
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):  # the short way does not go past it
+        rms_norm(X.cuda(), W)
+    with pytest.raises(ValueError, match=r"^weight has shape \(32,\) but the last axis of x has length 64"):
+        rms_norm(X.cuda(), W.cuda()[:32])
+    with pytest.raises(TypeError, match=r"^eps is a tensor"):
+        rms_norm(X.cuda(), W.cuda(), torch.tensor(1e-6))
+    with pytest.raises(ValueError, match=r"^out overlaps x without being x"):
+        flat = FLAT.cuda()
+        rms_norm(flat[64:576].view(8, 64), W.cuda(), out=flat[:512].view(8, 64))
