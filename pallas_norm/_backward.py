@@ -157,7 +157,7 @@ def parts(
 ) -> dict[str, jax.Array]:
     """As backward, but of dweight the part of each program, in the first parts_of(...) rows.
 
-    An operand `rows` makes the row count a number of the launch, as in the forward pass.
+    Operands `blocks` and `left` make the row count one of the launch, as in the forward pass.
     """
     x = operands["x"]
     nominal_rows, n = x.shape
@@ -183,13 +183,14 @@ def parts(
         *,
         dx_ref: Any,
         rstd_ref: Any,
-        rows_ref: Any = None,
+        blocks_ref: Any = None,
+        left_ref: Any = None,
         weight_ref: Any = None,
         dweight_ref: Any = None,
         **refs: Any,
     ) -> None:
-        rows = nominal_rows if rows_ref is None else _compat.number(rows_ref, interpret=interpret)
-        blocks, _ = _launch.units(plan, rows)
+        del left_ref
+        blocks, left = _launch.units_of_launch(plan, nominal_rows, blocks_ref, interpret=interpret)
         programs = min(plan.programs, blocks) if isinstance(blocks, int) else lax.min(blocks, plan.programs)
         own = {name: refs.pop(name) for name in scratch}
         sources = {name: refs[f"{name}_ref"] for name in names}
@@ -218,7 +219,7 @@ def parts(
             rows = {name: block.load(source) for name, source in sources.items()}
             finish(block, gradient(block, lambda: rows, *columns(block)))
 
-        _launch.for_each_program(plan, programs, rows, full, one_row=one_row, interpret=interpret)
+        _launch.for_each_program(plan, programs, blocks, left, full, one_row=one_row, interpret=interpret)
 
     grid = parts_of(plan, nominal_rows)
     return _launch.launch(body, plan, grid, inputs, outputs, scratch=scratch, interpret=interpret)

@@ -268,22 +268,33 @@ _LOAD_TAKES_INDEX = _IMPORT_ERROR is None and _load_takes_index()
 
 # Mosaic compiles a kernel's parameters as addresses of 256-byte multiples. An address that is not one gives wrong bits
 # silently, wherever the compiler adds a small offset by setting bits (n = 64 at a base 160 bytes past a multiple).
-ADDRESS_UNIT = 256
+ALIGNMENT = 256
+
+# What the numbers of a launch are multiplied with, to be passed as addresses. A count is the upper half of one, which
+# an instruction compares with as it is: shifted out of the lower half, it cost 0.6 us of 10 at 65536 rows of 128.
+COUNT, BYTES = 1 << 32, ALIGNMENT
 
 
-def _index_of(ref: Any) -> Any:
-    """(Mosaic GPU code) The address of `ref`, as an i64."""
+def _address_of(ref: Any) -> Any:
+    """(Mosaic GPU code) As an i64."""
     return _arith.index_cast(_ir.IntegerType.get_signless(64), _memref.extract_aligned_pointer_as_index(ref))
 
 
-def _number_of(ref: Any) -> Any:
-    """(Mosaic GPU code) The number that was passed in place of the address of `ref`, as an i64."""
+def _count_of(ref: Any) -> Any:
+    """(Mosaic GPU code) The count that was passed in place of the address of `ref`, as an i32."""
     i64 = _ir.IntegerType.get_signless(64)
-    return _arith.divui(_index_of(ref), _arith.constant(i64, ADDRESS_UNIT))
+    upper = _arith.shrui(_address_of(ref), _arith.constant(i64, 32))
+    return _arith.trunci(_ir.IntegerType.get_signless(32), upper)
 
 
-def number(ref: Any, *, interpret: bool) -> jax.Array:
-    """The int32 that the launch passed as the address of `ref`, times ADDRESS_UNIT: no memory is read for it.
+def _bytes_of(ref: Any) -> Any:
+    """(Mosaic GPU code) The number of bytes that was passed in place of the address of `ref`, as an i64."""
+    i64 = _ir.IntegerType.get_signless(64)
+    return _arith.divui(_address_of(ref), _arith.constant(i64, BYTES))
+
+
+def count(ref: Any, *, interpret: bool) -> jax.Array:
+    """The int32 that the launch passed as the address of `ref`, times COUNT: no memory is read for it.
 
     A row count in memory would have to be written there before each launch, and costs a read before anything else.
     An interpreter has no addresses: there it is the element.
@@ -294,8 +305,7 @@ def number(ref: Any, *, interpret: bool) -> jax.Array:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=scalar)
     def inline(_: Any, ref: Any) -> Any:
-        value = _arith.trunci(_ir.IntegerType.get_signless(32), _number_of(ref))
-        return _fa.FragmentedArray.splat(value, (), is_signed=True)
+        return _fa.FragmentedArray.splat(_count_of(ref), (), is_signed=True)
 
     return inline(ref)
 
@@ -305,7 +315,7 @@ class StridedRows:
     """A (rows, n) reference whose row r begins offset + (r // group) * outer + (r % group) * inner bytes from its
     address.
 
-    Pallas takes strides from the shape, which is static. Numbers passed at the launch (see `number`) serve every one.
+    Pallas takes strides from the shape, which is static. Numbers passed at the launch (see `count`) serve every one.
     """
 
     ref: Any
@@ -371,8 +381,8 @@ def _addresses(
     i32, i64 = (_ir.IntegerType.get_signless(width) for width in (32, 64))
     element_bytes = _arith.constant(i64, _ir.MemRefType(ref.type).element_type.width // 8)
     first_row, first_column = (scalar.registers.item() for scalar in (row, start))
-    base, outer, inner = _arith.addi(_index_of(ref), _number_of(offset)), _number_of(outer), _number_of(inner)
-    group = _arith.trunci(i32, _number_of(group))
+    base, outer, inner = _arith.addi(_address_of(ref), _bytes_of(offset)), _bytes_of(outer), _bytes_of(inner)
+    group = _count_of(group)
     for indices in layout.thread_idxs(shape):
         *leading, column = (_arith.index_cast(i32, index) for index in indices)
         row = first_row

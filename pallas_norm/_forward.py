@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import _compat, _launch, reference
+from . import _launch, reference
 from ._blocks import Block, Exchange
 from ._spec import Spec
 from .regimes import Plan
@@ -71,8 +71,8 @@ def forward(
     """y, with a residual also s, on request rstd; of x (rows, n), and where given residual and weight. One program a
     block.
 
-    An operand `rows` makes the row count a number of the launch, and those of `_launch.strided` make the strides
-    of the rows such numbers; the shape of x then bounds nothing.
+    Operands `blocks` and `left` make the row count one of the launch (see `_launch.units`), and those of
+    `_launch.strided` the strides of the rows; the shape of x then bounds nothing.
     """
     x, weight = operands["x"], operands.get("weight")
     if interpret:
@@ -85,15 +85,15 @@ def forward(
     if with_rstd:
         outputs["rstd"] = jax.ShapeDtypeStruct(x.shape[:1], F32)
 
-    def body(exchange: Exchange | None, *, rows_ref: Any = None, **refs: Any) -> None:
-        rows = len(x) if rows_ref is None else _compat.number(rows_ref, interpret=interpret)
+    def body(exchange: Exchange | None, *, blocks_ref: Any = None, left_ref: Any = None, **refs: Any) -> None:
+        del left_ref  # the host counts it among the programs
+        blocks, left = _launch.units_of_launch(plan, len(x), blocks_ref, interpret=interpret)
         refs = _launch.strided(refs)
 
         def full(program: jax.Array) -> None:
             _body(_launch.block(plan, program, exchange, 0, interpret=interpret), **refs, spec=spec)
 
         one_row = functools.partial(_body, **refs, spec=spec)
-        blocks, _ = _launch.units(plan, rows)
-        _launch.for_each_program(plan, blocks, rows, full, one_row=one_row, interpret=interpret)
+        _launch.for_each_program(plan, blocks, blocks, left, full, one_row=one_row, interpret=interpret)
 
     return _launch.launch(body, plan, sum(_launch.units(plan, len(x))), operands, outputs, interpret=interpret)

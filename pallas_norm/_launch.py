@@ -84,13 +84,17 @@ def interpretable(plan: AnyPlan) -> AnyPlan:
     return dataclasses.replace(plan, warpgroups=min(plan.workers, 4), cluster=1)
 
 
-def units(plan: Plan, rows: Any) -> tuple[Any, Any]:
+def units(plan: Plan, rows: int) -> tuple[int, int]:
     """(full blocks of plan.block rows, rows left over)."""
-    if plan.block == 1:
-        return rows, 0
-    if isinstance(rows, int):
-        return divmod(rows, plan.block)
-    return lax.div(rows, plan.block), lax.rem(rows, plan.block)
+    return divmod(rows, plan.block)
+
+
+def units_of_launch(plan: Plan, rows: int, blocks_ref: Any, *, interpret: bool) -> tuple[Any, int | None]:
+    """As units, of the kernel's operand `blocks`, a number of the launch, where there is one. The rows left over are
+    then unknown, and have programs behind those of the blocks."""
+    if blocks_ref is None:
+        return units(plan, rows)
+    return _compat.count(blocks_ref, interpret=interpret), 0 if plan.block == 1 else None
 
 
 def strided(refs: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +124,8 @@ def block(plan: Plan, index: Any, exchange: Exchange | None, slot: Any, *, inter
 def for_each_program(
     plan: Plan,
     programs: Any,
-    rows: Any,
+    blocks: Any,
+    left: int | None,
     full: Callable[[Any], None],
     *,
     one_row: Callable[[Block], None],
@@ -132,15 +137,13 @@ def for_each_program(
     the others.
     """
     program = lax.axis_index("program")
-    blocks, left = units(plan, rows)
 
     def left_over() -> None:
         one_row(OneRow(plan, program - programs + blocks * plan.block, interpret))
 
-    known = isinstance(left, int)
-    if known and not left:
+    if left == 0:
         full(program)
-    elif known and not blocks:
+    elif left is not None and blocks == 0:
         left_over()
     else:
         pl.when(program < programs)(lambda: full(program))

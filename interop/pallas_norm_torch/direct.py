@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from pallas_norm import _backward
+from pallas_norm import _backward, _launch
 from pallas_norm._columns import TILE
 from pallas_norm._spec import Spec
-from pallas_norm.regimes import LARGEST_N, SMALLEST_N, backward_plan_for
+from pallas_norm.regimes import LARGEST_N, SMALLEST_N, BackwardPlan, Plan
 
 from . import launch, rows
-from .launch import NUMBER
 from .programs import Program
 
 Tensor = torch.Tensor
@@ -34,7 +33,14 @@ def unavailable(n: int, device: int) -> str | None:
 
 @functools.cache
 def forward_program(
-    n: int, x: torch.dtype, weight: torch.dtype | None, spec: Spec, *, residual: bool, with_rstd: bool, strided: bool
+    n: int,
+    x: torch.dtype,
+    weight: torch.dtype | None,
+    spec: Spec,
+    residual: bool,  # noqa: FBT001  a cache's key costs less without keywords
+    with_rstd: bool,  # noqa: FBT001
+    *,
+    strided: bool,
 ) -> Program:
     dtypes = [("x", dtype_name(x))]
     if residual:
@@ -59,36 +65,34 @@ def forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, s, rstd). `out` receives y: x itself, or memory that no operand shares."""
-    n = x.shape[-1]
-    weight = None if weight is None else rows.ready(weight)
-
-    def program(*, strided: bool) -> Program:
-        dtype = None if weight is None else weight.dtype
-        return forward_program(
-            n, x.dtype, dtype, spec, residual=residual is not None, with_rstd=with_rstd, strided=strided
-        )
-
-    plan = program(strided=False).plan
-    assert plan is not None
-    given = [tensor for tensor in (x, residual, out) if tensor is not None]
+    n, weight_dtype = x.shape[-1], None
+    if weight is not None:
+        weight, weight_dtype = rows.ready(weight), weight.dtype
+    kind = n, x.dtype, weight_dtype, spec, residual is not None, with_rstd
+    program = forward_program(*kind, strided=False)
+    plan = program.plan
+    given = {"x": x, "residual": residual, "y": out}
+    given = {name: tensor for name, tensor in given.items() if tensor is not None}
     target = out
-    if target is not None and plan.rereads and _shares(target, given[:-1]):
+    if target is not None and plan.rereads and _shares(target, x, residual):
         target = None  # a row is read twice: other warps may still read what this one would write
-    strided = any(not tensor.is_contiguous() or not rows.aligned(tensor) for tensor in given)
-    if strided and rows.strided(*given, vec=plan.vec) is None:
-        x, residual = rows.ready(x), None if residual is None else rows.ready(residual)
-        target = target if target is not None and target.is_contiguous() and rows.aligned(target) else None
-        strided = False
+    places = None
+    if not all(tensor.is_contiguous() and rows.aligned(tensor) for tensor in given.values()):
+        places = rows.strided(given, vec=plan.vec)
+        if places is None:
+            x, residual = rows.ready(x), None if residual is None else rows.ready(residual)
+            target = target if target is not None and target.is_contiguous() and rows.aligned(target) else None
+        else:
+            program = forward_program(*kind, strided=True)
     y = torch.empty(x.shape, dtype=result_dtype(x, weight), device=x.device) if target is None else target
     s = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if with_rstd else None
-    if x.numel():
-        count = x.numel() // n
+    if count := x.numel() // n:
         arrays = {"x": x, "residual": residual, "weight": weight, "y": y, "s": s, "rstd": rstd}
-        numbers = {"rows": count}
-        if strided:
-            numbers |= _strides(arrays, vec=plan.vec)
-        _run(program(strided=strided), x.device, arrays, numbers)
+        numbers = _counts(plan, count)
+        if places is not None:
+            numbers |= _strides(places, arrays)
+        _run(program, x.device, arrays, numbers)
     if out is None:
         return y, s, rstd
     if target is None:
@@ -98,19 +102,23 @@ def forward(
     return out, s, rstd
 
 
-def _shares(out: Tensor, operands: list[Tensor]) -> bool:
-    return any(out.untyped_storage().data_ptr() == operand.untyped_storage().data_ptr() for operand in operands)
+def _counts(plan: Plan, rows: int) -> dict[str, int]:
+    blocks, left = _launch.units(plan, rows)
+    return {"blocks": blocks, "left": left}
 
 
-def _strides(arrays: dict[str, Tensor | None], *, vec: int) -> dict[str, int]:
-    """The group and the strides, of everything that has rows of n elements."""
-    named = {name: tensor for name in ("x", "residual", "y", "s") if (tensor := arrays[name]) is not None}
-    found = rows.strided(*named.values(), vec=vec)
-    assert found is not None  # fresh results are contiguous, which fits in with every other
-    group, places = found
-    numbers = {"group": group}
-    for name, place in zip(named, places, strict=True):
-        numbers |= {f"{name}_{level}": value for level, value in place._asdict().items()}
+def _shares(out: Tensor, *operands: Tensor | None) -> bool:
+    storage = out.untyped_storage().data_ptr()
+    return any(operand is not None and operand.untyped_storage().data_ptr() == storage for operand in operands)
+
+
+def _strides(places: rows.Places, arrays: dict[str, Tensor | None]) -> dict[str, int]:
+    """The numbers of a launch on rows that lie at strides: `places` of what was given, and of the fresh results."""
+    numbers = {"group": places.group}
+    for name in ("x", "residual", "y", "s"):
+        if (tensor := arrays[name]) is not None:
+            offset, outer, inner = places.of.get(name) or rows.fresh(tensor, places.group)
+            numbers |= {f"{name}_offset": offset, f"{name}_outer": outer, f"{name}_inner": inner}
     return numbers
 
 
@@ -142,14 +150,15 @@ def backward(
         residual=ds is not None,
         with_dweight=with_dweight,
     )
+    plan = program.plan
+    assert isinstance(plan, BackwardPlan)
     if not with_dweight:
-        _run(program, x.device, arrays, {"rows": count})
+        _run(program, x.device, arrays, _counts(plan, count))
         return dx, None
     assert weight is not None
-    plan = backward_plan_for(n, dtype_name(x.dtype), dy_dtype=dtype_name(dy.dtype), residual=ds is not None)
     parts_count = _backward.parts_of(plan, count)
     parts = torch.empty(max(parts_count, TILE), n, dtype=torch.float32, device=x.device)
-    _run(program, x.device, arrays | {"dweight": parts}, {"rows": count})
+    _run(program, x.device, arrays | {"dweight": parts}, _counts(plan, count))
     dweight = torch.empty_like(weight)
     _run(_sum_program(n, weight.dtype), x.device, {"parts": parts, "dweight": dweight}, {"rows": parts_count})
     return dx, dweight
@@ -185,13 +194,14 @@ def _run(program: Program, device: torch.device, arrays: dict[str, Any], numbers
         return at - numbers.get(f"{name}_offset", 0)
 
     inputs = [address(name) for name, _ in program.dtypes]
-    given = [numbers[name] * NUMBER for name in program.numbers]
+    given = [numbers[name] * unit for name, unit in program.numbers.items()]
     outputs = [address(name) for name in program.outputs]
-    assert not any(value % NUMBER for value in (*inputs, *outputs))
-    run = launch.kernel(program, device.index)
+    assert not any(value % rows.ALIGNMENT for value in (*inputs, *outputs))
+    run, pack = launch.kernel(program, device.index)
+    packed = pack(*inputs, *given, *outputs)
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
-            run(torch.cuda.current_stream().cuda_stream, *inputs, *given, *outputs)
+            run(torch.cuda.current_stream().cuda_stream, packed)
         return
     launch.current_context()
-    run(torch.cuda.current_stream().cuda_stream, *inputs, *given, *outputs)
+    run(torch.cuda.current_stream().cuda_stream, packed)

@@ -109,9 +109,13 @@ def to_jax(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
 
 def _adopted(tensors: list[torch.Tensor]) -> list[jax.Array]:
     device = tensors[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with torch.cuda.device(device) if device.type == "cuda" and not _is_current(device) else contextlib.nullcontext():
         capsules = [to_dlpack(tensor.detach()) for tensor in tensors]
         return _compat.adopt(capsules, device.type, device.index or 0, _wait_for_torch)
+
+
+def _is_current(device: torch.device) -> bool:
+    return device.index == torch.cuda.current_device()
 
 
 def _wait_for_torch(stream: int) -> None:
@@ -140,7 +144,7 @@ def to_torch(array: jax.Array) -> torch.Tensor:
             f"array lies on {len(devices)} devices; needed one: gather it with jax.device_put(array, jax.devices()[0])"
         )
     (device,) = devices
-    if device.platform == "cpu":
+    if device.platform == "cpu" or device.local_hardware_id == torch.cuda.current_device():
         return torch.from_dlpack(array)
     with torch.cuda.device(device.local_hardware_id):
         return torch.from_dlpack(array)
@@ -152,8 +156,8 @@ def call_jax(function: Callable[..., Any], *operands: Any) -> Any:
 
     Arguments:
         function: of arrays, jitted or not.
-        operands: trees (tuples, lists, dicts) of tensors, all on one device; other leaves are passed as they are. Tensors
-            that cannot be shared are copied, see `to_jax`.
+        operands: trees (tuples, lists, dicts) of tensors, all on one device; other leaves are passed as they are. What
+            cannot be shared is copied, see `to_jax`.
 
     Lifetimes: the operands are kept until torch's stream waits for the results; if anything raises, until the device is
         done with them. Autograd records nothing.

@@ -16,13 +16,13 @@ import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import torch
 
 import pallas_norm
-from pallas_norm import _compat
+from pallas_norm._compat import COUNT
 
 from . import cache
 from .programs import NOMINAL_ROWS, Program
@@ -30,9 +30,6 @@ from .programs import NOMINAL_ROWS, Program
 KNOWN_JAX = ((0, 11), (0, 13))  # from, up to but without
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 NEEDED_CAPABILITY = (9, 0)
-NUMBER = _compat.ADDRESS_UNIT  # what a number of the launch is multiplied with, to be passed as an address
-
-Launch = Callable[..., None]  # (stream, *addresses)
 
 
 class Unavailable(Exception):
@@ -137,12 +134,15 @@ def _with_grid_of_rows(module_bytes: bytes, program: Program) -> bytes:
 
         with ir.InsertionPoint(launch):
             addresses = host.regions[0].blocks[0].arguments[1]
-            slot = llvm.getelementptr(pointer, addresses, [], [program.inputs.index("rows")], pointer, 0)
-            rows = arith.divui(llvm.ptrtoint(i64, llvm.load(pointer, slot)), constant(NUMBER))
-            programs = arith.divui(rows, constant(plan.block))
+
+            def count(name: str) -> Any:
+                slot = llvm.getelementptr(pointer, addresses, [], [program.inputs.index(name)], pointer, 0)
+                return arith.divui(llvm.ptrtoint(i64, llvm.load(pointer, slot)), constant(COUNT))
+
+            programs = count("blocks")
             if program.most_programs is not None:
                 programs = arith.minui(programs, constant(program.most_programs))
-            programs = arith.addi(programs, arith.remui(rows, constant(plan.block)))
+            programs = arith.addi(programs, count("left"))
             grid = arith.index_cast(ir.IndexType.get(), arith.muli(programs, constant(plan.cluster)))
         nominal = NOMINAL_ROWS // plan.block
         if program.most_programs is not None:
@@ -184,38 +184,37 @@ def _cached_module(program: Program, device: int) -> tuple[bytes, int]:
 # --- from a module to a launch ----------------------------------------------------------------------------------------
 
 
-def _launcher(module: bytes, addresses: int, device: int) -> Launch:
+class Kernel(NamedTuple):
+    """run(stream, pack(*addresses)): inputs, numbers (times what Program.numbers says), outputs."""
+
+    run: Callable[[int, bytes], None]
+    pack: Callable[
+        ..., bytes
+    ]  # bytes of the call's own, so that threads share nothing; a c_void_p array costs 0.5 us more
+
+
+def _loaded(module: bytes, addresses: int, device: int) -> Kernel:
     """Compiles for, and loads into, the current CUDA context."""
     compiled = _library().MosaicGpuCompile(module, len(module))
     if not compiled:
         raise Unavailable("MosaicGpuCompile could not compile the kernel")
     function, host_function, kernel = compiled[0], compiled[1], compiled[2]
-    # bytes of this call's own, so that threads share nothing; as an array of c_void_p they cost 0.5 us more
     pack = struct.Struct(f"{addresses}Q").pack
     if jax.__version_info__ >= (0, 12):
         prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, ctypes.c_char_p, ctypes.c_int)
         entry = prototype(host_function)
-
-        def launch_on_device(stream: int, *values: int) -> None:
-            entry(kernel, function, stream, pack(*values), device)
-
-        return launch_on_device
+        return Kernel(lambda stream, packed: entry(kernel, function, stream, packed, device), pack)
     entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(host_function)
-
-    def launch(stream: int, *values: int) -> None:
-        entry(function, stream, pack(*values))
-
-    return launch
+    return Kernel(functools.partial(entry, function), pack)
 
 
-_kernels: dict[tuple[Program, int], Launch] = {}
+_kernels: dict[tuple[Program, int], Kernel] = {}
 _lock = threading.Lock()
 compiles = 0  # for tests: how often a kernel was compiled in this process
 
 
-def kernel(program: Program, device: int) -> Launch:
-    """launch(stream, *addresses) on the CUDA device of that index: inputs, numbers (times NUMBER), outputs.
-    Compiled at the first call. Raises Unavailable."""
+def kernel(program: Program, device: int) -> Kernel:
+    """For the CUDA device of that index; compiled at the first call. Raises Unavailable."""
     global compiles
     key = (program, device)
     if (found := _kernels.get(key)) is not None:
@@ -227,17 +226,17 @@ def kernel(program: Program, device: int) -> Launch:
             raise Unavailable(reason)
         with torch.cuda.device(device):
             torch.cuda.current_stream().query()  # makes the device's context current
-            launch = _launcher(*_cached_module(program, device), device)
+            made = _loaded(*_cached_module(program, device), device)
         compiles += 1
-        _kernels[key] = launch
-        return launch
+        _kernels[key] = made
+        return made
 
 
-_threads = threading.local()
+threads = threading.local()
 
 
 def current_context() -> None:
     """Makes the current device's context current in this thread, which CUDA does at a thread's first call only."""
-    if not hasattr(_threads, "ready"):
+    if not hasattr(threads, "ready"):
         torch.cuda.set_device(torch.cuda.current_device())
-        _threads.ready = True
+        threads.ready = True

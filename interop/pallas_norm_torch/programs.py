@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_norm import _backward, _columns, _forward
+from pallas_norm._compat import BYTES, COUNT
 from pallas_norm._spec import Spec
 from pallas_norm.regimes import Plan, backward_plan_for, plan_for
 
@@ -25,7 +26,7 @@ class Program:
     """Everything that a kernel's code depends on, beside the device. `direct` makes one for each, so that identity is
     equality, and cheap.
 
-    dtypes: of the arrays that go in, by name and in this order. Numbers of the launch follow them: `rows`, and with
+    dtypes: of the arrays that go in, by name and in this order. Numbers of the launch follow them: the counts, and with
         `strided` the group and strides of the rows (see pallas_norm._compat.StridedRows).
     outputs: names, in this order.
     """
@@ -47,12 +48,17 @@ class Program:
             return backward_plan_for(self.n, dtypes["x"], dy_dtype=dtypes["dy"], residual="ds" in dtypes)
         return None
 
-    @property
-    def numbers(self) -> tuple[str, ...]:
+    @functools.cached_property
+    def numbers(self) -> dict[str, int]:
+        """What each number is multiplied with to be passed as an address."""
+        if self.kind == "column_sum":
+            return {"rows": COUNT}
+        counts = {"blocks": COUNT, "left": COUNT}
         if not self.strided:
-            return ("rows",)
+            return counts
         rows_of = [name for name in (*dict(self.dtypes), *self.outputs) if name in ("x", "residual", "y", "s")]
-        return ("rows", "group", *(f"{name}_{level}" for name in rows_of for level in ("offset", "outer", "inner")))
+        in_bytes = {f"{name}_{level}": BYTES for name in rows_of for level in ("offset", "outer", "inner")}
+        return counts | {"group": COUNT} | in_bytes
 
     @property
     def inputs(self) -> tuple[str, ...]:

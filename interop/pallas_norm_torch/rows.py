@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from pallas_norm._compat import ADDRESS_UNIT
+from pallas_norm._compat import ALIGNMENT
 
 Tensor = torch.Tensor
-ALIGNMENT = ADDRESS_UNIT  # bytes, of what a kernel takes as the address of an operand
 
 
 class Strides(NamedTuple):
@@ -18,6 +17,11 @@ class Strides(NamedTuple):
     offset: int
     outer: int
     inner: int
+
+
+class Places(NamedTuple):
+    group: int
+    of: dict[str, Strides]  # by name
 
 
 def aligned(tensor: Tensor) -> bool:
@@ -30,32 +34,38 @@ def ready(tensor: Tensor) -> Tensor:
     return tensor if aligned(tensor) else tensor.clone()
 
 
-def strided(*tensors: Tensor, vec: int) -> tuple[int, list[Strides]] | None:
-    """Tensors of one shape [..., n] as rows that a kernel reads where they lie: (group, strides in bytes of each).
+def strided(tensors: dict[str, Tensor], *, vec: int) -> Places | None:
+    """Tensors of one shape [..., n] as rows that a kernel reads where they lie, or None where it cannot.
 
-    None where it cannot: the last axis must be contiguous, the other axes must come down to two, the same for all
-    tensors, and every row must begin at a multiple of vec elements. So it reads the query heads inside a fused
-    projection, of shape [tokens, heads, n] with strides (n * all heads, n, 1).
+    The last axis must be contiguous, the other axes must come down to two, the same for all tensors, and every row must
+    begin at a multiple of vec elements. So it reads the query heads inside a fused projection, of shape
+    [tokens, heads, n] with strides (n * all heads, n, 1).
     """
-    axes: list[tuple[int, tuple[int, ...]]] = []  # (size, strides in elements of each tensor)
-    for axis, size in enumerate(tensors[0].shape[:-1]):
+    shape, *_ = (tensor.shape for tensor in tensors.values())
+    strides = [tensor.stride() for tensor in tensors.values()]
+    axes: list[tuple[int, list[int]]] = []  # (size, strides in elements of each tensor)
+    for axis, size in enumerate(shape[:-1]):
         if size == 1:
             continue
-        steps = tuple(tensor.stride(axis) for tensor in tensors)
+        steps = [stride[axis] for stride in strides]
         if axes and all(outer == inner * size for outer, inner in zip(axes[-1][1], steps, strict=True)):
             axes[-1] = (axes[-1][0] * size, steps)
         else:
             axes.append((size, steps))
-    if len(axes) > 2:
+    if len(axes) > 2 or any(stride[-1] != 1 for stride in strides):
         return None
     # One axis alone is the outer one, of groups of one row.
-    (_, outer), (group, inner) = (*axes, *[(1, (0,) * len(tensors))] * 2)[:2]
-    strides = [
-        Strides(tensor.data_ptr() % ALIGNMENT, o * tensor.element_size(), i * tensor.element_size())
-        for tensor, o, i in zip(tensors, outer, inner, strict=True)
-    ]
-    if any(tensor.stride(-1) != 1 for tensor in tensors) or any(
-        step % (vec * tensor.element_size()) for tensor, place in zip(tensors, strides, strict=True) for step in place
-    ):
-        return None
-    return group, strides
+    (_, outer), (group, inner) = (*axes, *[(1, [0] * len(strides))] * 2)[:2]
+    of: dict[str, Strides] = {}
+    for (name, tensor), o, i in zip(tensors.items(), outer, inner, strict=True):
+        size, offset = tensor.element_size(), tensor.data_ptr() % ALIGNMENT
+        if (offset | o * size | i * size) % (vec * size):
+            return None
+        of[name] = Strides(offset, o * size, i * size)
+    return Places(group, of)
+
+
+def fresh(tensor: Tensor, group: int) -> Strides:
+    """Of a contiguous, aligned tensor."""
+    row_bytes = tensor.shape[-1] * tensor.element_size()
+    return Strides(0, group * row_bytes, row_bytes if group > 1 else 0)
