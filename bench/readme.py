@@ -1,4 +1,8 @@
-"""Fills the marked sections of README.md, and draws the figure, from the committed result files."""
+"""Fills the marked sections of README.md, and draws the figure, from the committed result files.
+
+The times are those of bench/results/run.json, which `python -m bench run --out` wrote, or where there is no such file
+of times.json.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import results
+from . import record, results
+from .suite import README as CASES
+from .table import by_case, cell, share_of_copy
 
 README = Path(__file__).parent.parent / "README.md"
 FIGURE = Path(__file__).parent.parent / "docs" / "accuracy.svg"
@@ -42,6 +48,34 @@ def performance(file: dict[str, Any]) -> str:
         "backward pass counts both its kernels.\n\n"
         + _table(header, (cells(case, times) for case, times in cases.items()))
         + f"\n\n{_measured_on(file)} All samples: `bench/results/times.json`.\n"
+    )
+
+
+RUN = "run"  # bench/results/run.json
+MARKS_EXPLAINED = (
+    "*h*, *s* and *?* say where a provider rounded in that very program: as Hugging Face, once, or as neither."
+)
+
+
+def performance_of_run(file: dict[str, Any]) -> str:
+    """The cases of suite.README, and every provider that was measured in any of them."""
+    found = by_case(file["rows"])
+    cases = {case.label: found[case.label] for case in CASES if case.label in found}
+    measured = {name for case in cases.values() for name, row in case.items() if row["status"] == "measured"}
+    providers = [name for name in file["options"]["providers"] if name in measured]
+
+    def cells(key: str, case: dict[str, dict[str, Any]]) -> list[str]:
+        share = share_of_copy(case)
+        return [key, *(cell(case.get(name)) for name in providers), "" if share is None else f"{share:.2f}"]
+
+    return (
+        "Kernel times in microseconds, L2 cold, medians of one interleaved run; *copy* is a kernel that moves the same "
+        "bytes and does nothing else, and *share* its time over that of pallas-norm. *XLA* is this library's reference "
+        f"compiled by XLA, *plain jit* the formula as a JAX program writes it. {MARKS_EXPLAINED}\n\n"
+        + _table(["case", *providers, "share"], (cells(key, case) for key, case in cases.items()))
+        + "\n\n![Share of the copy kernel's throughput](docs/roofline.svg)\n\n"
+        + f"{_measured_on(file)} All {len(found)} cases with all samples: `bench/results/{RUN}.json`; "
+        + "[speed-up over every provider](docs/speedup.svg).\n"
     )
 
 
@@ -124,10 +158,16 @@ def fill(text: str, section: str, content: str) -> str:
 
 
 def rendered(text: str) -> str:
-    text = fill(text, "performance", performance(results.read("times")))
+    path = results.FOLDER / f"{RUN}.json"
+    times = performance_of_run(record.read(path)) if path.exists() else performance(results.read("times"))
+    text = fill(text, "performance", times)
     return fill(text, "accuracy", accuracy(results.read("accuracy")))
 
 
 def run() -> None:
     draw(results.read("accuracy"))
+    fill_readme()
+
+
+def fill_readme() -> None:
     README.write_text(rendered(README.read_text()))

@@ -12,7 +12,10 @@ from typing import Any
 import jax
 
 FOLDER = Path(__file__).parent / "results"
-PACKAGES = ("jax", "jaxlib", "torch", "transformers", "numpy", "ml_dtypes")
+PACKAGES = (
+    *("jax", "jaxlib", "torch", "transformers", "numpy", "ml_dtypes"),
+    *("triton", "liger_kernel", "quack-kernels", "tokamax", "sglang"),
+)
 
 
 def _version(package: str) -> str | None:
@@ -29,12 +32,17 @@ def _command(*words: str) -> str | None:
         return None
 
 
+def clocks() -> str | None:
+    """Name, driver, clocks and temperature as nvidia-smi tells them now; None where there is none."""
+    query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
+    return _command("nvidia-smi", query, "--format=csv,noheader")
+
+
 def machine(commit: str | None) -> dict[str, Any]:
     """Device, driver, clocks, versions and commit; `commit` where the tree that runs is no checkout."""
-    query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm"
     return {
         "device": jax.devices()[0].device_kind,
-        "nvidia_smi": _command("nvidia-smi", query, "--format=csv,noheader"),
+        "nvidia_smi": clocks(),
         "versions": {package: _version(package) for package in PACKAGES},
         "commit": commit or _command("git", "rev-parse", "HEAD"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -50,3 +58,9 @@ def write(name: str, rows: list[dict[str, Any]], folder: Path, commit: str | Non
 
 def read(name: str) -> dict[str, Any]:
     return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def default_path(name: str) -> Path:
+    """bench/results/NAME_DEVICE.json, for the device of this process."""
+    device = jax.devices()[0].device_kind.lower().replace(" ", "_")
+    return FOLDER / f"{name}_{device}.json"

@@ -148,8 +148,7 @@ def backward(
 
 def parts_of(plan: BackwardPlan, rows: int) -> int:
     """Programs, each with its part of dweight, that work on `rows` rows."""
-    blocks, left = _launch.units(plan, rows)
-    return min(plan.programs, blocks) + left
+    return _launch.counts_of(plan, rows)[2]
 
 
 def parts(
@@ -157,7 +156,7 @@ def parts(
 ) -> dict[str, jax.Array]:
     """As backward, but of dweight the part of each program, in the first parts_of(...) rows.
 
-    Operands `blocks` and `left` make the row count one of the launch, as in the forward pass.
+    The operands of `_launch.COUNTS` make the row count one of the launch, as in the forward pass.
     """
     x = operands["x"]
     nominal_rows, n = x.shape
@@ -183,15 +182,12 @@ def parts(
         *,
         dx_ref: Any,
         rstd_ref: Any,
-        blocks_ref: Any = None,
-        left_ref: Any = None,
         weight_ref: Any = None,
         dweight_ref: Any = None,
         **refs: Any,
     ) -> None:
-        del left_ref
-        blocks, left = _launch.units_of_launch(plan, nominal_rows, blocks_ref, interpret=interpret)
-        programs = min(plan.programs, blocks) if isinstance(blocks, int) else lax.min(blocks, plan.programs)
+        counts, refs = _launch.counts_and_rows(refs)
+        extent = _launch.extent(plan, nominal_rows, plan.programs, counts, interpret=interpret)
         own = {name: refs.pop(name) for name in scratch}
         sources = {name: refs[f"{name}_ref"] for name in names}
         gradient = functools.partial(_gradient, rstd_ref=rstd_ref, dx_ref=dx_ref, spec=spec)
@@ -212,14 +208,14 @@ def parts(
                 block.store_columns(dweight_ref.at[program], partial, meeting)
 
         def full(program: jax.Array) -> None:
-            counts = {"program": program, "programs": programs, "count": blocks}
-            finish(*_every_row(plan, exchange, sources, own, gradient, columns, **counts, interpret=interpret))
+            share = {"program": program, "programs": extent.programs, "count": extent.blocks}
+            finish(*_every_row(plan, exchange, sources, own, gradient, columns, **share, interpret=interpret))
 
         def one_row(block: Block) -> None:
             rows = {name: block.load(source) for name, source in sources.items()}
             finish(block, gradient(block, lambda: rows, *columns(block)))
 
-        _launch.for_each_program(plan, programs, blocks, left, full, one_row=one_row, interpret=interpret)
+        _launch.for_each_program(plan, extent, full, one_row=one_row, interpret=interpret)
 
     grid = parts_of(plan, nominal_rows)
     return _launch.launch(body, plan, grid, inputs, outputs, scratch=scratch, interpret=interpret)

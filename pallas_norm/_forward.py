@@ -71,8 +71,8 @@ def forward(
     """y, with a residual also s, on request rstd; of x (rows, n), and where given residual and weight. One program a
     block.
 
-    Operands `blocks` and `left` make the row count one of the launch (see `_launch.units`), and those of
-    `_launch.strided` the strides of the rows; the shape of x then bounds nothing.
+    The operands of `_launch.COUNTS` make the row count one of the launch, and those that `_launch.counts_and_rows`
+    knows the strides of the rows; the shape of x then bounds nothing.
     """
     x, weight = operands["x"], operands.get("weight")
     if interpret:
@@ -85,15 +85,15 @@ def forward(
     if with_rstd:
         outputs["rstd"] = jax.ShapeDtypeStruct(x.shape[:1], F32)
 
-    def body(exchange: Exchange | None, *, blocks_ref: Any = None, left_ref: Any = None, **refs: Any) -> None:
-        del left_ref  # the host counts it among the programs
-        blocks, left = _launch.units_of_launch(plan, len(x), blocks_ref, interpret=interpret)
-        refs = _launch.strided(refs)
+    def body(exchange: Exchange | None, **refs: Any) -> None:
+        counts, refs = _launch.counts_and_rows(refs)
+        extent = _launch.extent(plan, len(x), None, counts, interpret=interpret)
 
         def full(program: jax.Array) -> None:
             _body(_launch.block(plan, program, exchange, 0, interpret=interpret), **refs, spec=spec)
 
         one_row = functools.partial(_body, **refs, spec=spec)
-        _launch.for_each_program(plan, blocks, blocks, left, full, one_row=one_row, interpret=interpret)
+        _launch.for_each_program(plan, extent, full, one_row=one_row, interpret=interpret)
 
-    return _launch.launch(body, plan, sum(_launch.units(plan, len(x))), operands, outputs, interpret=interpret)
+    _, _, programs = _launch.counts_of(plan, len(x))
+    return _launch.launch(body, plan, programs, operands, outputs, interpret=interpret)

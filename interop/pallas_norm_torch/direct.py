@@ -103,8 +103,7 @@ def forward(
 
 
 def _counts(plan: Plan, rows: int) -> dict[str, int]:
-    blocks, left = _launch.units(plan, rows)
-    return {"blocks": blocks, "left": left}
+    return dict(zip(_launch.COUNTS, _launch.counts_of(plan, rows), strict=True))
 
 
 def _shares(out: Tensor, *operands: Tensor | None) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import torch
-from torch.utils.dlpack import to_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from pallas_norm import _compat
 
@@ -118,8 +120,22 @@ def _is_current(device: torch.device) -> bool:
     return device.index == torch.cuda.current_device()
 
 
-def _wait_for_torch(stream: int) -> None:
-    torch.cuda.ExternalStream(stream).wait_stream(torch.cuda.current_stream())
+_events = threading.local()
+
+
+@functools.cache
+def _stream_at(address: int, device: int) -> torch.cuda.ExternalStream:
+    return torch.cuda.ExternalStream(address, device=device)
+
+
+def _wait_for_torch(address: int) -> None:
+    """Makes the stream of that address wait for torch's current one."""
+    device = torch.cuda.current_device()
+    if (event := getattr(_events, str(device), None)) is None:
+        event = torch.cuda.Event()
+        setattr(_events, str(device), event)
+    event.record()
+    _stream_at(address, device).wait_event(event)
 
 
 def to_torch(array: jax.Array) -> torch.Tensor:
@@ -177,8 +193,10 @@ def call_jax(function: Callable[..., Any], *operands: Any) -> Any:
         for index, array in zip(at, arrays, strict=True):
             leaves[index] = array
         results = function(*jax.tree.unflatten(tree, leaves))
-        if kept and kept[0].device.type == "cpu":
-            jax.block_until_ready(results)
+        if kept and kept[0].is_cuda and _is_current(kept[0].device):
+            stream = torch.cuda.current_stream().cuda_stream or 1  # DLPack's number for the default stream
+            return jax.tree.map(lambda array: from_dlpack(array.__dlpack__(stream=stream)), results)
+        jax.block_until_ready(results)
         return jax.tree.map(to_torch, results)
     except BaseException:
         jax.block_until_ready((arrays, results))

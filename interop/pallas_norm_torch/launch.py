@@ -22,6 +22,7 @@ import jax
 import torch
 
 import pallas_norm
+from pallas_norm import _launch
 from pallas_norm._compat import COUNT
 
 from . import cache
@@ -134,19 +135,10 @@ def _with_grid_of_rows(module_bytes: bytes, program: Program) -> bytes:
 
         with ir.InsertionPoint(launch):
             addresses = host.regions[0].blocks[0].arguments[1]
-
-            def count(name: str) -> Any:
-                slot = llvm.getelementptr(pointer, addresses, [], [program.inputs.index(name)], pointer, 0)
-                return arith.divui(llvm.ptrtoint(i64, llvm.load(pointer, slot)), constant(COUNT))
-
-            programs = count("blocks")
-            if program.most_programs is not None:
-                programs = arith.minui(programs, constant(program.most_programs))
-            programs = arith.addi(programs, count("left"))
+            slot = llvm.getelementptr(pointer, addresses, [], [program.inputs.index("programs")], pointer, 0)
+            programs = arith.divui(llvm.ptrtoint(i64, llvm.load(pointer, slot)), constant(COUNT))
             grid = arith.index_cast(ir.IndexType.get(), arith.muli(programs, constant(plan.cluster)))
-        nominal = NOMINAL_ROWS // plan.block
-        if program.most_programs is not None:
-            nominal = min(nominal, program.most_programs)
+        _, _, nominal = _launch.counts_of(plan, NOMINAL_ROWS)
         if "value" not in launch.operands[1].owner.attributes or (
             ir.IntegerAttr(launch.operands[1].owner.attributes["value"]).value != nominal * plan.cluster
         ):

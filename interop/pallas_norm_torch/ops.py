@@ -110,8 +110,9 @@ def rms_norm(
             if y is not None and rows and not (x_at | weight_at) % ALIGNMENT:
                 if not hasattr(_threads, "ready"):
                     launch.current_context()
-                counts = rows // block * COUNT, rows % block * COUNT
-                run(_stream(device), pack(x_at, weight_at, *counts, y.data_ptr()))
+                blocks = rows // block * COUNT
+                programs = blocks + rows % block * COUNT
+                run(_stream(device), pack(x_at, weight_at, blocks, blocks, programs, y.data_ptr()))
                 if out is not None:
                     torch.autograd.graph.increment_version(out)
                 return y
@@ -246,8 +247,8 @@ def _short_add(x: Any, residual: Any, weight: Any, eps: Any, cast_before_scale: 
         return None
     launch.current_context()
     y, s = _empty_like(x) if y_dtype is None else _empty_like(x, dtype=y_dtype), _empty_like(x)
-    counts = rows // block * COUNT, rows % block * COUNT
-    run(_stream(device), pack(*at, *counts, y.data_ptr(), s.data_ptr()))
+    blocks = rows // block * COUNT
+    run(_stream(device), pack(*at, blocks, blocks, blocks + rows % block * COUNT, y.data_ptr(), s.data_ptr()))
     return y, s
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_norm import _backward, _columns, _forward
 from pallas_norm._compat import BYTES, COUNT
+from pallas_norm._launch import COUNTS
 from pallas_norm._spec import Spec
 from pallas_norm.regimes import Plan, backward_plan_for, plan_for
 
@@ -53,7 +54,7 @@ class Program:
         """What each number is multiplied with to be passed as an address."""
         if self.kind == "column_sum":
             return {"rows": COUNT}
-        counts = {"blocks": COUNT, "left": COUNT}
+        counts = dict.fromkeys(COUNTS, COUNT)
         if not self.strided:
             return counts
         rows_of = [name for name in (*dict(self.dtypes), *self.outputs) if name in ("x", "residual", "y", "s")]
@@ -86,8 +87,3 @@ class Program:
             return tuple(results[name] for name in self.outputs)
 
         return kernel
-
-    @property
-    def most_programs(self) -> int | None:
-        """Of full blocks, whatever the row count; None: as many as there are blocks."""
-        return getattr(self.plan, "programs", None)

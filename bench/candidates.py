@@ -1,0 +1,119 @@
+"""Plans worth measuring for a row length: the parameters of Plan and BackwardPlan, less what cannot run or cannot win.
+
+Names are those of bench/results/tuning_*.json: regime:v<vec>l<lanes>b<rows of a block>g<warpgroups>c<CTAs of the
+cluster>, r where a row is read twice; of a backward plan also the source, p<stages> of a pipeline, w where the weight
+is kept, x<programs on an SM>.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+
+from pallas_norm.regimes import (
+    SMEM_BYTES,
+    SMS,
+    WARPS,
+    BackwardPlan,
+    Plan,
+    Regime,
+    Source,
+    backward_plan_for,
+    pipeline_tile,
+    plan_for,
+)
+
+KEPT, REREAD = 64, 128  # elements of a row in a lane: more spill, or are more code than a cache holds
+LARGEST_WARP_N = 2048
+SMALLEST_CLUSTER_N = 16384
+THREADS = (256, 1024)  # of an SM in the backward pass, at least and at most: fewer hide no latency, more spill
+BARRIER_BYTES = 2048  # of shared memory, beside the stages
+
+
+def label(plan: Plan) -> str:
+    name = f"{plan.regime.value}:v{plan.vec}l{plan.lanes}b{plan.block}g{plan.warpgroups}c{plan.cluster}"
+    name += "r" if plan.rereads else ""
+    if not isinstance(plan, BackwardPlan):
+        return name
+    source = {Source.PIPELINE: f"p{plan.stages}", Source.MEMORY: "m", Source.REGISTERS: "r"}[plan.source]
+    return f"{name}:{source}{'w' if plan.keeps_weight else ''}x{plan.programs * plan.cluster // SMS}"
+
+
+def _vectors(n: int, itemsize: int) -> list[int]:
+    """The two widest that divide n, so that every row is aligned."""
+    return [vec for vec in (8, 4, 2, 1) if vec * itemsize <= 16 and n % vec == 0][:2]
+
+
+def _fits(plan: Plan, most: int) -> bool:
+    """Covers a row without reading more than a quarter of it twice, in at most `most` elements a lane."""
+    rows_a_lane = plan.block * plan.lanes // (WARPS * 32) if plan.regime is Regime.WARP else 1
+    return plan.span <= plan.n and 4 * plan.overlap <= plan.n and plan.chunks * plan.vec * rows_a_lane <= most
+
+
+def _shapes(n: int, itemsize: int) -> Iterator[Plan]:
+    """By how the row is shared out."""
+    vectors = _vectors(n, itemsize)
+    for vec in vectors:
+        if n <= LARGEST_WARP_N:
+            for lanes, several in itertools.product((4, 8, 16, 32), (1, 2, 4)):
+                yield Plan(n, Regime.WARP, vec, lanes, WARPS * (32 // lanes) * several)
+        clusters = (1, 2, 4, 8) if n >= SMALLEST_CLUSTER_N and vec == vectors[0] else (1,)
+        for warpgroups, cluster in itertools.product((1, 2, 4, 8), clusters):
+            if cluster > 1 and warpgroups == 1:
+                continue  # the kernels of a cluster name the axis of the warpgroups, which is there from two on
+            yield Plan(n, Regime.CTA, vec, warpgroups=warpgroups, cluster=cluster)
+
+
+def forward(n: int, dtype: str) -> dict[str, Plan]:
+    """The plan in use first."""
+    itemsize = jnp.dtype(dtype).itemsize
+    plans = [plan_for(n, dtype)]
+    for plan in _shapes(n, itemsize):
+        if _fits(plan, KEPT):
+            plans.append(plan)
+        if plan.regime is Regime.CTA and n >= SMALLEST_CLUSTER_N and _fits(plan, REREAD):
+            plans.append(dataclasses.replace(plan, rereads=True))
+    return {label(plan): plan for plan in plans}
+
+
+def _backward(plan: Plan, source: Source, *, stages: int, per_sm: int, keeps_weight: bool) -> BackwardPlan:
+    shared = {field.name: getattr(plan, field.name) for field in dataclasses.fields(Plan)}
+    programs = per_sm * SMS // plan.cluster
+    return BackwardPlan(**shared, source=source, stages=stages, keeps_weight=keeps_weight, programs=programs)
+
+
+def _pipelines(plan: Plan, itemsize: int, per_sm: int) -> Iterator[BackwardPlan]:
+    """With the most stages that fit, and with fewer."""
+    if plan.regime is not Regime.CTA or plan.cluster > 1 or not _fits(plan, KEPT):
+        return
+    room = (SMEM_BYTES // per_sm - BARRIER_BYTES) // (2 * plan.n * itemsize)
+    for stages in sorted({min(room, most) for most in (2, 3, 4, 6)}):
+        if stages >= 2:
+            yield _backward(plan, Source.PIPELINE, stages=stages, per_sm=per_sm, keeps_weight=True)
+            if plan.chunks * plan.vec > KEPT // 2:
+                yield _backward(plan, Source.PIPELINE, stages=stages, per_sm=per_sm, keeps_weight=False)
+
+
+def backward(n: int, dtype: str) -> dict[str, BackwardPlan]:
+    """The plan in use first."""
+    itemsize = jnp.dtype(dtype).itemsize
+    plans = [backward_plan_for(n, dtype)]
+    tiled = pipeline_tile(n, itemsize) is not None and n >= 256
+    for plan in _shapes(n, itemsize):
+        threads = WARPS * 32 * plan.warpgroups
+        for per_sm in (per_sm for per_sm in range(1, 9) if THREADS[0] <= per_sm * threads <= THREADS[1]):
+            piped = list(_pipelines(plan, itemsize, per_sm)) if tiled else []
+            plans += piped
+            if piped or per_sm % 2:
+                continue
+            if _fits(plan, KEPT // 2):
+                plans.append(_backward(plan, Source.REGISTERS, stages=0, per_sm=per_sm, keeps_weight=True))
+            if n > 256 and _fits(plan, KEPT):
+                plans.append(_backward(plan, Source.MEMORY, stages=0, per_sm=per_sm, keeps_weight=False))
+    return {label(plan): plan for plan in plans}
+
+
+CANDIDATES = {"forward": forward, "backward": backward}
