@@ -15,6 +15,7 @@ import transformers
 
 from demo import batch_size, compare, picture, table
 from demo.activations import CASES
+from demo.bridge import bridge
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"  {shape:12} plain formula {plain:6.1%} of the outputs wrong, rms_norm {ours:.0%}")
         if ours:
             failures.append(f"rms_norm at {shape}: {ours:.4%} of the outputs differ from the replay")
+
+    across = bridge(CASES[0], rows=16)
+    rows, n = across.shape
+    print(f"\nThe bridge between torch and JAX, {CASES[0].label}, {rows} x {n}:")
+    for way in across.ways:
+        bits = "the same bits" if way.same_bits else "OTHER BITS"
+        print(f"  {way.name:44} {bits}, {way.call_us:6.1f} us a call")
+    print(f"  to_jax and to_torch {'share' if across.pointers_kept else 'do NOT share'} the memory")
+    print(textwrap.fill(across.explanation, width=110, initial_indent="  ", subsequent_indent="    "))
+    failures.extend(across.failures())
 
     print(f"\nPicture: {picture.draw(results, options.out)}   ({time.perf_counter() - started:.0f} s in all)")
     for failure in failures:

@@ -82,7 +82,7 @@ def column_sum(parts: jax.Array, rows: jax.Array | int, dtype: Any, *, interpret
     n = parts.shape[1]
     vec = vector(n)
     shape = next(shape for shape in SHAPES if n <= shape.largest_n)
-    columns = n if interpret else shape.columns
+    columns = n if interpret else min(shape.columns, 32 * vec)  # a row of a tile lies in one warp
     layout = None if interpret else _compat.rows_in_warps(columns // vec, vec)
     known = isinstance(rows, int)
 

@@ -13,7 +13,9 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from tests.oracle import BF16, F32, Array, result_dtype, round_to
 
@@ -105,6 +107,7 @@ FORWARD: dict[str, Forward] = {
     "rstd rounded where it is used": _with(rstd_used=lambda rstd: _narrowed(rstd, BF16)),
     "eps outside the root": _with(root=lambda mean, eps: 1 / (np.sqrt(mean) + eps)),
     "eps ignored": _with(root=lambda mean, eps: 1 / np.sqrt(mean)),
+    "eps of zero taken for none": _with(root=lambda mean, eps: 1 / np.sqrt(mean + (eps or F32.type(1e-6)))),
     "eps ten times too large": _with(root=lambda mean, eps: 1 / np.sqrt(mean + 10 * eps)),
     "eps rounded to bfloat16": _with(root=lambda mean, eps: 1 / np.sqrt(mean + _narrowed(np.asarray(eps), BF16))),
     "squares in bfloat16": _with(squares=lambda wide: _narrowed(wide * wide, BF16)),
@@ -148,6 +151,7 @@ def backward(
     factor: Callable[[Array, Any], Array] = _narrowed,
     over_rows: Callable[[Array], Array] = lambda terms: terms.sum(axis=0, dtype=F32),
     rstd_used: Callable[[Array], Array] = lambda rstd: rstd,
+    scaled_dy: Callable[[Array, Array], Array] = lambda dy, weight: dy,
 ) -> tuple[Array, Array]:
     """The right gradients, each of whose steps a mutant may replace."""
     with np.errstate(all="ignore"):
@@ -156,7 +160,7 @@ def backward(
         g = g_of(wide_dy, weight.astype(F32), x.dtype)
         dx = combined(scale, g, unit, mean_of(g * unit))
         dx = round_to(dx, x.dtype) if ds is None else with_ds(dx, ds.astype(F32), x.dtype)
-        return dx, round_to(over_rows(wide_dy * factor(unit, x.dtype)), weight.dtype)
+        return dx, round_to(over_rows(scaled_dy(wide_dy, weight.astype(F32)) * factor(unit, x.dtype)), weight.dtype)
 
 
 def _back(**steps: Any) -> Backward:
@@ -185,6 +189,14 @@ BACKWARD: dict[str, Backward] = {
     "rstd kept in the dtype of x": _back(rstd_used=lambda rstd: _narrowed(rstd, BF16)),
     "ds not added": _back(with_ds=lambda dx, ds, dtype: round_to(dx, dtype)),
     "ds added before dx is rounded": _back(with_ds=lambda dx, ds, dtype: round_to(dx + ds, dtype)),
+    "mean over n + 1": _back(mean_of=lambda v: v.sum(axis=-1, keepdims=True) / F32.type(v.shape[-1] + 1)),
+    "subnormal float16 g flushed": _back(
+        g_of=lambda dy, weight, dtype: np.where(
+            np.abs(dy * weight) < (2.0**-14 if dtype == np.float16 else 0), 0, _narrowed(dy * weight, dtype)
+        )
+    ),
+    "dweight of dy * weight": _back(scaled_dy=lambda dy, weight: dy * weight),
+    "dweight divided by the rows": _back(over_rows=lambda terms: terms.mean(axis=0, dtype=F32)),
     "dweight with x not rounded": _back(factor=lambda unit, dtype: unit),
     "dweight of one row missing": _back(over_rows=lambda terms: terms[:-1].sum(axis=0, dtype=F32)),
     "dweight of one row twice": _back(over_rows=lambda terms: terms.sum(axis=0) + terms[0]),
@@ -196,13 +208,14 @@ BACKWARD: dict[str, Backward] = {
 
 
 class Rewrite(NamedTuple):
-    """One replacement in the text of a module of pallas_norm."""
+    """One replacement in the text of a module of pallas_norm, and what else has to change for the kernel to run."""
 
     module: str
     old: str
     new: str
     n: int = 1000  # a row length that reaches the line
     rows: int = 21  # five blocks of four rows, and one left over
+    also: tuple[str, str] = ("", "")
 
 
 SOURCE: dict[str, Rewrite] = {
@@ -212,16 +225,27 @@ SOURCE: dict[str, Rewrite] = {
     "no rounding before the weight": Rewrite("_forward", "unit = unit.astype(dtype).astype(F32)", "unit = unit"),
     "mean over what is read": Rewrite("_forward", "/ block.plan.n", "/ (block.plan.span * block.plan.chunks)"),
     "no eps": Rewrite("_forward", "+ spec.eps", "+ 0.0"),
-    "left-over rows misplaced": Rewrite("_launch", "program - programs + blocks * plan.block", "program - programs"),
-    "one warpgroup's sum missing": Rewrite(
-        "_blocks", "in range(self.plan.warpgroups) for w", "in range(self.plan.warpgroups - 1) for w", n=12288, rows=5
+    "left-over rows misplaced": Rewrite(
+        "_launch", "program - extent.first_left + extent.blocks * plan.block", "program - extent.first_left"
     ),
-    "one warp's sum missing": Rewrite("_blocks", "in range(WARPS)]", "in range(WARPS - 1)]", n=12288, rows=5),
+    "one warpgroup's sum missing": Rewrite(
+        "_blocks", "in range(self.plan.warpgroups) for w", "in range(self.plan.warpgroups - 1) for w", n=12288, rows=3
+    ),
+    "one warp's sum missing": Rewrite("_blocks", "in range(WARPS)]", "in range(WARPS - 1)]", n=12288, rows=3),
     "warpgroups all read the first part": Rewrite(
-        "_blocks", "(j * plan.workers + worker)", "(j * plan.workers)", n=12288, rows=5
+        "_blocks", "(j * plan.workers + worker)", "(j * plan.workers)", n=12288, rows=3
     ),
     "s not rounded before the norm": Rewrite(
-        "_forward", "(x.astype(F32) + r.astype(F32)).astype(dtype)", "(x.astype(F32) + r.astype(F32))"
+        "_forward",
+        "(x.astype(F32) + r.astype(F32)).astype(dtype)",
+        "(x.astype(F32) + r.astype(F32))",
+        also=("block.store(s_ref, xs)", "block.store(s_ref, [x.astype(dtype) for x in xs])"),
+    ),
+    "s truncated": Rewrite(
+        "_forward",
+        "(x.astype(F32) + r.astype(F32)).astype(dtype)",
+        "lax.bitcast_convert_type(lax.bitcast_convert_type(x.astype(F32) + r.astype(F32), jnp.int32) & -65536, F32)"
+        ".astype(dtype)",
     ),
     "backward: dy * weight not rounded": Rewrite("_backward", "g.astype(dtype).astype(F32) if", "g if"),
     "backward: no projection": Rewrite("_backward", "(g - unit * mean)", "g"),
@@ -233,21 +257,70 @@ SOURCE: dict[str, Rewrite] = {
     ),
 }  # fmt: skip
 
+# Of the specification, which is also the XLA path.
+REFERENCE: dict[str, Rewrite] = {
+    "xla: no rounding before the weight": Rewrite(
+        "reference", "unit = round_to(unit, x.dtype).astype(F32)  # Hugging", "pass  # Hugging"
+    ),
+    "xla: g not rounded": Rewrite("reference", "g = round_to(g, x.dtype).astype(F32)", "pass"),
+    "xla: subnormal float16 flushed": Rewrite(
+        "reference",
+        "    return wide.astype(dtype)",
+        "    wide = lax.reduce_precision(wide, 5, 10) if dtype == jnp.float16 else wide\n    return wide.astype(dtype)",
+    ),
+    "xla: subnormal float16 g flushed": Rewrite(
+        "reference",
+        "g = round_to(g, x.dtype).astype(F32)",
+        "g = (lax.reduce_precision(g, 5, 10) if x.dtype == jnp.float16 else round_to(g, x.dtype)).astype(F32)",
+    ),
+    "xla: mean over n + 1 in long rows": Rewrite(
+        "reference",
+        "jnp.mean(g * unit, axis=-1, keepdims=True)",
+        "jnp.sum(g * unit, axis=-1, keepdims=True) / (x.shape[-1] + (x.shape[-1] > 4000))",
+        n=4096,
+    ),
+    "xla: mean of squares over n + 1 in long rows": Rewrite(
+        "reference",
+        "jnp.mean(wide * wide, axis=-1, keepdims=True)",
+        "jnp.sum(wide * wide, axis=-1, keepdims=True) / (x.shape[-1] + (x.shape[-1] > 4000))",
+        n=4096,
+    ),
+    "xla: dweight of dy rounded to the dtype of x": Rewrite(
+        "reference", "jnp.sum(dy.astype(F32) * unit", "jnp.sum(dy.astype(x.dtype).astype(F32) * unit"
+    ),
+    "xla: dweight of the unit not rounded": Rewrite(
+        "reference",
+        "    if cast_before_scale:\n        unit = round_to(unit, x.dtype).astype(F32)\n    return jnp.sum",
+        "    return jnp.sum",
+    ),
+    "xla: dx not rounded before ds is added": Rewrite(
+        "reference",
+        "dx = round_to(rstd[..., None] * (g - unit * jnp.mean(g * unit, axis=-1, keepdims=True)), x.dtype)",
+        "dx = rstd[..., None] * (g - unit * jnp.mean(g * unit, axis=-1, keepdims=True))",
+        also=("return dx if ds is None", "return round_to(dx, x.dtype) if ds is None"),
+    ),
+}  # fmt: skip
+
 
 @contextlib.contextmanager
 def rewritten(rewrite: Rewrite) -> Iterator[None]:
     """pallas_norm with the rewrite: every module that refers to something of the rewritten one refers to the new."""
     original = sys.modules[f"pallas_norm.{rewrite.module}"]
     text = inspect.getsource(original)
-    if rewrite.old not in text:
-        raise LookupError(f"pallas_norm/{rewrite.module}.py no longer contains {rewrite.old!r}: rewrite the mutant")
+    for old in (rewrite.old, rewrite.also[0]):
+        if old not in text:
+            raise LookupError(f"pallas_norm/{rewrite.module}.py no longer contains {old!r}: rewrite the mutant")
+    text = text.replace(rewrite.old, rewrite.new)
+    if rewrite.also[0]:
+        text = text.replace(*rewrite.also)
+    jax.clear_caches()  # JAX knows a traced function by its name and place, and would take the right one for the mutant
     mutant = types.ModuleType(original.__name__)
     mutant.__package__ = "pallas_norm"
     mutant.__dict__["__file__"] = original.__file__
     sys.modules[original.__name__] = mutant  # dataclasses look their module up while they are made
     undo: list[tuple[types.ModuleType, str, Any]] = []
     try:
-        exec(compile(text.replace(rewrite.old, rewrite.new), original.__file__ or "", "exec"), mutant.__dict__)
+        exec(compile(text, original.__file__ or "", "exec"), mutant.__dict__)
         for name, module in list(sys.modules.items()):
             if not name.startswith("pallas_norm") or module is mutant:
                 continue
@@ -262,3 +335,5 @@ def rewritten(rewrite: Rewrite) -> Iterator[None]:
         sys.modules[original.__name__] = original
         for module, attribute, value in undo:
             setattr(module, attribute, value)
+        jax.clear_caches()
+        gpu_callbacks.reset_gpu_interpret_mode_state()  # a mutant may have stopped an interpreted kernel halfway

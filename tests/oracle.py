@@ -139,12 +139,16 @@ def rstd64(x: Array, eps: float) -> Array:
         return 1 / np.sqrt(mean_square64(x, eps))
 
 
-def depth(n: int, dtype: Any, implementation: str, *, backward: bool = False) -> int:
+def depth(
+    n: int, dtype: Any, implementation: str, *, backward: bool = False, dy_dtype: Any = None, residual: bool = False
+) -> int:
     """Additions on the longest path of a row sum. Only the compiled kernel fixes their order; XLA, which also runs the
     interpreter's blocks, may choose any."""
     if implementation != "mosaic_gpu":
         return n
-    return (backward_plan_for if backward else plan_for)(n, dtype).depth
+    if backward:
+        return backward_plan_for(n, dtype, dy_dtype=dy_dtype, residual=residual).depth
+    return plan_for(n, dtype).depth
 
 
 def rstd_error(rstd: Array, x: Array, eps: float) -> Array:
@@ -158,6 +162,42 @@ def rstd_bound(additions: int) -> float:
     """rsqrt, division and the addition of eps take two units; squares do not cancel, so the relative error of the
     sum is at most one 2^-24 per addition, and the square root halves it."""
     return 2 + additions / 2
+
+
+def rstd_interval(x: Array, eps: float, additions: int, *, flushes: bool = False) -> tuple[Array, Array]:
+    """(smallest, largest) rstd of each row that float32 may give, in whatever order it adds: for every row, also where
+    the sum overflows or squares underflow. Both are NaN for a row with a NaN.
+
+    Relative: 2^-24 for each square, addition, division, and for the addition of eps; two units for rsqrt. Absolute:
+    what an operation can lose to underflow, half the smallest subnormal, or all of it where it is flushed.
+    """
+    n = x.shape[-1]
+    eps32 = flushed(np.asarray(eps, F32), flushes=flushes).astype(np.float64)
+    with np.errstate(all="ignore"):
+        wide = flushed(x.astype(F32), flushes=flushes).astype(np.float64)
+        total = np.sum(np.square(wide), axis=-1)
+        lost = np.where(total > 0, SMALLEST if flushes else 2.0**-150, 0)  # zeros lose nothing
+        relative = (additions + 2) * U
+        # Squares and, flushed, their sums lose at most `lost` n times over, which the division by n undoes.
+        absolute = (4 if flushes else 2) * lost
+        least = np.maximum(total * (1 - relative) / n - absolute, 0) + eps32
+        most = total * (1 + relative) / n + absolute + eps32
+        low, high = 1 / np.sqrt(most * (1 + U) + lost * flushes), 1 / np.sqrt(least * (1 - U))
+        low, high = low - 2 * spacing(low, F32), np.where(np.isinf(high), high, high + 2 * spacing(high, F32))
+        overflow = 2.0**128 * (1 - 2.0**-25)
+        low = np.where(total * (1 + relative) >= overflow, 0, low)
+        high = np.where(total * (1 - relative) >= overflow, 0, high)
+    nan = np.isnan(wide).any(axis=-1)
+    return np.where(nan, np.nan, low), np.where(nan, np.nan, high)
+
+
+def assert_rstd(rstd: Array, x: Array, eps: float, additions: int, *, flushes: bool = False) -> None:
+    assert rstd.dtype == F32
+    low, high = rstd_interval(x, eps, additions, flushes=flushes)
+    wrong = ~(((rstd >= low) & (rstd <= high)) | (np.isnan(low) & np.isnan(rstd)))
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise AssertionError(f"rstd of row {row} is {rstd[row]!r}, not in [{low[row]!r}, {high[row]!r}]")
 
 
 def judged(x: Array, eps: float) -> Array:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import pallas_norm
 from pallas_norm.regimes import plan_for
-from tests.oracle import DTYPES, Array
+from tests.oracle import DTYPES, Array, result_dtype
 
 # Each n compiles, so the pool is finite. Vector tails, one warp's rows, both sides of every limit of the tables.
 WIDTHS = (32, 33, 50, 64, 80, 96, 128, 200, 256, 511, 512, 513, 767, 768, 1000, 1023, 1024, 1536, 2880, 4096, 4097)
@@ -77,8 +77,24 @@ class Case:
         return None if self.weight_dtype is None else weights(self.rng(1), self.n, self.weight_dtype)
 
     def dy(self, y_dtype: Any) -> Array:
+        """Each row of another magnitude: of float16 down to subnormal numbers."""
         shape = (self.rows, self.n)
-        return (self.rng(2).standard_normal(shape) * 2.0 ** self.rng(3).integers(-8, 8, (self.rows, 1))).astype(y_dtype)
+        magnitude = 2.0 ** self.rng(3).integers(-20, 8, (self.rows, 1))
+        return (self.rng(2).standard_normal(shape) * magnitude).astype(y_dtype)
+
+    def exact(self) -> tuple[Array, Array, Array]:
+        """(x, weight, dy) of which, without eps and offset, every product and sum is exact in any order: signs, powers
+        of two, integers. g * unit is 2 in most columns, 1 or 3 in the others, so the projection cancels nearly all."""
+        dtype = DTYPES[self.dtype]
+        weight_dtype = dtype if self.weight_dtype is None else DTYPES[self.weight_dtype]
+        sign = self.rng().choice([-1.0, 1.0], (self.rows, self.n))
+        weight = self.rng(1).choice([-0.5, 0.5, 1.0, -2.0], self.n)
+        g = self.rng(2).choice([1.0, 2.0, 2.0, 2.0, 3.0], (self.rows, self.n))
+        return (
+            sign.astype(dtype),
+            weight.astype(weight_dtype),
+            (g * sign / weight).astype(result_dtype(dtype, weight_dtype)),
+        )
 
 
 def weights(rng: np.random.Generator, n: int, dtype: str) -> Array:
@@ -140,9 +156,10 @@ def cases(
     eps: tuple[float, ...] = EPS,
     widths_of: tuple[int, ...] | None = None,
     weighted: bool | None = None,
+    dtypes: tuple[str, ...] = tuple(DTYPES),
 ) -> Case:
     n = draw(st.sampled_from(widths_of or widths(implementation)))
-    dtype = draw(st.sampled_from(tuple(DTYPES)))
+    dtype = draw(st.sampled_from(dtypes))
     kinds = {None: (None, *DTYPES), True: tuple(DTYPES), False: (None,)}[weighted]
     weight_dtype = draw(st.sampled_from(kinds))
     return Case(
@@ -175,8 +192,15 @@ def gradients(
     implementation: str, x: Array, weight: Array | None, dy: Array, **options: Any
 ) -> tuple[Array, Array | None, Array]:
     """(dx, dweight, rstd), as NumPy arrays."""
-    dx, dweight, rstd = _gradients(implementation, tuple(sorted(options.items())))(x, weight, dy)
-    return np.asarray(dx), None if dweight is None else np.asarray(dweight), np.asarray(rstd)
+    return outputs_and_gradients(implementation, x, weight, dy, **options)[1:]
+
+
+def outputs_and_gradients(
+    implementation: str, x: Array, weight: Array | None, dy: Array, **options: Any
+) -> tuple[Array, Array, Array | None, Array]:
+    """(y, dx, dweight, rstd), as NumPy arrays, of one program."""
+    y, dx, dweight, rstd = _gradients(implementation, tuple(sorted(options.items())))(x, weight, dy)
+    return np.asarray(y), np.asarray(dx), None if dweight is None else np.asarray(dweight), np.asarray(rstd)
 
 
 @functools.cache
@@ -185,7 +209,7 @@ def _gradients(implementation: str, options: tuple[tuple[str, Any], ...]) -> Any
 
     @jax.jit
     def run(x: Any, weight: Any, dy: Any) -> Any:
-        (_, rstd), pullback = jax.vjp(functools.partial(norm, return_rstd=True), x, weight)
-        return *pullback((dy, jax.numpy.zeros_like(rstd))), rstd
+        (y, rstd), pullback = jax.vjp(functools.partial(norm, return_rstd=True), x, weight)
+        return y, *pullback((dy, jax.numpy.zeros_like(rstd))), rstd
 
     return run

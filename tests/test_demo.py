@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from demo import batch_size, compare, norms
+import pallas_norm_torch
+from demo import batch_size, bridge, compare, norms
 from demo.__main__ import main
 from demo.activations import CASES, activations
 
@@ -22,6 +23,24 @@ def test_every_claim_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for case in CASES:
         assert f"{case.label} " in output
     assert (tmp_path / "bits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_bridge_notices_other_bits_and_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = bridge.bridge(CASES[0], rows=4)
+    assert [way.same_bits for way in found.ways] == [True] * 3
+    assert found.pointers_kept
+    assert found.failures() == []
+    assert all(way.call_us > 0 for way in found.ways)
+    right = pallas_norm_torch.rms_norm
+    monkeypatch.setattr(
+        pallas_norm_torch, "rms_norm", lambda x, weight, eps: right(x, weight, eps, cast_before_scale=False)
+    )
+    shared = pallas_norm_torch.to_jax
+    monkeypatch.setattr(pallas_norm_torch, "to_jax", lambda tensor, copy=False: shared(tensor, copy=True))
+    assert bridge.bridge(CASES[0], rows=4).failures() == [
+        "pallas_norm_torch.rms_norm: other bits than JAX's",
+        "to_jax or to_torch copied what they were to share",
+    ]
 
 
 def test_single_rounding_in_place_of_ours_is_noticed(

@@ -109,6 +109,56 @@ def test_a_wrong_rstd_is_outside_its_bound(name: str) -> None:
     assert oracle.rstd_error(rstd * F32.type(WRONG_RSTD[name](x)), x, 1e-6).max() > bound
 
 
+@pytest.mark.parametrize("flushes", [False, True])
+def test_every_order_of_the_sum_is_in_the_interval_of_rstd_from_underflow_to_overflow(flushes: bool) -> None:  # noqa: FBT001
+    """Serial, reversed and in pairs; correctly rounded division and root. And the interval is a few units wide."""
+    rng = np.random.default_rng(0)
+    binades = 2.0 ** np.arange(-80, 70)[:, None]
+    x = oracle.flushed((rng.standard_normal((len(binades), 65)) * binades).astype(F32), flushes=flushes)
+    for eps in (0.0, 1e-6):
+        with np.errstate(all="ignore"):
+            squares = oracle.flushed(x * x, flushes=flushes)
+            serial = np.add.accumulate(squares, axis=1, dtype=F32)[:, -1]
+            reverse = np.add.accumulate(squares[:, ::-1], axis=1, dtype=F32)[:, -1]
+            for total in (serial, reverse, np.sum(squares, axis=1, dtype=F32)):
+                mean = oracle.flushed(total / F32.type(65), flushes=flushes) + F32.type(eps)
+                oracle.assert_rstd(1 / np.sqrt(mean), x, eps, 65, flushes=flushes)
+        low, high = oracle.rstd_interval(x, eps, 65, flushes=flushes)
+        normal = oracle.judged(x, eps)
+        assert (high - low < 2e-5 * low)[normal].all()
+        assert normal.sum() > 100
+
+
+def test_rstd_of_rows_that_no_relative_bound_judges_is_judged_too() -> None:
+    x = np.array([[3e38], [np.inf], [np.nan], [0.0], [0.0]], F32)
+    for row, right, eps, wrongs in (
+        (0, 0.0, 1e-6, (1.0, 1e-30, np.nan)),
+        (1, 0.0, 1e-6, (1.0, np.nan)),
+        (2, np.nan, 1e-6, (0.0, 1.0)),
+        (3, 1e3, 1e-6, (1.001e3, np.inf)),
+        (4, np.inf, 0.0, (1e30, np.nan)),
+    ):
+        oracle.assert_rstd(np.array([right], F32), x[row : row + 1], eps, 1)
+        for wrong in wrongs:
+            with pytest.raises(AssertionError, match="rstd of row 0"):
+                oracle.assert_rstd(np.array([wrong], F32), x[row : row + 1], eps, 1)
+
+
+def test_the_depth_of_a_compiled_kernel_is_its_plans_and_that_of_xla_any_order() -> None:
+    """The backward plan depends on the dtype of dy and on ds too: both take shared memory."""
+    forms = [
+        {"dy_dtype": dy_dtype, "residual": residual} for dy_dtype in (None, BF16, F32) for residual in (False, True)
+    ]
+    of_forms = set()
+    for n in (33, 1000, 4096, 16384, 65536):
+        assert oracle.depth(n, BF16, "mosaic_gpu") == plan_for(n, BF16).depth
+        depths = [oracle.depth(n, BF16, "mosaic_gpu", backward=True, **form) for form in forms]
+        assert depths == [backward_plan_for(n, BF16, **form).depth for form in forms]
+        of_forms.add(len(set(depths)))
+        assert oracle.depth(n, BF16, "xla") == oracle.depth(n, BF16, "interpret", backward=True, dy_dtype=F32) == n
+    assert max(of_forms) > 1  # of some n, another dy has another depth
+
+
 def wrong_dx(name: str, x: Array, weight: Array, rstd: Array, dy: Array) -> Array:
     g = dy.astype(F32) * weight.astype(F32)
     if name != "g is not rounded":

@@ -5,6 +5,10 @@ try:
     from .exchange import call_jax as call_jax
     from .exchange import to_jax as to_jax
     from .exchange import to_torch as to_torch
+    from .huggingface import Report as Report
+    from .huggingface import patch as patch
+    from .huggingface import patched as patched
+    from .huggingface import unpatch as unpatch
     from .module import RMSNorm as RMSNorm
     from .ops import add_rms_norm as add_rms_norm
     from .ops import rms_norm as rms_norm

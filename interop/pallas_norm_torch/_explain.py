@@ -27,6 +27,6 @@ def explain(n: int, dtype: torch.dtype, device: torch.device | str = "cuda") -> 
         return f"DLPack and JAX on cuda:{index}, {by_jax.cuda}: no direct launch, because {reason}"
     plan = pallas_norm.plan_for(n, direct.dtype_name(dtype))
     return (
-        f"direct launch on torch's current stream of cuda:{index}: the {plan.regime.value} kernel for n = {n}, compiled "
-        "once for every row count"
+        f"direct launch on torch's current stream of cuda:{index}: the {plan.regime.value} kernel for n = {n}, "
+        "compiled once for every row count"
     )

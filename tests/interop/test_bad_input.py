@@ -147,6 +147,6 @@ def test_devices_that_do_not_match() -> None:
         rms_norm(X.cuda(), W.cuda()[:32])
     with pytest.raises(TypeError, match=r"^eps is a tensor"):
         rms_norm(X.cuda(), W.cuda(), torch.tensor(1e-6))
+    flat = FLAT.cuda()
     with pytest.raises(ValueError, match=r"^out overlaps x without being x"):
-        flat = FLAT.cuda()
         rms_norm(flat[64:576].view(8, 64), W.cuda(), out=flat[:512].view(8, 64))

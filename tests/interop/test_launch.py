@@ -50,6 +50,11 @@ def text_of(module: bytes) -> str:
 ADDRESSES = {"forward": 2 + 3 + 1, "strided": 2 + 16 + 3, "backward": 4 + 3 + 2, "column_sum": 1 + 1 + 1}
 
 
+def definition(text: str, value: str) -> str:
+    (line,) = (line.strip() for line in text.splitlines() if line.strip().startswith(f"{value} = "))
+    return line
+
+
 @pytest.mark.parametrize("n", [33, 64, 512, 4096, 65536])
 @pytest.mark.parametrize("kind", ADDRESSES)
 def test_a_program_lowers_to_one_kernel_whose_grid_follows_the_rows(kind: str, n: int) -> None:
@@ -59,9 +64,21 @@ def test_a_program_lowers_to_one_kernel_whose_grid_follows_the_rows(kind: str, n
     text = text_of(module)
     (line,) = (line for line in text.splitlines() if "gpu.launch" in line)
     grid = line.split("blocks(")[1].split(" in (")[1].split("= ")[1].split(",")[0]
-    (definition,) = (line for line in text.splitlines() if line.strip().startswith(f"{grid} = "))
-    assert ("arith.constant" in definition) == (kind == "column_sum")  # its grid is that of the columns
-    assert ("arith.index_cast" in definition) == (kind != "column_sum")
+    if made.plan is None:
+        assert "arith.constant" in definition(text, grid)  # the grid of the columns
+        return
+    # From the launch back: index_cast(programs * cluster), programs = ptrtoint(load(addresses[k])) / 2^32.
+    chain, value = [], grid
+    for _ in range(6):
+        line = definition(text, value)
+        chain.append(line.split(" = ")[1].split(" ")[0])
+        value = next(word.strip(",") for word in line.split(" = ")[1].split() if word.startswith("%"))
+        if "muli" in line:
+            assert f"arith.constant {made.plan.cluster} : i64" in definition(text, line.split()[-3])
+    assert chain == [
+        "arith.index_cast", "arith.muli", "arith.divui", "llvm.ptrtoint", "llvm.load", "llvm.getelementptr"
+    ]  # fmt: skip
+    assert f"[{made.inputs.index('programs')}]" in line
 
 
 def test_the_row_count_is_never_read_from_memory() -> None:

@@ -59,6 +59,30 @@ def test_one_rounding_and_an_offset(dtype: torch.dtype, device: str) -> None:
     assert differ <= 0.02 or dtype is torch.float32  # an rstd one ULP off changes few elements
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_eps_of_zero_is_zero(device: str) -> None:
+    x = torch.zeros(2, 64, dtype=torch.bfloat16, device=device)
+    x[0] = 2.0**-60
+    y = rms_norm(x, eps=0.0)
+    assert bool((y[0] == 1.0).all())
+    assert bool(y[1].isnan().all())
+    assert bool((rms_norm(x, eps=1e-6)[0] < 1e-10).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_options_of_one_call_are_not_those_of_another(device: str) -> None:
+    x, weight = draw(4, 64, dtype=torch.float32, device=device), draw(64, dtype=torch.float32, device=device)
+    first = rms_norm(x, weight, 1e-6)
+    for _ in range(2):  # checked, then by the short way
+        assert not torch.equal(rms_norm(x, weight, 1e-2), first)
+        assert not torch.equal(rms_norm(x, weight, weight_offset=1.0), first)
+        assert torch.equal(rms_norm(x, weight, 1e-6), first)
+    half = x.bfloat16()
+    assert not torch.equal(
+        rms_norm(half, weight.bfloat16()), rms_norm(half, weight.bfloat16(), cast_before_scale=False)
+    )
+
+
 def test_the_bits_are_hugging_face_s_where_its_sum_is_exact() -> None:
     x = torch.randint(-8, 9, (300, 512)).to(torch.bfloat16)
     weight = draw(512, dtype=torch.bfloat16)
@@ -194,6 +218,7 @@ def test_autocast_adds_no_cast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert rms_norm(x, weight).dtype == hugging_face(x, weight).dtype == torch.float32
         assert rms_norm(x.float(), weight).dtype == torch.float32
+        assert rms_norm(x.float()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,0 +1,144 @@
+"""This library's norms as layers for Hugging Face's `kernels` package, in process: nothing is downloaded.
+
+`kernels` knows layers by a name that transformers gives them, and one name covers several roundings: the norms of
+Llama, Olmo2 and Helium are all "RMSNorm". So each layer here asks the class of the module it is bound to, recognised by
+its source as `patch` does, and computes with the module's own forward where that is not known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ._classes import Row, recognise
+from ._forwards import Forward
+
+# kernels takes the smallest interval that holds the device's capability, and the hub's entries hold all of them.
+CAPABILITIES = (90, 100, 103, 110, 120, 121)
+
+_forwards: dict[type[Any], Forward] = {}
+
+
+def _learn(owner: type[Any]) -> Forward:
+    row = recognise(owner)
+    _forwards[owner] = row.forward if isinstance(row, Row) and row.forward is not None else owner.forward
+    return _forwards[owner]
+
+
+def _forward_of(owner: type[Any]) -> Forward:
+    """torch.compile can look a class up, but not read its source: `kernelize` below and the first eager call do."""
+    forward = _forwards.get(owner)
+    return _learn(owner) if forward is None else forward
+
+
+# kernels refuses layers with a constructor or with members of other names than these.
+
+
+class RMSNorm(nn.Module):
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return _forward_of(type(self))(self, hidden_states)
+
+
+class RMSNormZeroCentered(nn.Module):
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _forward_of(type(self))(self, x)
+
+
+class RMSNormGated(nn.Module):
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return _forward_of(type(self))(self, hidden_states, gate)
+
+
+LAYERS: tuple[type[nn.Module], ...] = (RMSNorm, RMSNormZeroCentered, RMSNormGated)
+
+
+@dataclasses.dataclass(frozen=True)
+class Repository:
+    """A repository of `kernels` that holds one layer of this module."""
+
+    layer: type[nn.Module]
+
+    @property
+    def layer_name(self) -> str:
+        return self.layer.__name__
+
+    def load(self) -> type[nn.Module]:
+        return self.layer
+
+    def __str__(self) -> str:
+        return f"`{__name__}` (in this process), layer `{self.layer_name}`"
+
+
+def _kernels() -> Any:
+    try:
+        import kernels  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        if error.name != "kernels":
+            raise
+        raise ImportError(
+            "kernels is not installed; needed the version that your transformers accepts (for 5.17: "
+            "pip install 'kernels>=0.16,<0.17'), or use pallas_norm_torch.patch, which needs none",
+            name="kernels",
+        ) from error
+    return cast(Any, kernels)
+
+
+def kernel_mapping() -> dict[str, dict[Any, Repository]]:
+    """This module's layers by name and device, for `kernels.use_kernel_mapping` and `kernels.register_kernel_mapping`.
+
+    Registered globally, it is what `model.set_use_kernels(True)` then binds:
+
+        kernels.register_kernel_mapping(kernel_mapping())
+
+    transformers registers the hub's kernels at that moment, but for every capability, and `kernels` prefers the entry
+    for one. On a GPU older than compute capability 9.0 the hub's are left. Compile such a model after one call of it.
+
+    Raises:
+        ImportError: kernels is not installed.
+    """
+    kernels = _kernels()
+    properties = [kernels.CUDAProperties(min_capability=number, max_capability=number) for number in CAPABILITIES]
+    devices: list[Any] = ["cpu", *(kernels.Device(type="cuda", properties=one) for one in properties)]
+    return {layer.__name__: dict.fromkeys(devices, Repository(layer)) for layer in LAYERS}
+
+
+def kernelize(model: nn.Module, *, mode: Any = None, device: str | torch.device | None = None) -> nn.Module:
+    """`kernels.kernelize` with the layers of this module and no others, so nothing is taken from the hub.
+
+    Binds a forward to each instance whose class transformers has named for `kernels`: fewer norms than `patch`
+    replaces, and pickles of the model are not kernelized. Norms that `patch` has replaced are left alone.
+
+    Arguments:
+        model: a model of transformers, or any module.
+        mode: a kernels.Mode. None: inference or training, as the model is.
+        device: None: that of the first parameter.
+
+    Returns: the model.
+
+    Raises:
+        ImportError: kernels is not installed.
+
+    Source: `kernels.kernelize`; the forwards are those of `_forwards.py`.
+    """
+    kernels = _kernels()
+    if mode is None:
+        mode = kernels.Mode.TRAINING if model.training else kernels.Mode.INFERENCE
+    for module in model.modules():
+        if hasattr(type(module), "kernel_layer_name"):
+            _learn(type(module))
+    with kernels.use_kernel_mapping(kernel_mapping(), inherit_mapping=False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "\nNo kernel mapping found")  # for the other layers, which stay as they are
+        return kernels.kernelize(model, mode=mode, device=device)

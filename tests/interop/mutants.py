@@ -1,0 +1,152 @@
+"""Wrong torch functions: one replacement in the source of a module each, and the test that must fail on it.
+
+    python -m tests.interop.mutants
+
+forks once for each, with torch and JAX imported and nothing of theirs started, runs the test against a changed copy of
+the package, and prints which mutants lived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGE = Path(__file__).parents[2] / "interop" / "pallas_norm_torch"
+
+
+class Mutant(NamedTuple):
+    module: str
+    old: str
+    new: str
+    killer: str  # file::test, as pytest names it; a prefix of the names of several
+
+
+MUTANTS = {
+    # operators
+    "fake result of the dtype of x": Mutant("_library", "torch.empty(x.shape, dtype=direct.result_dtype(x, weight), device=x.device)", "torch.empty(x.shape, dtype=x.dtype, device=x.device)", "test_compiled.py::test_fake_results"),
+    "fake rstd of another shape": Mutant("_library", "torch.empty(x.shape[:-1], dtype=torch.float32", "torch.empty(x.shape, dtype=torch.float32", "test_compiled.py::test_opcheck[True-cpu]"),
+    "gradient of the sum forgotten": Mutant("_library", "x, weight, rstd, dy, ds, spec, with_dweight=wants_weight", "x, weight, rstd, dy, None, spec, with_dweight=wants_weight", "test_ops.py::test_gradients_have_the_bits_of_jax_s[torch.bfloat16-33-cpu]"),
+    "x saved instead of s": Mutant("_library", "ctx.save_for_backward(x if s is None else s, weight, rstd)", "ctx.save_for_backward(x, weight, rstd)", "test_ops.py::test_gradients_have_the_bits_of_jax_s[torch.bfloat16-33-cpu]"),
+    "second order without the weight": Mutant("_formula", "g = dy.float() if weight is None else dy.float() * (weight.float() + spec.weight_offset)", "g = dy.float()", "test_compiled.py::test_the_second_derivative_is_that_of_the_formula[cpu]"),
+    "vmap shares a weight that is not shared": Mutant("_library", "if not loop and in_dims[weight_at] is None:", "if not loop:", "test_compiled.py::test_vmap_is_a_loop"),
+    "vmap adds up the members' dweight": Mutant("_library", "weight_at=1, loop=with_dweight", "weight_at=1, loop=False", "test_compiled.py::test_per_sample_gradients"),
+    "vmap along the wrong axis": Mutant("_library", "return value.movedim(in_dims[position], 0)", "return value", "test_compiled.py::test_vmap_is_a_loop"),
+    # the public functions
+    "eps read with `or`": Mutant("ops", "eps=_validate.eps(eps),", "eps=_validate.eps(eps) or 1e-6,", "test_ops.py::test_eps_of_zero"),
+    "options of an earlier call": Mutant("ops", "spec = _specs.get((eps, cast_before_scale, weight_offset))", "spec = next(iter(_specs.values()), None)", "test_ops.py::test_the_options_of_one_call"),
+    "out returned unwritten": Mutant("through_jax", 'out.copy_(results["y"])', "out", "test_ops.py::test_out_receives_y[64-cpu]"),
+    "the weight left out": Mutant("through_jax", 'given = {"x": x, "residual": residual, "weight": weight}', 'given = {"x": x, "residual": residual}', "test_ops.py::test_the_bits_are_jax_s[torch.bfloat16-33-cpu]"),
+    "forward mode silently zero": Mutant("ops", "    _validate.no_tangents(x, residual, weight)\n", "", "test_compiled.py::test_forward_mode"),
+    "the operator forgets to refuse duals": Mutant("_library", 'library.impl("rms_norm", _rms_norm_autograd, "Autograd")\n', "", "test_compiled.py::test_opcheck[True-cpu]"),
+    "autocast followed": Mutant("ops", "    spec = _spec(x, None, weight,", "    x = x.to(torch.get_autocast_dtype('cpu')) if torch.is_autocast_enabled('cpu') else x\n    spec = _spec(x, None, weight,", "test_ops.py::test_autocast"),
+    "the module's weight starts at one in spite of its offset": Mutant("module", "1.0 - self.weight_offset", "1.0", "test_ops.py::test_the_module"),
+    "SGLang's function of three axes": Mutant("sglang", "if input.ndim != 2:", "if False:", "test_bad_input.py"),
+    # what is refused
+    "out may overlap x": Mutant("_validate", "if not same_rows and _may_overlap(value, x):", "if False:", "test_bad_input.py"),
+    "out may hold the weight": Mutant("_validate", "if weight is not None and _may_overlap(value, weight):", "if False:", "test_bad_input.py"),
+    "out may be expanded": Mutant("_validate", "if any(size > 1 and stride == 0", "if any(size > 1 and stride < 0", "test_bad_input.py"),
+    "interleaved columns refused": Mutant("_validate", "if left.stride(-1) == 1 and period", "if False and period", "test_bad_input.py::test_what_looks_odd"),
+    "out checked after the call": Mutant("ops", "        _validate.out(out, x, weight, direct.result_dtype(x, weight), differentiates=differentiates)\n", "        pass\n", "test_bad_input.py"),
+    # exchange
+    "a view shared as if it were contiguous": Mutant("exchange", "    if not tensor.is_contiguous():\n        return", "    if False:\n        return", "test_exchange.py"),
+    "copied without being asked": Mutant("exchange", "    if copy:\n", "    if copy or _share_of(tensor) is not None:\n", "test_exchange.py"),
+    "never copied": Mutant("exchange", "tensor if _share_of(tensor) is None else tensor.clone(memory_format=torch.contiguous_format)", "tensor", "test_exchange.py::test_call_jax"),
+    "float64 narrowed": Mutant("exchange", "if tensor.dtype in NARROWED and not x64:", "if False:", "test_exchange.py"),
+    "lazily conjugated memory shared": Mutant("exchange", "if tensor.is_conj() or tensor.is_neg():", "if False:", "test_exchange.py"),
+    # the disk cache
+    "cache trusts everybody": Mutant("cache", "status.st_uid == os.geteuid() and not", "status.st_uid >= 0 or not", "test_cache.py"),
+    "cache checks no sum": Mutant("cache", "or content[len(MAGIC) : head] != _seal(key, payload)", "or False", "test_cache.py"),
+    "cache forgets the key": Mutant("cache", 'MAGIC + key.encode() + b"\\0" + payload', "MAGIC + payload", "test_cache.py"),
+    "cache follows links": Mutant("cache", " | os.O_NOFOLLOW", "", "test_cache.py"),
+    "cache fails on a full disk": Mutant("cache", "    except OSError:\n        return False\n", "    except ZeroDivisionError:\n        return False\n", "test_cache.py"),
+    # rows and launches
+    "strides of another axis": Mutant("rows", "steps = [stride[axis] for stride in strides]", "steps = [stride[0] for stride in strides]", "test_rows.py"),
+    "offset within 256 bytes dropped": Mutant("rows", "Strides(offset, o * size, i * size)", "Strides(0, o * size, i * size)", "test_rows.py"),
+    "rows at any address": Mutant("rows", "if (offset | o * size | i * size) % (vec * size):", "if False:", "test_rows.py"),
+    "axes merged that do not follow each other": Mutant("rows", "all(outer == inner * size", "all(outer >= inner * 1", "test_rows.py"),
+    "fresh results at the strides of the operands": Mutant("rows", "return Strides(0, group * row_bytes, row_bytes if group > 1 else 0)", "return Strides(0, row_bytes, row_bytes)", "test_rows.py"),
+    "the grid stays that of the trace": Mutant("launch", "        launch.operands[1] = grid\n", "", "test_launch.py::test_a_program_lowers"),
+    "another number as the grid": Mutant("launch", 'program.inputs.index("programs")', 'program.inputs.index("blocks")', "test_launch.py::test_a_program_lowers"),
+    "an unknown JAX is launched": Mutant("launch", "if not KNOWN_JAX[0] <= version < KNOWN_JAX[1]:", "if False:", "test_launch.py::test_an_unknown_jax"),
+    "an old GPU is taken": Mutant("launch", "if capability < NEEDED_CAPABILITY:", "if False:", "test_launch.py::test_an_old_gpu"),
+}  # fmt: skip
+
+
+def _run(name: str, mutant: Mutant | None, killers: list[str]) -> int:
+    """pytest's exit code with the changed package: 0 where nothing failed, so the mutant lives; 1 where it is killed."""
+    import pytest
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / PACKAGE.name
+        shutil.copytree(PACKAGE, copy)
+        if mutant is not None:
+            file = copy / f"{mutant.module}.py"
+            source = file.read_text()
+            if source.count(mutant.old) != 1:
+                print(f"{name}: {mutant.old!r} is {source.count(mutant.old)} times in {mutant.module}", file=sys.stderr)
+                return 70
+            file.write_text(source.replace(mutant.old, mutant.new))
+        sys.path[:] = [folder, *(entry for entry in sys.path if Path(entry) != PACKAGE.parent)]
+        options = [
+            "-q",
+            "-x",
+            "-m",
+            "not gpu and not nightly",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:randomly",
+            "--no-header",
+        ]
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            code = pytest.main([*options, *(f"tests/interop/{killer}" for killer in killers)])
+        if code not in (0, 1):
+            print(name, output.getvalue()[-3000:], file=sys.stderr)
+        return int(code)
+
+
+def nodes(killer: str) -> list[str]:
+    """pytest takes no prefixes of names: the tests of the file that begin so. One with its parameters is meant alone."""
+    file, _, prefix = killer.partition("::")
+    if not prefix or "[" in prefix:
+        return [killer]
+    source = (Path(__file__).parent / file).read_text().splitlines()
+    found = [line.split("(")[0].removeprefix("def ") for line in source if line.startswith(f"def {prefix}")]
+    assert found, f"no test of {file} begins with {prefix}"
+    return [f"{file}::{name}" for name in found]
+
+
+def main() -> int:
+    import jax  # noqa: F401  imported before the forks, with nothing of it started
+    import torch  # noqa: F401
+
+    killers = sorted({node for mutant in MUTANTS.values() for node in nodes(mutant.killer)})
+    whole = {node for node in killers if "::" not in node}
+    control = [node for node in killers if node in whole or node.partition("::")[0] not in whole]
+    codes = {}
+    for name, mutant, chosen in (
+        ("the package as it is", None, control),
+        *((name, mutant, nodes(mutant.killer)) for name, mutant in MUTANTS.items()),
+    ):
+        child = os.fork()
+        if not child:
+            code = 71
+            try:
+                code = _run(name, mutant, chosen)
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        codes[name] = os.waitstatus_to_exitcode(status)
+    print(json.dumps(codes))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,246 @@
+"""What is left as it is, and why: instances, refused classes, classes that upstream has changed. What reports say."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import inspect
+import pathlib
+import pickle
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from pallas_norm_torch import _classes, _forwards, huggingface
+from pallas_norm_torch._classes import ROWS, Kind, Row
+from tests.interop.norm_classes import F32, N, build, classes_of, found, gemma, imported, llama, unknown
+
+LLAMA = next(digest for digest, row in ROWS.items() if row.example == "LlamaRMSNorm")
+
+
+def reason(module: nn.Module) -> str:
+    report = huggingface.patch(module)
+    assert not report.replaced
+    (left,) = report.left
+    assert left.name == ""
+    assert left.class_name == type(module).__name__
+    return left.reason
+
+
+def test_eps_is_read_at_each_call() -> None:
+    module, x = llama(), torch.ones(1, N)
+    huggingface.patch(module)
+    before = module(x)
+    module.variance_epsilon = 3.0
+    after = module(x)
+    torch.testing.assert_close(after, before / 2, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("eps", [None, -1.0, "1e-6"])
+def test_eps_that_is_no_eps(eps: Any) -> None:
+    module = llama()
+    module.variance_epsilon = eps
+    assert reason(module) == f"its variance_epsilon is {eps!r}; needed a number, at least 0: set it, or leave it"
+
+
+def test_weight_in_float64() -> None:
+    assert reason(llama().double()) == (
+        "its weight is torch.float64 of shape (64,); needed one dimension in bfloat16, float16 or float32: cast the "
+        "model with model.to, or leave it"
+    )
+
+
+def test_norm_over_several_dimensions() -> None:
+    assert reason(nn.RMSNorm((4, N), eps=1e-6, elementwise_affine=False)) == (
+        "it normalises 2 dimensions, (4, 64), together; needed the last one alone: leave it"
+    )
+
+
+def test_norm_without_float32() -> None:
+    module = build(classes_of(next(key for key, row in ROWS.items() if row.kind is Kind.BIASED))[0], F32)
+    module.force_float32_reductions = False
+    assert reason(module) == (
+        "force_float32_reductions is False, so it sums squares in x's dtype; needed float32: set it, or leave it"
+    )
+
+
+def test_parametrized_weight() -> None:
+    module = llama()
+    nn.utils.parametrize.register_parametrization(module, "weight", nn.Identity())
+    assert reason(module) == (
+        "its weight is parametrized, which changes its class too: remove the parametrization first"
+    )
+
+
+def test_forward_bound_by_something_else() -> None:
+    module = llama()
+    module.forward = functools.partial(type(module).forward, module)
+    assert reason(module) == (
+        "its forward was bound to the instance by something else (kernels, accelerate, Liger?): undo that first"
+    )
+
+
+def test_own_forward_bound_to_the_instance() -> None:
+    """What kernelize leaves where it has no kernel."""
+    module = llama()
+    module.forward = types.MethodType(type(module).forward, module)
+    assert huggingface.patch(module).replaced == {"LlamaRMSNorm": 1}
+    assert "forward" not in vars(module)
+
+
+@pytest.mark.parametrize(("example", "note"), [(row.example, row.note) for row in ROWS.values() if row.forward is None])
+def test_refused_classes_say_why(example: str, note: str) -> None:
+    (owner,) = {imported(one) for one in found() if one.name == example} or {None}
+    if owner is None:
+        pytest.skip("this transformers has no such class")
+    assert _classes.recognise(owner) == note
+
+
+# --- a class that upstream has changed --------------------------------------------------------------------------------
+
+
+def changed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> type[nn.Module]:
+    """LlamaRMSNorm from a file in which its source has been edited."""
+    source = inspect.getsource(LlamaRMSNorm)
+    assert old in source
+    name = f"modeling_{abs(hash((old, new)))}"
+    (tmp_path / f"{name}.py").write_text(
+        "import torch\nfrom torch import nn\n\n\n"
+        "def use_kernel_forward_from_hub(name):\n    return lambda owner: owner\n\n\n" + source.replace(old, new)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return importlib.import_module(name).LlamaRMSNorm
+
+
+CHANGES = [
+    ("torch.float32", "torch.float64"),
+    ("self.weight * hidden_states.to(input_dtype)", "self.weight + hidden_states.to(input_dtype)"),
+    (".mean(-1, keepdim=True)", ".sum(-1, keepdim=True)"),
+    ("variance + self.variance_epsilon", "variance * self.variance_epsilon"),
+    ("hidden_states.pow(2)", "hidden_states.pow(3)"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), CHANGES)
+def test_changed_upstream(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    owner = changed(tmp_path, monkeypatch, old, new)
+    module = nn.Sequential(build(owner, F32))
+    report = huggingface.patch(module)
+    assert str(report) == f"left 1 LlamaRMSNorm (0): {unknown(owner)}"
+    assert type(module[0]) is owner
+
+
+def test_changed_into_another_known_body(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name says Llama, its source is Olmo2's: it gets Olmo2's replacement."""
+    owner = changed(
+        tmp_path,
+        monkeypatch,
+        "self.weight * hidden_states.to(input_dtype)",
+        "(self.weight * hidden_states).to(input_dtype)",
+    )
+    module = build(owner, F32)
+    assert huggingface.patch(module).replaced == {"LlamaRMSNorm": 1}
+    assert type(module).forward is _forwards.olmo2
+
+
+def test_changed_words_only(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Annotations, comments and docstrings are not what it computes."""
+    body = "input_dtype = hidden_states.dtype"
+    owner = changed(tmp_path, monkeypatch, body, f'"""Other words."""\n        {body}  # and a comment')
+    assert huggingface.patch(build(owner, F32)).replaced == {"LlamaRMSNorm": 1}
+
+
+def test_made_with_exec() -> None:
+    namespace: dict[str, Any] = {"torch": torch, "nn": nn, "__name__": "nowhere"}
+    exec(inspect.getsource(LlamaRMSNorm).replace("@use_kernel_forward_from_hub", "# "), namespace)
+    assert reason(build(namespace["LlamaRMSNorm"], F32)) == (
+        "the source of its forward cannot be read, and it is recognised by that: define it in a file"
+    )
+
+
+def test_subclass_with_another_helper() -> None:
+    class OtherRMSNorm(GemmaRMSNorm):
+        def _norm(self, x: torch.Tensor) -> torch.Tensor:
+            return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    assert reason(build(OtherRMSNorm, F32)) == unknown(OtherRMSNorm)
+
+
+def test_subclass_with_the_same_methods() -> None:
+    class SameRMSNorm(LlamaRMSNorm):
+        """Inherits its forward."""
+
+    assert huggingface.patch(build(SameRMSNorm, F32)).replaced == {"SameRMSNorm": 1}
+
+
+def test_wrapped_forward_is_not_the_one_that_it_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = LlamaRMSNorm
+    forward = owner.forward
+
+    @functools.wraps(forward)
+    def doubled(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        return 2 * forward(self, hidden_states)
+
+    monkeypatch.setattr(owner, "forward", doubled)
+    assert reason(build(owner, F32)) == unknown(owner)
+
+
+def test_unknown_class_that_does_not_look_like_a_norm_is_not_reported() -> None:
+    assert str(huggingface.patch(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))) == "found no RMSNorm"
+
+
+def test_class_with_the_body_but_another_name() -> None:
+    class Scale(LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            variance = hidden_states.square().mean(-1, keepdim=True)
+            return hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+
+    assert reason(build(Scale, F32)) == unknown(Scale)
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_is_words() -> None:
+    model = nn.ModuleDict({"a": llama(), "b": llama(), "c": gemma(), "d": llama().double(), "e": llama().double()})
+    refused = (
+        "its weight is torch.float64 of shape (64,); needed one dimension in bfloat16, float16 or float32: cast the "
+        "model with model.to, or leave it"
+    )
+    left = f"left 2 LlamaRMSNorm (d and 1 more): {refused}"
+    assert str(huggingface.patch(model)) == f"replaced 3: 1 GemmaRMSNorm, 2 LlamaRMSNorm\n{left}"
+    assert str(huggingface.patch(model)) == f"replaced before 3: 1 GemmaRMSNorm, 2 LlamaRMSNorm\n{left}"
+    assert str(huggingface.unpatch(model)) == "restored 3: 1 GemmaRMSNorm, 2 LlamaRMSNorm"
+    assert str(huggingface.unpatch(model)) == "found no RMSNorm"
+
+
+@pytest.mark.parametrize("function", [huggingface.patch, huggingface.unpatch])
+def test_no_module(function: Any) -> None:
+    with pytest.raises(TypeError) as error:
+        function("model")
+    assert str(error.value) == "model is a str; needed a torch.nn.Module: the model or a part of it"
+
+
+def test_pickle_where_the_class_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = llama()
+    huggingface.patch(module)
+    written = pickle.dumps(module)
+    monkeypatch.delitem(ROWS, LLAMA)
+    with pytest.raises(pickle.UnpicklingError) as error:
+        pickle.loads(written)
+    assert str(error.value) == (
+        f"the pickle holds a patched LlamaRMSNorm, but here {unknown(LlamaRMSNorm)}; needed the version of its "
+        "package that wrote the pickle, or a pickle of the model after unpatch"
+    )
+
+
+def test_row_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Row(Kind.REFUSED, "", "").note = "other"  # pyright: ignore

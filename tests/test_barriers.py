@@ -1,0 +1,172 @@
+"""What orders a kernel's accesses to shared memory, read off the kernel as it is lowered for CUDA. Needs no GPU.
+
+The interpreter knows neither the warps of one warpgroup nor the CTAs of a cluster, and on a GPU a missing barrier may
+do no harm for years. Here each has to be in its place between the write and the read that it orders.
+
+Property 22.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src.interpreters import mlir
+from jaxlib.mlir import ir
+
+from pallas_norm._spec import Spec
+from pallas_norm.regimes import BackwardPlan, Plan, Regime, Source, backward_plan_for
+from tests import mutants
+from tests.mutants import Rewrite
+
+ROWS = 300
+
+EVENTS = {
+    "arrive": r"mbarrier\.arrive\.release",
+    "wait": r"mbarrier\.try_wait",
+    "cluster_arrive": r"barrier\.cluster\.arrive\.release\.aligned",
+    "cluster_wait": r"barrier\.cluster\.wait\.acquire\.aligned",
+    "copy": r"cp\.async\.bulk",
+    "write": r'llvm\.store"\(%\S+, %\S+\).*!llvm\.ptr<3>\)|memref\.store.*address_space<workgroup>',
+    "read": r'llvm\.load"\(%\S+\).*\(!llvm\.ptr<3>\)|memref\.load.*address_space<workgroup>',
+    "read_of_another_cta": r"memref\.load.*, 7 : i32>",
+}
+
+
+def kernels(function: Callable[..., Any], *operands: Any) -> list[str]:
+    """The Mosaic GPU kernels of a program lowered for CUDA, as text."""
+    program = jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",))
+    found: list[bytes] = []
+
+    def visit(operation: Any) -> Any:
+        if operation.name == "stablehlo.custom_call" and "mosaic_gpu" in str(operation.attributes["call_target_name"]):
+            config = ir.DictAttr(operation.attributes["mhlo.backend_config"])
+            found.append(ir.StringAttr(config["module"]).value_bytes)
+        return ir.WalkResult.ADVANCE
+
+    program.compiler_ir().operation.walk(visit)
+
+    def text(module: bytes) -> str:
+        with mlir.make_ir_context() as context:
+            context.allow_unregistered_dialects = True
+            return str(ir.Module.parse(module))
+
+    return [text(module) for module in found]
+
+
+def events(kernel: str) -> str:
+    """In the order of the text, repetitions once. A read before a write is left out: up to JAX 0.11 a store is a swap,
+    which reads what it replaces."""
+    found = [name for line in kernel.splitlines() for name, pattern in EVENTS.items() if re.search(pattern, line)]
+    once = [name for name, _ in itertools.groupby(found)]
+    kept = [name for name, following in itertools.pairwise([*once, ""]) if (name, following) != ("read", "write")]
+    return " ".join(name for name, _ in itertools.groupby(kept))
+
+
+def forward(plan: Plan) -> str:
+    kernel = sys.modules["pallas_norm._forward"].forward  # of a mutant
+
+    def run(x: jax.Array, weight: jax.Array) -> Any:
+        return kernel({"x": x, "weight": weight}, plan=plan, spec=Spec(), with_rstd=True, interpret=False)
+
+    x, weight = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((ROWS, plan.n), (plan.n,)))
+    (text,) = kernels(run, x, weight)
+    return events(text)
+
+
+def backward(plan: BackwardPlan) -> str:
+    kernel = sys.modules["pallas_norm._backward"].parts
+
+    def run(x: jax.Array, weight: jax.Array, rstd: jax.Array) -> Any:
+        operands = {"x": x, "dy": x, "weight": weight, "rstd": rstd}
+        return kernel(operands, plan=plan, spec=Spec(), with_dweight=True, interpret=False)
+
+    x, weight = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((ROWS, plan.n), (plan.n,)))
+    (text,) = kernels(run, x, weight, jax.ShapeDtypeStruct((ROWS,), jnp.float32))
+    return events(text)
+
+
+# Few elements, so that the kernels are short; the same statements as in long rows.
+SHARED = {"regime": Regime.CTA, "vec": 8, "warpgroups": 2}
+FORWARD = {
+    "shared": Plan(4096, **SHARED),
+    "cluster": Plan(4096, **SHARED, cluster=2),
+    "in warps": Plan(128, Regime.WARP, 8, 16, 8),
+}
+PIPELINE = backward_plan_for(4096, "bfloat16")
+BACKWARD = {
+    "rows in warps": backward_plan_for(128, "bfloat16"),
+    "rows in warps, two chunks": backward_plan_for(512, "bfloat16"),
+    "pipeline": PIPELINE,
+    "pipeline, shared": dataclasses.replace(PIPELINE, **SHARED),
+    "shared": BackwardPlan(4096, **SHARED, source=Source.MEMORY),
+    "cluster": BackwardPlan(4096, **SHARED, cluster=2, source=Source.MEMORY),
+}
+
+# A row's sum: each warp's part is written, the warpgroups meet, all parts are read.
+SUM = "write arrive wait read"
+# Then the CTA's total is written, the cluster meets, the totals are read; before the end it meets again, so that no
+# CTA is gone while another reads.
+CLUSTER = "write arrive wait write cluster_arrive cluster_wait read_of_another_cta cluster_arrive cluster_wait"
+# A chunk of dweight: all have read the chunk before, the rows are written, all have written, they are read.
+COLUMNS = "arrive wait write arrive wait read"
+EXPECTED = {
+    **{("forward", name): value for name, value in {"shared": SUM, "cluster": CLUSTER, "in warps": ""}.items()},
+    ("backward", "rows in warps"): COLUMNS,
+    ("backward", "rows in warps, two chunks"): f"{COLUMNS} {COLUMNS}",
+    # A stage is read after its copy has arrived, and filled again between the two readings of the next row.
+    ("backward", "pipeline"): "copy wait read copy read",
+    ("backward", "pipeline, shared"): f"copy wait {SUM} copy read",
+    ("backward", "shared"): SUM,
+    ("backward", "cluster"): CLUSTER,
+}
+
+
+def found(of: str, name: str) -> str:
+    return forward(FORWARD[name]) if of == "forward" else backward(BACKWARD[name])
+
+
+@pytest.mark.parametrize(("of", "name"), EXPECTED)
+def test_every_barrier_is_between_the_accesses_that_it_orders(of: str, name: str) -> None:
+    assert found(of, name) == EXPECTED[of, name]
+
+
+MEET = "_compat.arrive_and_wait(self.exchange.barrier)"
+BEFORE_A_CHUNK = "_compat.arrive_and_wait(meeting.barrier)  # all have read the chunk before"
+AFTER_A_CHUNK = "_compat.arrive_and_wait(meeting.barrier)\n            rows"
+ARRIVE, WAIT = "    plgpu.barrier_arrive(barrier)\n", "(barrier)\n    plgpu.barrier_wait(barrier)\n"
+CLUSTER_ARRIVE, CLUSTER_WAIT = "        _compat.cluster_arrive()\n", "        _compat.cluster_wait()\n"
+ACROSS = CLUSTER_ARRIVE + CLUSTER_WAIT + "        ctas"
+AT_THE_END = "    _compat.cluster_arrive()\n            _compat.cluster_wait()\n"
+FILL = "when_met()\n\n    rows = read()"
+FILLED_EARLY = Rewrite("_backward", FILL, "rows = read()", also=("products = []", "products = []\n    when_met()"))
+WITHOUT: dict[str, tuple[Rewrite, str, str]] = {
+    "forward sum": (Rewrite("_blocks", MEET, "pass"), "forward", "shared"),
+    "backward sum": (Rewrite("_blocks", MEET, "pass"), "backward", "pipeline, shared"),
+    "arrival": (Rewrite("_compat", ARRIVE, ""), "backward", "shared"),
+    "wait": (Rewrite("_compat", WAIT, "(barrier)\n"), "backward", "shared"),
+    "before a chunk": (Rewrite("_blocks", BEFORE_A_CHUNK, "pass"), "backward", "rows in warps, two chunks"),
+    "after a chunk": (Rewrite("_blocks", AFTER_A_CHUNK, "rows"), "backward", "rows in warps"),
+    "cluster": (Rewrite("_blocks", ACROSS, "        ctas"), "forward", "cluster"),
+    "cluster, arrival": (Rewrite("_blocks", ACROSS, CLUSTER_WAIT + "        ctas"), "forward", "cluster"),
+    "cluster, wait": (Rewrite("_blocks", ACROSS, CLUSTER_ARRIVE + "        ctas"), "backward", "cluster"),
+    "cluster, at the end": (Rewrite("_launch", AT_THE_END, "    pass\n"), "forward", "cluster"),
+    "cluster, release": (Rewrite("_compat", "arrive.release.aligned", "arrive.relaxed.aligned"), "forward", "cluster"),
+    "cluster, acquire": (Rewrite("_compat", "wait.acquire.aligned", "wait.aligned"), "forward", "cluster"),
+    "a stage's arrival": (Rewrite("_pipeline", "_compat.wait(self.arrived.at[stage])", "pass"), "backward", "pipeline"),
+    "before a stage is filled again": (FILLED_EARLY, "backward", "pipeline, shared"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_a_missing_barrier_is_missed(name: str) -> None:
+    rewrite, of, kernel = WITHOUT[name]
+    with mutants.rewritten(rewrite):
+        assert found(of, kernel) != EXPECTED[of, kernel]

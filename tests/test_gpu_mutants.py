@@ -1,0 +1,155 @@
+"""Barriers taken away from the real kernels, on a GPU: the bits have to show it. And of the real kernels none moves.
+
+Only those without which a thread reads what another has hardly begun to write. Of the others (before a chunk of
+dweight, before a stage is filled again, at the end of a cluster, release and acquire) the hardware may let every launch
+pass: test_barriers.py looks for their instructions, test_interpreter.py for their races.
+
+Each in a process of its own, because a kernel out of step may also fault, and that ends a process's use of the GPU.
+`-s` prints how many launches were wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_norm._spec import Spec
+from pallas_norm.regimes import Source, backward_plan_for, plan_for
+from tests import mutants
+from tests.mutants import Rewrite
+from tests.oracle import F32
+from tests.strategies import Case
+from tests.test_barriers import ACROSS, AFTER_A_CHUNK, MEET
+
+LAUNCHES = 200
+
+SHARED, CLUSTER, PIPELINE = 32768, 131072, 2048  # four warpgroups; a cluster; a pipeline in one warpgroup
+
+
+def rows_of(n: int) -> int:
+    """Several waves of programs."""
+    return max(1000, 2**23 // n)
+
+
+def forward(n: int) -> Callable[..., Any]:
+    kernel = sys.modules["pallas_norm._forward"].forward  # of a mutant
+    return functools.partial(kernel, plan=plan_for(n, "bfloat16"), spec=Spec(eps=0.0), with_rstd=True)
+
+
+def backward(n: int) -> Callable[..., Any]:
+    kernel = sys.modules["pallas_norm._backward"].backward
+    return functools.partial(kernel, plan=backward_plan_for(n, "bfloat16"), spec=Spec(eps=0.0), with_dweight=True)
+
+
+KERNELS: dict[str, tuple[Callable[[int], Callable[..., Any]], int]] = {
+    "forward, shared": (forward, SHARED),
+    "forward, cluster": (forward, CLUSTER),
+    "backward, rows in warps": (backward, 128),
+    "backward, rows in warps, two chunks": (backward, 512),
+    "backward, pipeline": (backward, PIPELINE),
+    "backward, pipeline, shared": (backward, 16384),
+    "backward, cluster": (backward, CLUSTER),
+}
+
+WITHOUT: dict[str, tuple[Rewrite, str]] = {
+    "forward sum": (Rewrite("_blocks", MEET, "pass"), "forward, shared"),
+    "backward sum": (Rewrite("_blocks", MEET, "pass"), "backward, pipeline, shared"),
+    "forward, cluster": (Rewrite("_blocks", ACROSS, "        ctas"), "forward, cluster"),
+    "backward, cluster": (Rewrite("_blocks", ACROSS, "        ctas"), "backward, cluster"),
+    "after a chunk of dweight": (Rewrite("_blocks", AFTER_A_CHUNK, "rows"), "backward, rows in warps"),
+    "after each of two chunks": (Rewrite("_blocks", AFTER_A_CHUNK, "rows"), "backward, rows in warps, two chunks"),
+    "a stage's arrival": (
+        Rewrite("_pipeline", "_compat.wait(self.arrived.at[stage])", "pass"),
+        "backward, pipeline",
+    ),
+}
+
+
+def differing(kernel: str, *, launches: int = LAUNCHES, rows: int | None = None, interpret: bool = False) -> int:
+    """Launches of which some bit is not the exact result. The rows differ, so another row's sum is a wrong one."""
+    make, n = KERNELS[kernel]
+    case = Case(n, rows or rows_of(n), "bf16", "f32", "normal", seed=0)
+    x, weight, dy = case.exact()
+    # Each row of another power of two, and with it rstd; x and dy of one magnitude keep all sums exact.
+    power = (2.0 ** (np.arange(len(x)) % 8 - 4))[:, None]
+    x, rstd = (x.astype(F32) * power).astype(x.dtype), (1 / power[:, 0]).astype(F32)
+    dy = (dy * (1 + np.arange(len(x)) % 5)[:, None]).astype(F32)
+    unit = np.sign(x.astype(F32))
+    if make is forward:
+        operands, expected = {"x": x, "weight": weight}, {"y": unit * weight, "rstd": rstd}
+    else:
+        operands = {"x": x, "weight": weight, "dy": dy, "rstd": rstd}
+        g = dy * weight
+        mean = np.sum(g * unit, axis=1, keepdims=True, dtype=F32) / F32.type(n)
+        expected = {"dx": (rstd[:, None] * (g - unit * mean)).astype(x.dtype), "dweight": (unit * dy).sum(axis=0)}
+    run = jax.jit(functools.partial(make(n), interpret=interpret))
+    given, right = ({k: jnp.asarray(v) for k, v in values.items()} for values in (operands, expected))
+
+    @jax.jit
+    def wrong(results: Any, right: Any) -> jax.Array:
+        return jnp.any(jnp.array([jnp.any(results[name] != right[name]) for name in right]))
+
+    return sum(int(wrong(run(given), right)) for _ in range(launches))
+
+
+def in_a_process(call: str) -> str:
+    """What it prints, or how it failed."""
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", f"from tests import test_gpu_mutants as t; print(t.{call})"]
+    try:
+        options = {"cwd": root, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+        done = subprocess.run(command, check=False, **options)
+    except subprocess.TimeoutExpired:
+        return "never ended"
+    return done.stdout.split()[-1] if done.returncode == 0 else f"failed: {done.stderr.strip().splitlines()[-1]}"
+
+
+def without(name: str) -> int:
+    rewrite, kernel = WITHOUT[name]
+    with mutants.rewritten(rewrite):
+        return differing(kernel)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_launch_of_the_real_kernel_is_wrong(name: str) -> None:
+    assert in_a_process(f"differing({name!r})") == "0"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", WITHOUT)
+def test_without_a_barrier_some_launch_is_wrong(name: str) -> None:
+    found = in_a_process(f"without({name!r})")
+    print(f"\nwithout the barrier {name!r}: {found} of {LAUNCHES} launches wrong")  # noqa: T201
+    assert found != "0"
+
+
+@pytest.mark.parametrize("name", ["forward, shared", "backward, rows in warps", "backward, pipeline"])
+def test_what_is_compared_on_a_gpu_is_right(name: str) -> None:
+    """Here in the interpreter: the expectation, and that every rewrite finds its text."""
+    assert differing(name, launches=1, rows=2, interpret=True) == 0
+    for rewrite, kernel in WITHOUT.values():
+        assert kernel in KERNELS
+        with mutants.rewritten(rewrite):
+            pass
+
+
+def test_the_row_lengths_reach_the_barriers() -> None:
+    assert plan_for(SHARED, "bfloat16").warpgroups == 4
+    assert plan_for(CLUSTER, "bfloat16").cluster > 1
+    assert backward_plan_for(CLUSTER, "bfloat16").cluster > 1
+    assert backward_plan_for(PIPELINE, "bfloat16").source is Source.PIPELINE
+    shared = backward_plan_for(16384, "bfloat16")
+    assert (shared.source, shared.warpgroups) == (Source.PIPELINE, 4)
+    assert [backward_plan_for(n, "bfloat16").chunks for n in (128, 512)] == [1, 2]
