@@ -9,6 +9,7 @@ replay    HF's steps from the provider's own rstd: 0 for ours, whatever its sums
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -80,17 +81,25 @@ def providers(x: np.ndarray, weight: np.ndarray) -> dict[str, Callable[[], tuple
             with torch.no_grad():
                 if kind == "HF eager":
                     y = module(tensor)
+                elif kind == "Liger":
+                    from liger_kernel.transformers.rms_norm import LigerRMSNorm
+
+                    liger = LigerRMSNorm(x.shape[1], eps=EPS).to(device=tensor.device, dtype=tensor.dtype)
+                    liger.weight.data.copy_(own)
+                    y = liger(tensor)
                 else:
                     y = torch.nn.functional.rms_norm(tensor, tensor.shape[1:], own, EPS)
             return _to_numpy(y, x.dtype), None
 
         return call
 
+    installed = importlib.util.find_spec("liger_kernel") is not None
     return {
         "HF eager": torch_norm("HF eager"),
         "pallas-norm": ours("mosaic_gpu"),
         "XLA": ours("xla"),
         "F.rms_norm": torch_norm("F.rms_norm"),
+        **({"Liger": torch_norm("Liger")} if installed else {}),
     }
 
 
