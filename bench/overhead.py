@@ -120,7 +120,7 @@ print(1e3 * (time.perf_counter() - start))
 """
 
 
-def _first_calls(processes: int = 5) -> dict[str, list[float]]:
+def _first_calls(processes: int = 3) -> dict[str, list[float]]:
     """Milliseconds of the first call of a new process, after its imports: with nothing in the disk cache, and with
     the kernel there."""
     found: dict[str, list[float]] = {"empty": [], "filled": []}

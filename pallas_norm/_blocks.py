@@ -253,8 +253,11 @@ class SharedRow(Block):
     def layout(self) -> Any:
         return _compat.row_across_warps(self.plan.vec, split=True)
 
+    def _warpgroup(self) -> jax.Array:
+        return lax.axis_index("warpgroup") if self.plan.warpgroups > 1 else jnp.int32(0)
+
     def _worker(self) -> jax.Array:
-        worker = lax.axis_index("warpgroup")
+        worker = self._warpgroup()
         if self.plan.cluster > 1:
             worker = worker + lax.axis_index("cluster") * self.plan.warpgroups
         return worker
@@ -274,7 +277,7 @@ class SharedRow(Block):
 
     def row_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
         partials, slot = self.exchange.partials, self.slot
-        partials[slot, lax.axis_index("warpgroup")] = jnp.sum(self._added_up(chunks), axis=1)
+        partials[slot, self._warpgroup()] = jnp.sum(self._added_up(chunks), axis=1)
         _compat.arrive_and_wait(self.exchange.barrier)
         of_warps = [partials[slot, g, w] for g in range(self.plan.warpgroups) for w in range(WARPS)]
         total = functools.reduce(jnp.add, of_warps)

@@ -48,7 +48,8 @@ def forward(n: int) -> Callable[..., Any]:
 
 def backward(n: int) -> Callable[..., Any]:
     kernel = sys.modules["pallas_norm._backward"].backward
-    return functools.partial(kernel, plan=backward_plan_for(n, "bfloat16"), spec=Spec(eps=0.0), with_dweight=True)
+    plan = backward_plan_for(n, "bfloat16", dy_dtype="float32")  # dy is a float32, as its weight is
+    return functools.partial(kernel, plan=plan, spec=Spec(eps=0.0), with_dweight=True)
 
 
 KERNELS: dict[str, tuple[Callable[[int], Callable[..., Any]], int]] = {
@@ -132,7 +133,7 @@ def test_no_launch_of_the_real_kernel_is_wrong(name: str) -> None:
 def test_without_a_barrier_some_launch_is_wrong(name: str) -> None:
     found = in_a_process(f"without({name!r})")
     print(f"\nwithout the barrier {name!r}: {found} of {LAUNCHES} launches wrong")  # noqa: T201
-    assert found != "0"
+    assert found == "never ended" or (found.isdigit() and int(found) > 0), found  # a failure shows nothing
 
 
 @pytest.mark.parametrize("name", ["forward, shared", "backward, rows in warps", "backward, pipeline"])
