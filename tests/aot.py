@@ -55,17 +55,26 @@ def missing() -> str | None:
     return None
 
 
-def compile_for_h200(function: Callable[..., Any], *structs: jax.ShapeDtypeStruct) -> Report:
+def _compiled(function: Callable[..., Any], *structs: jax.ShapeDtypeStruct) -> Any:
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc("h200", platform="cuda", target_config=H200, topology="1x1x1")
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     placed = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in structs]
+    jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding)
+    return jitted.trace(*placed).lower(lowering_platforms=("cuda",)).compile()
+
+
+def optimised_for_h200(function: Callable[..., Any], *structs: jax.ShapeDtypeStruct) -> str:
+    """XLA's program after all its passes."""
+    return _compiled(function, *structs).as_text()
+
+
+def compile_for_h200(function: Callable[..., Any], *structs: jax.ShapeDtypeStruct) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         try:
-            jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding)
-            jitted.trace(*placed).lower(lowering_platforms=("cuda",)).compile()
+            _compiled(function, *structs)
         finally:
             del os.environ["MOSAIC_GPU_DUMP_TO"]
         report = "".join(path.read_text() for path in Path(folder).glob("*.ptxas"))

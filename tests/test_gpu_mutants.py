@@ -133,7 +133,8 @@ def test_no_launch_of_the_real_kernel_is_wrong(name: str) -> None:
 def test_without_a_barrier_some_launch_is_wrong(name: str) -> None:
     found = in_a_process(f"without({name!r})")
     print(f"\nwithout the barrier {name!r}: {found} of {LAUNCHES} launches wrong")  # noqa: T201
-    assert found == "never ended" or (found.isdigit() and int(found) > 0), found  # a failure shows nothing
+    # Wrong launches, a hang, or a fault of the GPU; another failure, say to compile, shows nothing.
+    assert found == "never ended" or "cuda" in found or (found.isdigit() and int(found) > 0), found
 
 
 @pytest.mark.parametrize("name", ["forward, shared", "backward, rows in warps", "backward, pipeline"])

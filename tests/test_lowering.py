@@ -106,9 +106,11 @@ def test_no_rows_need_no_kernel() -> None:
     check(rms_norm, array(0, 256, dtype="bfloat16"), array(256, dtype="bfloat16"), kernels=0)
 
 
-def test_off_the_gpu_every_bfloat16_rounding_is_one_that_xla_may_not_remove() -> None:
-    """A pair of casts does not do: XLA drops it in some fusions, and the outputs come out rounded once."""
-    x, weight = array(ROWS, 256, dtype="bfloat16"), array(256, dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_rounding_of_the_reference_is_one_that_xla_may_not_remove(dtype: str) -> None:
+    """A pair of casts does not do: XLA drops it in some fusions (bfloat16 on a CPU, float16 on a GPU), and the outputs
+    come out rounded once."""
+    x, weight = array(ROWS, 256, dtype=dtype), array(256, dtype=dtype)
     roundings = {
         rms_norm: 2,  # unit, y
         lambda x, weight: add_rms_norm(x, x, weight): 3,  # s
