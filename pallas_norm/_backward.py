@@ -83,13 +83,13 @@ def _every_row(
     interpret: bool,
 ) -> tuple[Block, Chunks | None]:
     """`gradient` for every programs-th of `count` blocks; returns a block and this program's part of dweight."""
-    steps = lax.div(count - program + (programs - 1), programs)
+    steps = lax.div(count - program + (programs - 1), jnp.int32(programs))
 
     def at(step: Any) -> Any:
         return program + step * programs
 
     def block_of(step: Any) -> Block:
-        return _launch.block(plan, at(step), exchange, lax.rem(step, _launch.SLOTS), interpret=interpret)
+        return _launch.block(plan, at(step), exchange, lax.rem(step, jnp.int32(_launch.SLOTS)), interpret=interpret)
 
     def load(step: Any) -> Rows:
         return {name: block_of(step).load(source) for name, source in sources.items()}

@@ -265,7 +265,7 @@ class SharedRow(Block):
     def _starts(self) -> list[jax.Array]:
         plan, worker = self.plan, self._worker()
         nominal = [(j * plan.workers + worker) * plan.span for j in range(plan.chunks)]
-        return [lax.min(start, plan.n - plan.span) for start in nominal] if plan.overlap else nominal
+        return [lax.min(start, jnp.int32(plan.n - plan.span)) for start in nominal] if plan.overlap else nominal
 
     def _repeated(self) -> jax.Array:
         nominal = ((self.plan.chunks - 1) * self.plan.workers + self._worker()) * self.plan.span

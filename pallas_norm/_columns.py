@@ -46,12 +46,12 @@ def _body(
     n = parts_ref.shape[1]
     if rows_ref is not None:
         rows = _compat.count(rows_ref, interpret=interpret)
-    column = lax.min(lax.axis_index("program") * columns, n - columns)
+    column = lax.min(lax.axis_index("program") * columns, jnp.int32(n - columns))
 
     def cast(value: jax.Array) -> jax.Array:
         return _compat.layout_cast(value, layout, interpret=interpret)
 
-    last = lax.max(rows - TILE, 0)
+    last = lax.max(jnp.int32(rows) - TILE, jnp.int32(0))
 
     def add_tile(tile: Any, total: jax.Array) -> jax.Array:
         nominal = tile * TILE
@@ -68,7 +68,7 @@ def _body(
     def add_tiles(step: Any, total: jax.Array) -> jax.Array:
         return functools.reduce(lambda total, tile: add_tile(step * ahead + tile, total), range(ahead), total)
 
-    steps = lax.div(rows + (TILE * ahead - 1), TILE * ahead)
+    steps = lax.div(jnp.int32(rows) + (TILE * ahead - 1), jnp.int32(TILE * ahead))
     total = lax.fori_loop(0, steps, add_tiles, cast(jnp.zeros((TILE, columns), F32)))
     rounded = jnp.sum(total, axis=0).astype(sum_ref.dtype)
     _compat.store(sum_ref.at[pl.ds(column, columns)], rounded, interpret=interpret)

@@ -403,7 +403,17 @@ def _addresses(
 
 @functools.cache
 def _device(platform: str, index: int) -> Any:
-    return next(device for device in jax.local_devices(backend=platform) if device.local_hardware_id == index)
+    try:
+        devices = jax.local_devices(backend=platform)
+    except RuntimeError as error:
+        raise NotImplementedError(
+            f"JAX has no {platform} device here ({error}); needed for a tensor of {platform}:{index}: "
+            "pip install 'pallas-norm[cuda13]' (or cuda12)"
+        ) from error
+    found = [device for device in devices if device.local_hardware_id == index]
+    if not found:
+        raise NotImplementedError(f"JAX sees {len(devices)} {platform} devices, none of which is {platform}:{index}")
+    return found[0]
 
 
 def adopt(capsules: Sequence[Any], platform: str, index: int, wait_for: Callable[[int], None]) -> list[jax.Array]:

@@ -109,7 +109,7 @@ def extent(plan: Plan, rows: int, most_programs: int | None, counts: dict[str, A
         programs = blocks if most_programs is None else min(blocks, most_programs)
         return Extent(blocks, programs, left, programs)
     blocks, first_left = (_compat.count(counts[f"{name}_ref"], interpret=interpret) for name in COUNTS[:2])
-    programs = blocks if most_programs is None else lax.min(blocks, most_programs)
+    programs = blocks if most_programs is None else lax.min(blocks, jnp.int32(most_programs))
     return Extent(blocks, programs, 0 if plan.block == 1 else None, first_left)
 
 

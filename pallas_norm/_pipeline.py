@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -31,7 +32,7 @@ class Pipeline:
 
     def wait(self, step: jax.Array) -> dict[str, Any]:
         """The references of this step's row, once it is there."""
-        stage = lax.rem(step, self.stages)
+        stage = lax.rem(step, jnp.int32(self.stages))
         _compat.wait(self.arrived.at[stage])
         return {name: buffer.at[stage] for name, buffer in self.buffers.items()}
 
@@ -47,6 +48,6 @@ class Pipeline:
 
         @pl.when(condition)
         def _() -> None:
-            stage = lax.rem(step, self.stages) if isinstance(step, jax.Array) else step % self.stages
+            stage = lax.rem(step, jnp.int32(self.stages)) if isinstance(step, jax.Array) else step % self.stages
             for name, source in self.sources.items():
                 _compat.copy_to_smem(source.at[self.row_of(step)], self.buffers[name].at[stage], self.arrived.at[stage])

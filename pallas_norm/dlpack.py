@@ -43,12 +43,12 @@ def rms_norm(
         import pallas_norm_torch  # torch is there already: its tensor is
 
         if weight is not None and _package(weight) != "torch":
-            weight = _from_dlpack_of("torch")(weight)
+            weight = pallas_norm_torch.to_torch(jnp.asarray(_to_jax("weight", weight)))
         return pallas_norm_torch.rms_norm(x, weight, **options)
     arrays = [_to_jax(name, value) for name, value in (("x", x), ("weight", weight)) if value is not None]
     y = _api.rms_norm(*arrays, **options)
     if isinstance(x, np.ndarray):
-        return np.asarray(y)
+        return np.array(y)  # its own memory, which may be written to
     if isinstance(x, jax.Array):
         return y
     convert = _converter(x)
@@ -72,15 +72,15 @@ def _to_jax(name: str, value: Any) -> Any:
             f"{name} is a {type(value).__name__}, which has no __dlpack__; needed an array that speaks DLPack: "
             "convert it with numpy.asarray first"
         )
+    if _package(value) == "torch":  # a Parameter, say, as the weight of a NumPy array
+        import pallas_norm_torch
+
+        return pallas_norm_torch.to_jax(value.detach(), copy=True)
     if "64" in str(getattr(value, "dtype", "")):
         raise TypeError(
             f"{name} is a {type(value).__name__} of {value.dtype}; needed bfloat16, float16 or float32: cast it first"
         )
     return jnp.from_dlpack(value)
-
-
-def _from_dlpack_of(package: str) -> Callable[[Any], Any]:
-    return sys.modules[package].from_dlpack
 
 
 def _converter(value: Any) -> Callable[[Any], Any] | None:

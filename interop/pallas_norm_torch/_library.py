@@ -3,14 +3,15 @@ and autograd see."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from pallas_norm._spec import Spec
 
-from . import _formula, _validate, direct, through_jax
+from . import _formula, _validate, direct, launch, through_jax
 
 Tensor = torch.Tensor
 # The options every operator takes, in this order; a Spec by another name, which schemas can say.
@@ -36,25 +37,61 @@ def path(x: Tensor) -> Any:
     return through_jax
 
 
+def forward(x: Tensor, *operands: Any, **options: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, s, rstd) by the path of x; by the other one where a kernel turns out not to be what the launch expects."""
+    if path(x) is direct:
+        try:
+            return direct.forward(x, *operands, **options)
+        except launch.Unavailable as reason:  # raised before anything is written; `explain` tells it from now on
+            direct.refuse(x.shape[-1], x.device.index, str(reason))
+    return through_jax.forward(x, *operands, **options)
+
+
+def backward(x: Tensor, *operands: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """(dx, dweight), as forward."""
+    if path(x) is direct:
+        try:
+            return direct.backward(x, *operands, **options)
+        except launch.Unavailable as reason:
+            direct.refuse(x.shape[-1], x.device.index, str(reason))
+    return through_jax.backward(x, *operands, **options)
+
+
 # --- what they compute ------------------------------------------------------------------------------------------------
 
 
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, options: Sequence[Any]) -> None:
+    """What a direct call of an operator may have wrong too. A float that torch.compile keeps open is checked when the
+    program runs."""
+    _validate.operands(x, residual, weight, with_residual=residual is not None)
+    eps, _, weight_offset = options
+    if not isinstance(eps, torch.SymFloat):
+        _validate.eps(eps)
+    if not isinstance(weight_offset, torch.SymFloat):
+        _validate.weight_offset(weight_offset, weight)
+
+
 def _rms_norm(x: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    _validate.operands(x, None, weight, with_residual=False)
-    y, _, rstd = path(x).forward(x, None, weight, Spec(*options), with_rstd=True)
+    _check(x, None, weight, options)
+    y, _, rstd = forward(x, None, weight, Spec(*options), with_rstd=True)
     return y, rstd
 
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _validate.operands(x, residual, weight, with_residual=True)
-    return path(x).forward(x, residual, weight, Spec(*options), with_rstd=True)
+    _check(x, residual, weight, options)
+    return forward(x, residual, weight, Spec(*options), with_rstd=True)
 
 
 def _rms_norm_backward(
     x: Tensor, weight: Tensor | None, rstd: Tensor, dy: Tensor, ds: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     *options, with_dweight = options
-    dx, dweight = path(x).backward(x, weight, rstd, dy, ds, Spec(*options), with_dweight=with_dweight)
+    _check(x, None, weight, options)
+    expected = {"rstd": (rstd, x.shape[:-1]), "dy": (dy, x.shape), "ds": (ds, x.shape)}
+    for name, (value, shape) in expected.items():
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; needed {tuple(shape)}, which belongs to x")
+    dx, dweight = backward(x, weight, rstd, dy, ds, Spec(*options), with_dweight=with_dweight)
     return dx, dweight if with_dweight and dweight is not None else x.new_empty(0)
 
 
@@ -76,15 +113,13 @@ def _rstd_like(x: Tensor) -> Tensor:
 
 @torch.library.register_fake("pallas_norm::rms_norm", lib=library)
 def _(x: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    del options
-    _validate.operands(x, None, weight, with_residual=False)
+    _check(x, None, weight, options)
     return _like(x, weight), _rstd_like(x)
 
 
 @torch.library.register_fake("pallas_norm::add_rms_norm", lib=library)
 def _(x: Tensor, residual: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    del options
-    _validate.operands(x, residual, weight, with_residual=True)
+    _check(x, residual, weight, options)
     return _like(x, weight), _like(x, None), _rstd_like(x)
 
 
@@ -124,10 +159,8 @@ class Norm(torch.autograd.Function):
         ds = others[0] if len(others) == 2 else None
         wants_x, wants_residual, wants_weight, *options = ctx.needs_input_grad
         nothing = (None,) * len(options)
-        if dy is None:
-            if ds is None:
-                return None, None, None, *nothing
-            dy = x.new_zeros(x.shape, dtype=direct.result_dtype(x, weight))
+        if dy is None:  # y was not used: ds passes as it is, whatever is in the rows
+            return ds if wants_x else None, ds if wants_residual else None, None, *nothing
         dx, dweight = Gradient.apply(x, weight, rstd, dy, ds, *ctx.options, wants_weight)
         return dx if wants_x else None, dx if wants_residual else None, dweight if wants_weight else None, *nothing
 
@@ -171,13 +204,19 @@ library.impl("add_rms_norm", Norm.apply, "Autograd")
 library.impl("rms_norm_backward", Gradient.apply, "Autograd")
 
 
+def _is_plain(tensor: Tensor | None) -> bool:
+    return tensor is None or (
+        type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
+
+
 class EagerNorm(torch.autograd.Function):
     """Norm for plain tensors: without the operators' dispatch and with the context in forward, which saves most of
     190 us a call."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> Any:
-        y, s, rstd = path(x).forward(x, residual, weight, spec, with_rstd=True)
+        y, s, rstd = forward(x, residual, weight, spec, with_rstd=True)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if s is None else s, weight, rstd)
@@ -188,15 +227,14 @@ class EagerNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         wants_x, wants_residual, wants_weight, _ = ctx.needs_input_grad
         if dy is None:
-            if ds is None:
-                return None, None, None, None
-            dy = x.new_zeros(x.shape, dtype=direct.result_dtype(x, weight))
+            return ds if wants_x else None, ds if wants_residual else None, None, None
         spec = ctx.spec
-        if torch.is_grad_enabled():  # to be differentiated again
+        # To be differentiated again, or by a tangent, or a batch of gradients: not for a launch of raw memory.
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or not all(map(_is_plain, (dy, ds))):
             options = spec.eps, spec.cast_before_scale, spec.weight_offset
             dx, dweight = Gradient.apply(x, weight, rstd, dy, ds, *options, wants_weight)
         else:
-            dx, dweight = path(x).backward(x, weight, rstd, dy, ds, spec, with_dweight=wants_weight)
+            dx, dweight = backward(x, weight, rstd, dy, ds, spec, with_dweight=wants_weight)
         return dx if wants_x else None, dx if wants_residual else None, dweight if wants_weight else None, None
 
 
@@ -232,8 +270,12 @@ def _members(
         own = [isinstance(v, Tensor) and (i != weight_at or in_dims[i] is not None) for i, v in enumerate(whole)]
         return [value[index] if is_own else value for value, is_own in zip(whole, own, strict=True)]
 
-    looped = zip(*(call(*member(index)) for index in range(size)), strict=True)
-    results = tuple(torch.stack(values) for values in looped)
+    if size == 0:
+        one = call(*(v.new_zeros(v.shape[1:]) if isinstance(v, Tensor) and v.shape[:1] == (0,) else v for v in whole))
+        results = tuple(value.new_empty(0, *value.shape) for value in one)
+    else:
+        looped = zip(*(call(*member(index)) for index in range(size)), strict=True)
+        results = tuple(torch.stack(values) for values in looped)
     return results, (0,) * len(results)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ._overlap import may_overlap, overlaps_itself
+
 Tensor = torch.Tensor
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEVICES = ("cpu", "cuda")
@@ -29,6 +31,13 @@ def _tensor(name: str, value: Any) -> Tensor:
         )
     if value.layout is not torch.strided:
         raise TypeError(f"{name} has the layout {value.layout}; needed torch.strided: pass {name}.to_dense()")
+    if value.is_nested:
+        raise TypeError(f"{name} is a nested tensor; needed a plain one: pass {name}.to_padded_tensor(0.0)")
+    if value.is_neg():
+        raise TypeError(
+            f"{name} is negated lazily, so its memory holds other values; needed them themselves: "
+            f"pass {name}.resolve_neg()"
+        )
     if value.is_quantized:
         raise TypeError(f"{name} is quantized ({value.dtype}); needed a plain tensor: pass {name}.dequantize()")
     if value.dtype not in DTYPES:
@@ -106,8 +115,8 @@ def weight_offset(value: Any, weight: Any) -> float:
     return value
 
 
-def out(value: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype, *, differentiates: bool) -> None:
-    """`out` may be x itself, or share no memory with an operand."""
+def out_form(value: Any, x: Tensor, dtype: torch.dtype, *, differentiates: bool) -> None:
+    """Everything about `out` but where it lies."""
     if not isinstance(value, Tensor):
         raise TypeError(f"out is a {type(value).__name__}; needed a torch.Tensor or None")
     if value.layout is not torch.strided:
@@ -129,48 +138,25 @@ def out(value: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype, *, dif
             "out= was given while an operand requires grad, and autograd cannot record that; "
             "needed torch.no_grad(), detached operands, or a call without out="
         )
-    if value.requires_grad:
+    if value.requires_grad and torch.is_grad_enabled():
         raise ValueError("out requires grad, and autograd cannot record what is written to it; pass out.detach()")
-    if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
+
+
+def out_memory(value: Tensor, x: Tensor, weight: Tensor | None) -> None:
+    """`out` may be x itself, or share no memory with an operand."""
+    if overlaps_itself(value):
         raise ValueError(
             f"out is {describe(value)} with strides {value.stride()}, so several of its elements are one; "
             "needed memory of its own for each: pass a tensor that was not expanded"
         )
     same_rows = value.data_ptr() == x.data_ptr() and value.stride() == x.stride() and value.dtype == x.dtype
-    if not same_rows and _may_overlap(value, x):
+    if not same_rows and may_overlap(value, x):
         raise ValueError(
             "out overlaps x without being x: rows would be written before they are read; "
             "pass out=x to work in place, or memory of its own"
         )
-    if weight is not None and _may_overlap(value, weight):
+    if weight is not None and may_overlap(value, weight):
         raise ValueError("out overlaps weight, which every row reads; pass memory of its own")
-
-
-def _may_overlap(left: Tensor, right: Tensor) -> bool:
-    """Whether the memory between the first and the last element of each has something in common, and is one storage's.
-
-    Interleaved tensors, such as two slices of the columns of one, do not overlap if their columns do not.
-    """
-    if left.numel() == 0 or right.numel() == 0:
-        return False
-    if left.untyped_storage().data_ptr() != right.untyped_storage().data_ptr():
-        return False
-
-    def span(tensor: Tensor) -> tuple[int, int]:
-        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
-
-    (left_start, left_end), (right_start, right_end) = span(left), span(right)
-    if left_end <= right_start or right_end <= left_start:
-        return False
-    if left.ndim == right.ndim and left.stride() == right.stride() and left.element_size() == right.element_size():
-        # Columns of the same rows: equal strides, so only the offset within the smallest row stride matters.
-        period = min((s for s in left.stride()[:-1] if s), default=0) * left.element_size()
-        width = left.shape[-1] * left.element_size()
-        distance = (right_start - left_start) % period if period else 0
-        if left.stride(-1) == 1 and period and width <= distance <= period - width:
-            return False
-    return True
 
 
 def no_tangents(*tensors: Any) -> None:

@@ -39,7 +39,7 @@ def load(key: str) -> bytes | None:
     """What `store` wrote under `key`, or None."""
     path = _path(key)
     try:
-        if not _trusted(os.stat(path.parent)):
+        if not path.is_absolute() or not _trusted(os.stat(path.parent)):  # not absolute: a user without a home
             return None
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
             status = os.fstat(file.fileno())
@@ -58,6 +58,8 @@ def load(key: str) -> bytes | None:
 def store(key: str, payload: bytes) -> bool:
     """Whether it could be kept. Readers and other writers see a whole file or none."""
     path = _path(key)
+    if not path.is_absolute():
+        return False
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _trusted(os.stat(path.parent)):

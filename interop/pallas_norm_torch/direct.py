@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from pallas_norm._spec import Spec
 from pallas_norm.regimes import LARGEST_N, SMALLEST_N, BackwardPlan, Plan
 
 from . import launch, rows
+from ._overlap import may_overlap
 from .programs import Program
 
 Tensor = torch.Tensor
@@ -23,32 +23,46 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@functools.cache
+_refused: dict[tuple[int, int], str | None] = {}  # by n and device, why, or None; what was found out once
+
+
 def unavailable(n: int, device: int) -> str | None:
     """Why rows of n elements cannot take the direct launch on this CUDA device, or None."""
-    if not SMALLEST_N <= n <= LARGEST_N:
-        return f"no kernel for rows of {n} elements: the kernels take {SMALLEST_N} <= n <= {LARGEST_N}"
-    return launch.unavailable(device)
+    if (n, device) not in _refused:
+        fits = SMALLEST_N <= n <= LARGEST_N
+        reason = f"no kernel for rows of {n} elements: the kernels take {SMALLEST_N} <= n <= {LARGEST_N}"
+        _refused[n, device] = launch.unavailable(device) if fits else reason
+    return _refused[n, device]
 
 
-@functools.cache
+def refuse(n: int, device: int, reason: str) -> None:
+    """From now on rows of n elements take the other way on this device, for that reason."""
+    _refused[n, device] = reason
+
+
+_programs: dict[Any, Program] = {}  # one for each key, also where threads race for it
+
+
 def forward_program(
     n: int,
     x: torch.dtype,
     weight: torch.dtype | None,
     spec: Spec,
-    residual: bool,  # noqa: FBT001  a cache's key costs less without keywords
+    residual: bool,  # noqa: FBT001  a key costs less without keywords
     with_rstd: bool,  # noqa: FBT001
     *,
     strided: bool,
 ) -> Program:
+    key = n, x, weight, spec, residual, with_rstd, strided
+    if (found := _programs.get(key)) is not None:
+        return found
     dtypes = [("x", dtype_name(x))]
     if residual:
         dtypes.append(("residual", dtype_name(x)))
     if weight is not None:
         dtypes.append(("weight", dtype_name(weight)))
     outputs = ("y", *(["s"] if residual else []), *(["rstd"] if with_rstd else []))
-    return Program("forward", n, tuple(dtypes), outputs, spec, strided)
+    return _programs.setdefault(key, Program("forward", n, tuple(dtypes), outputs, spec, strided))
 
 
 def result_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
@@ -74,7 +88,7 @@ def forward(
     given = {"x": x, "residual": residual, "y": out}
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
     target = out
-    if target is not None and plan.rereads and _shares(target, x, residual):
+    if target is not None and plan.rereads and may_overlap(target, x):
         target = None  # a row is read twice: other warps may still read what this one would write
     places = None
     if not all(tensor.is_contiguous() and rows.aligned(tensor) for tensor in given.values()):
@@ -104,11 +118,6 @@ def forward(
 
 def _counts(plan: Plan, rows: int) -> dict[str, int]:
     return dict(zip(_launch.COUNTS, _launch.counts_of(plan, rows), strict=True))
-
-
-def _shares(out: Tensor, *operands: Tensor | None) -> bool:
-    storage = out.untyped_storage().data_ptr()
-    return any(operand is not None and operand.untyped_storage().data_ptr() == storage for operand in operands)
 
 
 def _strides(places: rows.Places, arrays: dict[str, Tensor | None]) -> dict[str, int]:
@@ -163,7 +172,6 @@ def backward(
     return dx, dweight
 
 
-@functools.cache
 def _backward_program(
     n: int,
     x: torch.dtype,
@@ -174,17 +182,24 @@ def _backward_program(
     residual: bool,
     with_dweight: bool,
 ) -> Program:
+    key = n, x, dy, weight, spec, residual, with_dweight, "backward"
+    if (found := _programs.get(key)) is not None:
+        return found
     dtypes = [("x", dtype_name(x)), ("rstd", "float32"), ("dy", dtype_name(dy))]
     if weight is not None:
         dtypes.append(("weight", dtype_name(weight)))
     if residual:
         dtypes.append(("ds", dtype_name(x)))
-    return Program("backward", n, tuple(dtypes), ("dx", *(["dweight"] if with_dweight else [])), spec)
+    outputs = ("dx", *(["dweight"] if with_dweight else []))
+    return _programs.setdefault(key, Program("backward", n, tuple(dtypes), outputs, spec))
 
 
-@functools.cache
 def _sum_program(n: int, dtype: torch.dtype) -> Program:
-    return Program("column_sum", n, (("parts", "float32"),), ("dweight",), Spec(), dweight_dtype=dtype_name(dtype))
+    key = n, dtype
+    if (found := _programs.get(key)) is not None:
+        return found
+    made = Program("column_sum", n, (("parts", "float32"),), ("dweight",), Spec(), dweight_dtype=dtype_name(dtype))
+    return _programs.setdefault(key, made)
 
 
 def _run(program: Program, device: torch.device, arrays: dict[str, Any], numbers: dict[str, int]) -> None:

@@ -41,6 +41,8 @@ def _check(tensor: Any) -> None:
         )
     if tensor.layout is not torch.strided:
         raise TypeError(f"tensor has the layout {tensor.layout}; needed torch.strided: pass tensor.to_dense()")
+    if tensor.is_quantized:
+        raise TypeError(f"tensor is quantized ({tensor.dtype}); needed a plain tensor: pass tensor.dequantize()")
     if tensor.device.type not in ALIGNMENT:
         raise ValueError(
             f"tensor is on the device {tensor.device}; needed one of {', '.join(ALIGNMENT)}: "
@@ -176,7 +178,8 @@ def call_jax(function: Callable[..., Any], *operands: Any) -> Any:
             cannot be shared is copied, see `to_jax`.
 
     Lifetimes: the operands are kept until torch's stream waits for the results; if anything raises, until the device is
-        done with them. Autograd records nothing.
+        done with them. The results are JAX's memory, which it may use again once they are dropped: a stream other than
+        the current one that reads them has to be waited for before that. Autograd records nothing.
 
     Raises: as `to_jax`, except for what copy=True cures; and what `function` raises.
     """
@@ -195,12 +198,16 @@ def call_jax(function: Callable[..., Any], *operands: Any) -> Any:
         results = function(*jax.tree.unflatten(tree, leaves))
         if kept and kept[0].is_cuda and _is_current(kept[0].device):
             stream = torch.cuda.current_stream().cuda_stream or 1  # DLPack's number for the default stream
-            return jax.tree.map(lambda array: from_dlpack(array.__dlpack__(stream=stream)), results)
+            return _each_array(results, lambda array: from_dlpack(array.__dlpack__(stream=stream)))
         jax.block_until_ready(results)
-        return jax.tree.map(to_torch, results)
+        return _each_array(results, to_torch)
     except BaseException:
         jax.block_until_ready((arrays, results))
         raise
+
+
+def _each_array(tree: Any, convert: Callable[[jax.Array], torch.Tensor]) -> Any:
+    return jax.tree.map(lambda leaf: convert(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
 
 
 def _shareable(tensor: torch.Tensor) -> torch.Tensor:

@@ -152,9 +152,14 @@ def _with_grid_of_rows(module_bytes: bytes, program: Program) -> bytes:
 
 
 def module_of(program: Program) -> tuple[bytes, int]:
-    """What MosaicGpuCompile takes, and how many addresses the kernel takes."""
-    module, addresses = _custom_call(program)
-    return (module if program.plan is None else _with_grid_of_rows(module, program)), addresses
+    """What MosaicGpuCompile takes, and how many addresses the kernel takes. Raises Unavailable."""
+    try:
+        module, addresses = _custom_call(program)
+        return (module if program.plan is None else _with_grid_of_rows(module, program)), addresses
+    except (AttributeError, ImportError, KeyError, IndexError, TypeError) as error:  # a private name of JAX's has gone
+        raise Unavailable(
+            f"jax {jax.__version__} lowers kernels in another way than is known here ({error!r})"
+        ) from error
 
 
 @functools.cache
@@ -216,6 +221,11 @@ def kernel(program: Program, device: int) -> Kernel:
             return found
         if (reason := unavailable(device)) is not None:
             raise Unavailable(reason)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the kernel for n = {program.n} is not compiled yet, and a CUDA graph is being captured; "
+                "call it once with these dtypes and strides before the capture"
+            )
         with torch.cuda.device(device):
             torch.cuda.current_stream().query()  # makes the device's context current
             made = _loaded(*_cached_module(program, device), device)
@@ -228,7 +238,10 @@ threads = threading.local()
 
 
 def current_context() -> None:
-    """Makes the current device's context current in this thread, which CUDA does at a thread's first call only."""
+    """Makes the current device's context current in this thread, which CUDA does at a thread's first call only.
+
+    set_device does not do: torch leaves CUDA alone where the device is the current one already.
+    """
     if not hasattr(threads, "ready"):
-        torch.cuda.set_device(torch.cuda.current_device())
+        torch.cuda.mem_get_info()
         threads.ready = True

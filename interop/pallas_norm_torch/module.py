@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from . import _validate
 from .ops import rms_norm
 
 Tensor = torch.Tensor
@@ -18,7 +19,7 @@ class RMSNorm(torch.nn.Module):
         with_weight: False leaves the weight out (`weight` is then None).
         device, dtype: of the weight, which starts as ones, or with a weight_offset as ones less that offset.
 
-    Raises: ValueError and TypeError as `rms_norm`, at the call.
+    Raises: ValueError for a weight_offset without a weight; at the call, ValueError and TypeError as `rms_norm`.
     """
 
     weight: torch.nn.Parameter | None
@@ -35,6 +36,7 @@ class RMSNorm(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _validate.weight_offset(weight_offset, True if with_weight else None)
         self.hidden_size, self.eps = hidden_size, eps
         self.cast_before_scale, self.weight_offset = cast_before_scale, weight_offset
         if with_weight:

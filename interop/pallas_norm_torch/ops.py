@@ -21,6 +21,7 @@ _empty_like = torch.empty_like
 _grad_enabled = torch.is_grad_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transformation = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._get_tracing_state  # of torch.jit.trace, which records operators
 _current_device = getattr(torch._C, "_cuda_getDevice", None)  # a build without CUDA has none, and never asks
 _stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -74,6 +75,10 @@ def rms_norm(
     Source: `LlamaRMSNorm` in Hugging Face's transformers.
     """
     if torch.compiler.is_compiling():
+        _validate.flag("cast_before_scale", cast_before_scale)
+        if out is not None:
+            differentiates = torch.is_grad_enabled() and _requires_grad(x, weight)
+            _validate.out_form(out, x, direct.result_dtype(x, weight), differentiates=differentiates)
         y, _ = torch.ops.pallas_norm.rms_norm(x, weight, eps, cast_before_scale, weight_offset)
         return y if out is None else out.copy_(y)
     # The short way, for a call like one that was checked before. The allocation and the launch take 5 us, so this is
@@ -81,9 +86,11 @@ def rms_norm(
     if (
         type(x) in TENSORS
         and type(weight) in TENSORS
-        and type(eps) is float
+        and type(eps) is type(weight_offset) is float
+        and type(cast_before_scale) is bool
         and not _dispatch_modes()
         and _transformation() is None
+        and _tracing() is None
         and forward_ad._current_level < 0
         and x.is_contiguous()
         and weight.is_contiguous()
@@ -119,13 +126,15 @@ def rms_norm(
     spec = _spec(x, None, weight, eps, cast_before_scale, weight_offset, with_residual=False)
     differentiates = torch.is_grad_enabled() and _requires_grad(x, weight)
     if out is not None:
-        _validate.out(out, x, weight, direct.result_dtype(x, weight), differentiates=differentiates)
+        _validate.out_form(out, x, direct.result_dtype(x, weight), differentiates=differentiates)
+        if type(out) in TENSORS and out.device.type != "meta":
+            _validate.out_memory(out, x, weight)
     if not _plain(x, weight, out):
         y, _ = _operator(x, None, weight, spec)
         return y if out is None else out.copy_(y)
     if differentiates:
         return _library.EagerNorm.apply(x, None, weight, spec)
-    y, _, _ = _library.path(x).forward(x, None, weight, spec, with_rstd=False, out=out)
+    y, _, _ = _library.forward(x, None, weight, spec, with_rstd=False, out=out)
     _remember(x, None, weight, spec)
     return y
 
@@ -150,6 +159,7 @@ def add_rms_norm(
     Raises: as `rms_norm`.
     """
     if torch.compiler.is_compiling():
+        _validate.flag("cast_before_scale", cast_before_scale)
         y, s, _ = torch.ops.pallas_norm.add_rms_norm(x, residual, weight, eps, cast_before_scale, weight_offset)
         return y, s
     if (results := _short_add(x, residual, weight, eps, cast_before_scale, weight_offset)) is not None:
@@ -160,7 +170,7 @@ def add_rms_norm(
         return y, s
     if torch.is_grad_enabled() and _requires_grad(x, residual, weight):
         return _library.EagerNorm.apply(x, residual, weight, spec)
-    y, s, _ = _library.path(x).forward(x, residual, weight, spec, with_rstd=False)
+    y, s, _ = _library.forward(x, residual, weight, spec, with_rstd=False)
     assert s is not None
     _remember(x, residual, weight, spec)
     return y, s
@@ -201,6 +211,7 @@ def _plain(*tensors: Tensor | None) -> bool:
         all(tensor is None or (type(tensor) in TENSORS and tensor.device.type != "meta") for tensor in tensors)
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and _tracing() is None
     )
 
 
@@ -221,9 +232,10 @@ def _short_add(x: Any, residual: Any, weight: Any, eps: Any, cast_before_scale: 
     operands = x, residual, weight
     if (
         any(type(tensor) not in TENSORS or not tensor.is_contiguous() for tensor in operands)
-        or type(eps) is not float
+        or not (type(eps) is type(weight_offset) is float and type(cast_before_scale) is bool)
         or _dispatch_modes()
         or _transformation() is not None
+        or _tracing() is not None
         or forward_ad._current_level >= 0
     ):
         return None
@@ -260,7 +272,7 @@ def _apart(out: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> bo
         or out.shape != x.shape
         or out.get_device() != x.get_device()
         or not out.is_contiguous()
-        or out.requires_grad
+        or (out.requires_grad and _grad_enabled())
     ):
         return False
     start, end = out.data_ptr(), out.data_ptr() + out.nbytes
@@ -272,7 +284,9 @@ def _apart(out: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> bo
 
 def _remember(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> None:
     """The next call like this one takes the short way."""
-    if weight is None or not x.is_contiguous() or not x.numel() or _library.path(x) is not direct:
+    if weight is None or not x.numel() or _library.path(x) is not direct:
+        return
+    if not x.is_contiguous() or x.data_ptr() % ALIGNMENT:  # the kernel of the short way is another one then
         return
     n, device, weight_dtype = x.shape[-1], x.get_device(), weight.dtype
     kind = n, x.dtype, weight_dtype, spec, residual is not None, False

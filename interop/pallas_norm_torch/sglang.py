@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ Tensor = torch.Tensor
 
 def is_supported_rmsnorm_hf_hidden_size(hidden_size: int) -> bool:
     """Whether `rmsnorm_hf` takes rows of this length: every positive one (SGLang's own: multiples of 512)."""
-    return isinstance(hidden_size, int) and not isinstance(hidden_size, bool) and hidden_size > 0
+    return isinstance(hidden_size, numbers.Integral) and not isinstance(hidden_size, bool) and hidden_size > 0
 
 
 def rmsnorm_hf(input: Tensor, weight: Tensor, eps: float = 1e-6, out: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,32 @@ def _backward(spec: Spec) -> Callable[..., Any]:
     return jax.jit(functools.partial(_autodiff.gradient, spec=spec))
 
 
+def _call(function: Callable[..., Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On a GPU the results are copied into torch's memory: JAX does not know the streams on which torch reads its own,
+    and gives it to the next computation as soon as the tensor is dropped."""
+    on_gpu = next(iter(tensors.values())).is_cuda
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured, and this call goes through JAX, which cannot be captured "
+            "(pallas_norm_torch.explain says why); make it outside the capture"
+        )
+    results: dict[str, Tensor] = call_jax(function, tensors)
+    if not on_gpu:
+        return results
+    while _in_use and _in_use[0][0].query():
+        _in_use.popleft()
+    copies = {name: tensor.clone() for name, tensor in results.items()}
+    event = torch.cuda.Event()
+    event.record()
+    _in_use.append((event, results))
+    return copies
+
+
+_in_use: collections.deque[tuple[torch.cuda.Event, dict[str, Tensor]]] = (
+    collections.deque()
+)  # until the event has passed
+
+
 def forward(
     x: Tensor,
     residual: Tensor | None,
@@ -39,7 +66,7 @@ def forward(
     """(y, s, rstd), as direct.forward."""
     given = {"x": x, "residual": residual, "weight": weight}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    results = call_jax(_forward(spec, with_rstd=with_rstd), tensors)
+    results = _call(_forward(spec, with_rstd=with_rstd), tensors)
     y = results["y"] if out is None else out.copy_(results["y"])
     return y, results.get("s"), results.get("rstd")
 
@@ -57,5 +84,5 @@ def backward(
     """(dx, dweight), as direct.backward."""
     del with_dweight  # XLA computes both, or neither is much
     given = {"x": x, "weight": weight, "rstd": rstd, "dy": dy, "ds": ds}
-    results = call_jax(_backward(spec), {name: tensor for name, tensor in given.items() if tensor is not None})
+    results = _call(_backward(spec), {name: tensor for name, tensor in given.items() if tensor is not None})
     return results["dx"], results.get("dweight")

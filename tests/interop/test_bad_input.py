@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from pallas_norm_torch import _library, add_rms_norm, call_jax, explain, rms_norm, rmsnorm_hf, to_jax
+from pallas_norm_torch import RMSNorm, _library, add_rms_norm, call_jax, explain, rms_norm, rmsnorm_hf, to_jax
 from tests.interop.cases import bits
 
 X = torch.arange(8 * 64).reshape(8, 64).to(torch.bfloat16)
 W = torch.ones(64, dtype=torch.bfloat16)
 FLAT = torch.zeros(1024, dtype=torch.bfloat16)
+ROWS = torch.zeros(9, 64)
 
 
 def out(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -41,6 +42,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "x is complex": (lambda: rms_norm(torch.zeros(4, 64, dtype=torch.complex64)), TypeError, "x is complex64[4,64] on cpu; needed bfloat16, float16 or float32: cast it with x.to"),
     "x is float8": (lambda: rms_norm(torch.zeros(4, 64).to(torch.float8_e4m3fn)), TypeError, "x is float8_e4m3fn[4,64] on cpu; needed bfloat16, float16 or float32: cast it with x.to"),
     "x is sparse": (lambda: rms_norm(torch.eye(64).to_sparse()), TypeError, "x has the layout torch.sparse_coo; needed torch.strided: pass x.to_dense()"),
+    "x is quantized": (lambda: rms_norm(torch.quantize_per_tensor(torch.zeros(4, 64), 0.1, 0, torch.qint8)), TypeError, "x is quantized (torch.qint8); needed a plain tensor: pass x.dequantize()"),
+    "x is nested": (lambda: rms_norm(torch.nested.nested_tensor([torch.zeros(64)])), TypeError, "x is a nested tensor; needed a plain one: pass x.to_padded_tensor(0.0)"),
+    "x is negated lazily": (lambda: rms_norm(torch._neg_view(X)), TypeError, "x is negated lazily, so its memory holds other values; needed them themselves: pass x.resolve_neg()"),
     # weight
     "weight is a list": (lambda: rms_norm(X, [1.0] * 64), TypeError, "weight is a list; needed a torch.Tensor: wrap it with torch.as_tensor (a JAX or NumPy array: use pallas_norm.rms_norm)"),
     "weight is a number": (lambda: rms_norm(X, 1e-6), TypeError, "weight is a float; needed a torch.Tensor: wrap it with torch.as_tensor (a JAX or NumPy array: use pallas_norm.rms_norm)"),
@@ -61,6 +65,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "eps is complex": (lambda: rms_norm(X, W, 1j), TypeError, f"eps is 1j (complex); {NEEDED_FLOAT}"),
     "eps is a tensor": (lambda: rms_norm(X, W, torch.tensor(1e-6)), TypeError, "eps is a tensor (float32[] on cpu); needed a Python float, because it is compiled into the kernel: pass eps.item()"),
     "cast_before_scale is a number": (lambda: rms_norm(X, W, cast_before_scale=1), TypeError, "cast_before_scale is 1 (int); needed True or False"),
+    "cast_before_scale is a list": (lambda: rms_norm(X, W, cast_before_scale=[]), TypeError, "cast_before_scale is [] (list); needed True or False"),
+    "cast_before_scale is a list, with a residual": (lambda: add_rms_norm(X, X, W, cast_before_scale=[]), TypeError, "cast_before_scale is [] (list); needed True or False"),
+    "weight_offset is a list": (lambda: rms_norm(X, W, weight_offset=[]), TypeError, "weight_offset is [] (list); needed a Python float: pass float(weight_offset)"),
     "weight_offset is None": (lambda: rms_norm(X, W, weight_offset=None), TypeError, "weight_offset is None (NoneType); needed a Python float: pass float(weight_offset)"),
     "weight_offset without a weight": (lambda: rms_norm(X, weight_offset=1.0), ValueError, "weight_offset is 1.0 but weight is None: there is nothing to add it to; pass a weight"),
     # residual
@@ -78,6 +85,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "out on another device": (lambda: rms_norm(X, W, out=out(8, 64).to("meta")), ValueError, "out is on meta but x is on cpu; make it with device=x.device"),
     "out is expanded": (lambda: rms_norm(X, W, out=out(64).expand(8, 64)), ValueError, "out is bfloat16[8,64] on cpu with strides (0, 1), so several of its elements are one; needed memory of its own for each: pass a tensor that was not expanded"),
     "out is x shifted by a row": (lambda: rms_norm(FLAT[64:576].view(8, 64), W, out=FLAT[:512].view(8, 64)), ValueError, "out overlaps x without being x: rows would be written before they are read; pass out=x to work in place, or memory of its own"),
+    "out is x shifted, through another storage": (lambda: rms_norm(ROWS[1:9], out=torch.from_numpy(ROWS.numpy())[:8]), ValueError, "out overlaps x without being x: rows would be written before they are read; pass out=x to work in place, or memory of its own"),
+    "out is a window over itself": (lambda: rms_norm(torch.zeros(8, 64), out=torch.zeros(128).unfold(0, 64, 1)[:8]), ValueError, "out is float32[8,64] on cpu with strides (1, 1), so several of its elements are one; needed memory of its own for each: pass a tensor that was not expanded"),
     "out is x transposed": (lambda: rms_norm(FLAT.view(32, 32), out=FLAT.view(32, 32).T), ValueError, "out overlaps x without being x: rows would be written before they are read; pass out=x to work in place, or memory of its own"),
     "out contains the weight": (lambda: rms_norm(X, FLAT[:64], out=FLAT[:512].view(8, 64)), ValueError, "out overlaps weight, which every row reads; pass memory of its own"),
     "out while x requires grad": (lambda: rms_norm(X.clone().requires_grad_(), W, out=out(8, 64)), ValueError, "out= was given while an operand requires grad, and autograd cannot record that; needed torch.no_grad(), detached operands, or a call without out="),
@@ -87,13 +96,20 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "rmsnorm_hf of float32": (lambda: rmsnorm_hf(X.float(), W.float()), RuntimeError, "rmsnorm_hf: input must be fp16 or bf16, got torch.float32; for float32 call rms_norm"),
     "rmsnorm_hf of two dtypes": (lambda: rmsnorm_hf(X, W.float()), RuntimeError, "rmsnorm_hf: weight must have the dtype of input, got torch.float32 and torch.bfloat16; for mixed dtypes call rms_norm"),
     "rmsnorm_hf without a weight": (lambda: rmsnorm_hf(X, None), TypeError, "weight is a NoneType; needed a torch.Tensor: wrap it with torch.as_tensor"),
+    # the operators
+    "operator with a negative eps": (lambda: torch.ops.pallas_norm.rms_norm(X, W, -1.0, True, 0.0), ValueError, "eps is -1.0; needed eps >= 0: it is added to a mean of squares"),  # noqa: FBT003
+    "operator with an offset alone": (lambda: torch.ops.pallas_norm.rms_norm(X, None, 1e-6, True, 1.0), ValueError, "weight_offset is 1.0 but weight is None: there is nothing to add it to; pass a weight"),  # noqa: FBT003
+    "operator with a short dy": (lambda: torch.ops.pallas_norm.rms_norm_backward(X, W, torch.ones(8), X[:4], None, 1e-6, True, 0.0, True), ValueError, "dy has shape (4, 64); needed (8, 64), which belongs to x"),  # noqa: FBT003
     # the others
+    "module with an offset alone": (lambda: RMSNorm(64, with_weight=False, weight_offset=1.0), ValueError, "weight_offset is 1.0 but weight is None: there is nothing to add it to; pass a weight"),
+    "to_jax of a quantized tensor": (lambda: to_jax(torch.quantize_per_tensor(torch.zeros(4, 64), 0.1, 0, torch.qint8)), TypeError, "tensor is quantized (torch.qint8); needed a plain tensor: pass tensor.dequantize()"),
     "explain of float64": (lambda: explain(64, torch.float64, "cpu"), TypeError, "x is float64[1,64]; needed one of bfloat16, float16, float32: cast it with astype first"),
     "to_jax of a view": (lambda: to_jax(X[:, :32]), ValueError, "tensor is bfloat16[8,32] and has strides (64, 1), which is not contiguous, so JAX would copy it; needed memory that can be shared: pass copy=True, or tensor.clone(memory_format=torch.contiguous_format)"),
     "call_jax of two devices": (lambda: call_jax(lambda x, y: x, X, X.to("meta")), ValueError, "tensor is on the device meta; needed one of cpu, cuda: move it with tensor.to first"),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*(nested|quantize).*:UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(("call", "error", "message"), REFUSED.values(), ids=REFUSED)
 def test_bad_input_is_refused_with_this_message(
     call: Callable[[], Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
@@ -101,7 +117,8 @@ def test_bad_input_is_refused_with_this_message(
     def launched(*_: Any) -> None:
         raise AssertionError("something was computed")
 
-    monkeypatch.setattr(_library, "path", launched)
+    monkeypatch.setattr(_library, "forward", launched)
+    monkeypatch.setattr(_library, "backward", launched)
     before = [tensor.clone() for tensor in (X, W, FLAT)]
     with pytest.raises(error, match=f"^{re.escape(message)}$") as caught:
         call()
@@ -131,6 +148,10 @@ def test_what_looks_odd_and_is_right() -> None:
     assert rms_norm(columns[:, :64], W, out=columns[:, 64:]) is not None  # interleaved, and nothing overlaps
     assert torch.equal(columns[:, 64:], rms_norm(X, W))
     assert torch.equal(columns[:, :64], X)
+    leaf = nn.Parameter(X.clone())
+    with torch.no_grad():  # as torch's own functions in place
+        assert rms_norm(leaf, W, out=leaf) is leaf
+    assert torch.equal(leaf.detach(), rms_norm(X, W))
     joined = torch.cat([X.flatten(), W])
     assert torch.equal(rms_norm(joined[:512].view(8, 64), joined[512:]), rms_norm(X, W))
 

@@ -80,8 +80,18 @@ def test_out_and_refusals_under_compile() -> None:
     out = torch.empty_like(x)
     assert_same(into(x, out), rms_norm(x, weight))
     assert_same(out, rms_norm(x, weight))
-    with pytest.raises(Exception, match=r"weight has shape \(32,\) but the last axis of x has length 64"):
-        torch.compile(rms_norm, fullgraph=True, backend="aot_eager")(x, weight[:32])
+    compiled = torch.compile(rms_norm, fullgraph=True, backend="aot_eager")
+    for message, call in {
+        r"weight has shape \(32,\) but the last axis of x has length 64": lambda: compiled(x, weight[:32]),
+        r"out is bfloat16\[3,4,64\] .*; needed the shape of x": lambda: into(x, torch.empty(3, 4, 64, dtype=x.dtype)),
+        r"out is float32\[4,64\] .*; needed bfloat16": lambda: into(x, torch.empty(4, 64)),
+        r"out= was given while an operand requires grad": lambda: into(leaf(4, 64), torch.empty_like(x)),
+        r"cast_before_scale is 1 \(int\); needed True or False": lambda: compiled(x, weight, cast_before_scale=1),
+        r"weight_offset is 1.0 but weight is None": lambda: compiled(x, weight_offset=1.0),
+    }.items():
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=message):
+            call()
 
 
 def test_export() -> None:
@@ -185,6 +195,67 @@ def test_forward_mode_is_refused_and_never_zero() -> None:
         with pytest.raises(NotImplementedError, match=r"jvp"):
             torch.ops.pallas_norm.rms_norm(dual, None, *OPTIONS)
         assert rms_norm(x).shape == x.shape  # no tangent, no refusal
+
+
+def test_a_tangent_of_the_gradient_is_refused_too() -> None:
+    x, weight = leaf(3, 64, dtype=torch.float32), leaf(64, dtype=torch.float32)
+    y, dy = rms_norm(x, weight), draw(3, 64, dtype=torch.float32)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        torch.autograd.grad(y, x, forward_ad.make_dual(dy, dy))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_batch_of_gradients_is_a_loop(device: str) -> None:
+    x, weight = leaf(3, 64, dtype=torch.float32, device=device), leaf(64, dtype=torch.float32, device=device)
+    batch = draw(5, 3, 64, dtype=torch.float32, device=device)
+    y = rms_norm(x, weight)
+    found = torch.autograd.grad(y, (x, weight), batch, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(batch):
+        for gradient, expected in zip(found, torch.autograd.grad(y, (x, weight), dy, retain_graph=True), strict=True):
+            torch.testing.assert_close(gradient[i], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_where_y_is_unused_the_sum_s_gradient_passes_whatever_is_in_the_rows(device: str) -> None:
+    x = torch.zeros(2, 64, device=device)
+    x[0, 3] = torch.inf
+    x.requires_grad_()
+    residual, weight = leaf(2, 64, dtype=torch.float32, device=device), leaf(64, dtype=torch.float32, device=device)
+    for norm in (add_rms_norm, lambda *operands: torch.ops.pallas_norm.add_rms_norm(*operands, 0.0, True, 0.0)[:2]):  # noqa: FBT003
+        _, s = norm(x, residual, weight)
+        dx, dresidual, dweight = torch.autograd.grad(s.sum(), (x, residual, weight), allow_unused=True)
+        assert_same(dx, torch.ones_like(x))
+        assert_same(dresidual, torch.ones_like(x))
+        assert dweight is None
+
+
+def test_the_second_derivative_with_a_residual() -> None:
+    x, residual, weight = (
+        leaf(3, 64, dtype=torch.float32, seed=seed) if seed < 2 else leaf(64, dtype=torch.float32) for seed in range(3)
+    )
+
+    def second(norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+        y, s = norm(x, residual, weight)
+        first = torch.autograd.grad(y.sin().sum() + s.cos().sum(), (x, weight), create_graph=True)
+        return torch.autograd.grad(sum((gradient * gradient).sum() for gradient in first), (x, residual, weight))
+
+    plain = second(lambda x, residual, weight: (hugging_face(x + residual, weight), x + residual))
+    for found, expected in zip(second(add_rms_norm), plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace_records_the_operator() -> None:
+    """A launch past the tracer would leave its result in the program, as a constant."""
+    x, weight = draw(4, 64, dtype=torch.float32), draw(64, dtype=torch.float32)
+    traced = torch.jit.trace(lambda x: x + rms_norm(x, weight), x)
+    other = draw(4, 64, dtype=torch.float32, seed=9)
+    torch.testing.assert_close(traced(other), other + rms_norm(other, weight))
+
+
+def test_no_members_give_no_results() -> None:
+    found = torch.func.vmap(rms_norm)(torch.zeros(0, 4, 64), torch.zeros(0, 64))
+    assert found.shape == (0, 4, 64)
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:

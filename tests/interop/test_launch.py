@@ -94,9 +94,7 @@ def test_a_program_of_another_form_is_not_launched(what: str, monkeypatch: pytes
     """What a later JAX may change is noticed, not launched."""
     if what == "two kernels":
         both = program("forward", 64).function()
-        monkeypatch.setattr(
-            Program, "function", lambda _: lambda *values: (both(*values)[0], both(*values[::1])[0] + 1)
-        )
+        monkeypatch.setattr(Program, "function", lambda _: lambda *values: (both(*values)[0], both(*values)[0] + 1))
         monkeypatch.setattr(Program, "outputs", ("y",), raising=False)
         message = r"^the lowered program has 2 kernels; needed one$"
     else:
@@ -106,15 +104,64 @@ def test_a_program_of_another_form_is_not_launched(what: str, monkeypatch: pytes
         launch.module_of(program("forward", 64))
 
 
+class OnGpu:
+    """As much of a CUDA tensor as the choice of a path looks at."""
+
+    is_cuda, shape, device = True, (4, 64), torch.device("cuda:0")
+
+
+@pytest.fixture
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "_refused", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.usefixtures("nothing_known")
 def test_an_unknown_jax_takes_the_other_way_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    direct.unavailable.cache_clear()
     monkeypatch.setattr(jax, "__version_info__", (0, 99, 0))
     monkeypatch.setattr(jax, "__version__", "0.99.0")
     reason = "the launch interface of jax 0.99.0 is not known (known: >= 0.11, < 0.13)"
     assert launch.unavailable(0) == reason
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _library.path(OnGpu()) is through_jax
     assert explain(64, torch.bfloat16, "cuda:0").endswith(f"no direct launch, because {reason}")
-    direct.unavailable.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_known")
+def test_a_kernel_that_cannot_be_launched_takes_the_other_way_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out at the first launch, by a JAX of a known version that lowers otherwise."""
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise launch.Unavailable("the lowered program has 2 kernels; needed one")
+
+    monkeypatch.setattr(launch, "unavailable", lambda device: None)
+    assert _library.path(OnGpu()) is direct
+    monkeypatch.setattr(direct, "forward", fails)
+    monkeypatch.setattr(through_jax, "forward", lambda *_, **__: ("y", None, None))
+    assert _library.forward(OnGpu(), None, None, Spec(), with_rstd=False) == ("y", None, None)
+    assert _library.path(OnGpu()) is through_jax
+    assert explain(64, torch.bfloat16, "cuda:0").endswith("because the lowered program has 2 kernels; needed one")
+
+
+def test_a_private_name_that_has_gone_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_with_grid_of_rows", lambda *_: jax.name_of_last_year)
+    with pytest.raises(
+        launch.Unavailable, match=r"lowers kernels in another way than is known here .*name_of_last_year"
+    ):
+        launch.module_of(program("forward", 64))
+
+
+def test_threads_that_race_for_a_program_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "_programs", {})
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for n in range(32, 232):
+                key = n, torch.bfloat16, None, Spec(), False, False
+                made = list(pool.map(lambda key: direct.forward_program(*key, strided=False), [key] * 8))
+                assert len(set(map(id, made))) == 1
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_an_old_gpu_and_a_missing_plugin_are_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
