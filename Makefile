@@ -32,7 +32,7 @@ install-gpu:
 	@scripts/bootstrap .venv-gpu $(MINIMUM) cuda13,demo,test -- $(TORCH)
 
 test-gpu: install-gpu
-	XLA_PYTHON_CLIENT_PREALLOCATE=false .venv-gpu/bin/python -m pytest -m gpu
+	scripts/gpu-tests gpu-tests .venv-gpu/bin/python
 
 test-newest:
 	@if reason=$$(scripts/find-python 3.12 --highest 2>&1 >/dev/null); then \

@@ -22,7 +22,7 @@ def explain(n: int, dtype: torch.dtype, device: torch.device | str = "cuda") -> 
         return f"DLPack and JAX on {device.type}, {by_jax.elsewhere}: {by_jax.why}"
     if not torch.cuda.is_available():
         return "nothing: torch sees no CUDA device in this process"
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = int(str(device).partition(":")[2] or torch.cuda.current_device())
     if (reason := direct.unavailable(n, index)) is not None:
         return f"DLPack and JAX on cuda:{index}, {by_jax.cuda}: no direct launch, because {reason}"
     plan = pallas_norm.plan_for(n, direct.dtype_name(dtype))

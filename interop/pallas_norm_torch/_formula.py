@@ -44,6 +44,6 @@ def second_order(
         dx, dweight = gradients(x, weight, dy, ds, spec)
         return (dx,) if ddweight is None or dweight is None else (dx, dweight)
 
-    _, pullback = torch.func.vjp(outputs, *given)
+    pullback = torch.func.vjp(outputs, *given)[1]
     found = iter(pullback((ddx,) if ddweight is None else (ddx, ddweight)))
     return tuple(None if tensor is None else next(found) for tensor in operands)

@@ -1,17 +1,19 @@
 """The operators pallas_norm::rms_norm, add_rms_norm and rms_norm_backward: what torch.compile, torch.export, functorch
 and autograd see."""
 
+# pyright: basic, reportAttributeAccessIssue=false, reportReturnType=false, reportArgumentType=false, reportAssignmentType=false
+# (torch.library's decorators and autograd.Function's contexts have no types)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from pallas_norm._spec import Spec
 
-from . import _formula, _validate, direct, launch, through_jax
+from . import _formula, _torch_state, _validate, direct, launch, through_jax
 
 Tensor = torch.Tensor
 # The options every operator takes, in this order; a Spec by another name, which schemas can say.
@@ -140,7 +142,7 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, *options: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with _torch_state.below_autograd():
             if residual is None:
                 return torch.ops.pallas_norm.rms_norm(x, weight, *options)
             return torch.ops.pallas_norm.add_rms_norm(x, residual, weight, *options)
@@ -174,7 +176,7 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with _torch_state.below_autograd():
             return torch.ops.pallas_norm.rms_norm_backward(*arguments)
 
     @staticmethod
@@ -205,9 +207,7 @@ library.impl("rms_norm_backward", Gradient.apply, "Autograd")
 
 
 def _is_plain(tensor: Tensor | None) -> bool:
-    return tensor is None or (
-        type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_legacy_batchedtensor(tensor)
-    )
+    return tensor is None or (type(tensor) in (Tensor, torch.nn.Parameter) and not _torch_state.is_batched(tensor))
 
 
 class EagerNorm(torch.autograd.Function):
@@ -230,7 +230,7 @@ class EagerNorm(torch.autograd.Function):
             return ds if wants_x else None, ds if wants_residual else None, None, None
         spec = ctx.spec
         # To be differentiated again, or by a tangent, or a batch of gradients: not for a launch of raw memory.
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or not all(map(_is_plain, (dy, ds))):
+        if torch.is_grad_enabled() or _torch_state.forward_mode() or not all(map(_is_plain, (dy, ds))):
             options = spec.eps, spec.cast_before_scale, spec.weight_offset
             dx, dweight = Gradient.apply(x, weight, rstd, dy, ds, *options, wants_weight)
         else:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import _torch_state
 from ._overlap import may_overlap, overlaps_itself
 
 Tensor = torch.Tensor
@@ -161,17 +162,12 @@ def out_memory(value: Tensor, x: Tensor, weight: Tensor | None) -> None:
 
 def no_tangents(*tensors: Any) -> None:
     """Forward mode has no rule here, and must not come out as zeros."""
-    transforms = torch._C._functorch
-    stack = transforms.get_interpreter_stack()
-    if stack and any(interpreter.key() == transforms.TransformType.Jvp for interpreter in stack):
+    if _torch_state.inside_jvp():
         raise NotImplementedError(
             "forward-mode differentiation (torch.func.jvp) of rms_norm is not implemented; use reverse mode: "
             "torch.func.vjp, grad or jacrev"
         )
-    if torch.autograd.forward_ad._current_level >= 0 and any(
-        isinstance(tensor, Tensor) and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
-        for tensor in tensors
-    ):
+    if any(isinstance(tensor, Tensor) and _torch_state.has_tangent(tensor) for tensor in tensors):
         raise NotImplementedError(
             "forward-mode differentiation (torch.autograd.forward_ad) of rms_norm is not implemented; use reverse "
             "mode: torch.autograd.grad or backward"

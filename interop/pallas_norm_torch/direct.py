@@ -85,6 +85,7 @@ def forward(
     kind = n, x.dtype, weight_dtype, spec, residual is not None, with_rstd
     program = forward_program(*kind, strided=False)
     plan = program.plan
+    assert plan is not None
     given = {"x": x, "residual": residual, "y": out}
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
     target = out

@@ -1,5 +1,8 @@
 """Tensors and arrays that share their memory, through DLPack, and JAX functions called on tensors."""
 
+# pyright: basic, reportAttributeAccessIssue=false, reportCallIssue=false
+# (jax.tree and jax.jit have no complete types)
+
 from __future__ import annotations
 
 import contextlib
@@ -12,7 +15,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import torch
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack  # pyright: ignore[reportAttributeAccessIssue]
 
 from pallas_norm import _compat
 

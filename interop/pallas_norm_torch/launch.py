@@ -5,6 +5,9 @@ given a grid that follows the row count; MosaicGpuCompile of the CUDA plugin, wh
 context; and the function that launches it. Known: jax 0.11 and 0.12.
 """
 
+# pyright: basic, reportOptionalMemberAccess=false, reportPrivateImportUsage=false
+# (what is used of torch._C and of the MLIR bindings has no types)
+
 from __future__ import annotations
 
 import ctypes

@@ -1,5 +1,8 @@
 """The public functions for torch: a short way for plain tensors, the registered operators for everything else."""
 
+# pyright: basic, reportOptionalMemberAccess=false
+# (type(weight) in TENSORS tells no checker that it is not None)
+
 from __future__ import annotations
 
 from typing import Any
@@ -10,7 +13,7 @@ from torch.autograd import forward_ad
 from pallas_norm._compat import COUNT
 from pallas_norm._spec import Spec
 
-from . import _library, _validate, direct, launch
+from . import _library, _torch_state, _validate, direct, launch
 from .rows import ALIGNMENT
 
 Tensor = torch.Tensor
@@ -19,11 +22,11 @@ TENSORS = (torch.Tensor, torch.nn.Parameter)
 # Looked up once: each name saves 0.05 us of a call.
 _empty_like = torch.empty_like
 _grad_enabled = torch.is_grad_enabled
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_transformation = torch._C._functorch.peek_interpreter_stack
-_tracing = torch._C._get_tracing_state  # of torch.jit.trace, which records operators
-_current_device = getattr(torch._C, "_cuda_getDevice", None)  # a build without CUDA has none, and never asks
-_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_dispatch_modes = _torch_state.dispatch_modes
+_transformation = _torch_state.transformation
+_tracing = _torch_state.tracing
+_current_device = _torch_state.current_device
+_stream = _torch_state.stream
 
 _threads = launch.threads
 _specs: dict[tuple[float, bool, float], Spec] = {}  # those that were checked
@@ -209,15 +212,15 @@ def _plain(*tensors: Tensor | None) -> bool:
     """No subclass, mode, transformation or device that must see an operator instead of a launch."""
     return (
         all(tensor is None or (type(tensor) in TENSORS and tensor.device.type != "meta") for tensor in tensors)
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not _dispatch_modes()
+        and _transformation() is None
         and _tracing() is None
     )
 
 
 def _operator(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> Any:
     options = spec.eps, spec.cast_before_scale, spec.weight_offset
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func differentiates no operators of a library
+    if _transformation() is not None:  # torch.func differentiates no operators of a library
         return _library.Norm.apply(x, residual, weight, *options)
     if residual is None:
         return torch.ops.pallas_norm.rms_norm(x, weight, *options)

@@ -14,7 +14,7 @@ from pallas_norm import _backward, _columns, _forward
 from pallas_norm._compat import BYTES, COUNT
 from pallas_norm._launch import COUNTS
 from pallas_norm._spec import Spec
-from pallas_norm.regimes import Plan, backward_plan_for, plan_for
+from pallas_norm.regimes import BackwardPlan, Plan, backward_plan_for, plan_for
 
 # The shape with which a kernel is traced; it bounds nothing. A multiple of every block; below 2^31 CTAs with clusters.
 NOMINAL_ROWS = 1 << 24
@@ -54,7 +54,7 @@ class Program:
         """What each number is multiplied with to be passed as an address."""
         if self.kind == "column_sum":
             return {"rows": COUNT}
-        counts = dict.fromkeys(COUNTS, COUNT)
+        counts: dict[str, int] = dict.fromkeys(COUNTS, COUNT)
         if not self.strided:
             return counts
         rows_of = [name for name in (*dict(self.dtypes), *self.outputs) if name in ("x", "residual", "y", "s")]
@@ -76,13 +76,16 @@ class Program:
             operands = dict(zip(self.inputs, values, strict=True))
             if self.kind == "column_sum":
                 return _columns.column_sum(operands["parts"], operands["rows"], self.dweight_dtype, interpret=False)
+            plan = self.plan
             if self.kind == "forward":
+                assert plan is not None
                 results = _forward.forward(
-                    operands, plan=self.plan, spec=self.spec, with_rstd="rstd" in self.outputs, interpret=False
+                    operands, plan=plan, spec=self.spec, with_rstd="rstd" in self.outputs, interpret=False
                 )
             else:
+                assert isinstance(plan, BackwardPlan)
                 results = _backward.parts(
-                    operands, plan=self.plan, spec=self.spec, with_dweight="dweight" in self.outputs, interpret=False
+                    operands, plan=plan, spec=self.spec, with_dweight="dweight" in self.outputs, interpret=False
                 )
             return tuple(results[name] for name in self.outputs)
 

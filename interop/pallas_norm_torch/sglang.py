@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from .ops import rms_norm
 Tensor = torch.Tensor
 
 
-def is_supported_rmsnorm_hf_hidden_size(hidden_size: int) -> bool:
+def is_supported_rmsnorm_hf_hidden_size(hidden_size: Any) -> bool:
     """Whether `rmsnorm_hf` takes rows of this length: every positive one (SGLang's own: multiples of 512)."""
-    return isinstance(hidden_size, numbers.Integral) and not isinstance(hidden_size, bool) and hidden_size > 0
+    return not isinstance(hidden_size, bool) and hasattr(hidden_size, "__index__") and hidden_size > 0
 
 
 def rmsnorm_hf(input: Tensor, weight: Tensor, eps: float = 1e-6, out: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import torch
 
-from pallas_norm import _autodiff
+from pallas_norm import _autodiff  # pyright: ignore[reportPrivateUsage]
 from pallas_norm._spec import Spec
 
 from .exchange import call_jax
@@ -20,12 +20,16 @@ Tensor = torch.Tensor
 
 @functools.cache
 def _forward(spec: Spec, *, with_rstd: bool) -> Callable[..., Any]:
-    return jax.jit(functools.partial(_autodiff.norm, spec=spec, with_rstd=with_rstd))
+    return jax.jit(  # pyright: ignore[reportUnknownMemberType]
+        functools.partial(_autodiff.norm, spec=spec, with_rstd=with_rstd)
+    )
 
 
 @functools.cache
 def _backward(spec: Spec) -> Callable[..., Any]:
-    return jax.jit(functools.partial(_autodiff.gradient, spec=spec))
+    return jax.jit(  # pyright: ignore[reportUnknownMemberType]
+        functools.partial(_autodiff.gradient, spec=spec)
+    )
 
 
 def _call(function: Callable[..., Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

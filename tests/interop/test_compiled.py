@@ -13,6 +13,9 @@ from torch.autograd import forward_ad
 from pallas_norm_torch import add_rms_norm, rms_norm
 from tests.interop.cases import DEVICES, assert_same, draw, hugging_face
 
+# Whatever of torch is imported first, by inductor or by forward mode, may still use torch.jit.script.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+
 OPTIONS = (1e-6, True, 0.0)
 
 
@@ -38,7 +41,6 @@ def test_opcheck(weighted: bool, device: str) -> None:  # noqa: FBT001
         assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # inductor's imports use torch.jit.script
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_one_frame_for_every_batch_size(backend: str, device: str) -> None:
@@ -181,7 +183,6 @@ def test_the_second_derivative_is_that_of_the_formula(device: str) -> None:
     torch.testing.assert_close(hessian, hessian.T, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # jvp's imports use torch.jit.script
 def test_forward_mode_is_refused_and_never_zero() -> None:
     x = draw(3, 64, dtype=torch.float32)
     with pytest.raises(NotImplementedError, match=r"forward-mode differentiation \(torch.func.jvp\) of rms_norm"):

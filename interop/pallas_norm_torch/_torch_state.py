@@ -1,0 +1,36 @@
+"""What torch is doing at the moment, which only its private functions tell."""
+
+# pyright: basic, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd import forward_ad
+
+Tensor = torch.Tensor
+
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # how many see operators instead of calls
+transformation: Callable[[], object | None] = torch._C._functorch.peek_interpreter_stack  # of torch.func, innermost
+tracing: Callable[[], object | None] = torch._C._get_tracing_state  # of torch.jit.trace, which records operators
+is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor  # of autograd's is_grads_batched
+below_autograd = torch._C._AutoDispatchBelowAutograd
+# A build without CUDA has neither, and never asks.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
+
+
+def inside_jvp() -> bool:
+    """Whether a transformation of torch.func around this call is forward mode."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(interpreter.key() == torch._C._functorch.TransformType.Jvp for interpreter in stack)
+
+
+def forward_mode() -> bool:
+    """Whether a level of forward mode is open."""
+    return forward_ad._current_level >= 0
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    return forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None
