@@ -3,11 +3,11 @@ do."""
 
 from __future__ import annotations
 
-import math
-import numbers
 from typing import Any
 
 import torch
+
+from pallas_norm import _validate as _numbers  # pyright: ignore[reportPrivateUsage]
 
 from . import _torch_state
 from ._overlap import may_overlap, overlaps_itself
@@ -15,7 +15,6 @@ from ._overlap import may_overlap, overlaps_itself
 Tensor = torch.Tensor
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEVICES = ("cpu", "cuda")
-LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
 def describe(value: Any) -> str:
@@ -79,41 +78,25 @@ def operands(x: Any, residual: Any, weight: Any, *, with_residual: bool) -> None
             )
 
 
-def number(name: str, value: Any) -> float:
+def _not_a_tensor(name: str, value: Any) -> Any:
     if isinstance(value, Tensor):
         raise TypeError(
             f"{name} is a tensor ({describe(value)}); needed a Python float, because it is compiled into the kernel: "
             f"pass {name}.item()"
         )
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {describe(value)}; needed a Python float: pass float({name})")
-    try:
-        value = float(value)
-    except OverflowError:
-        value = math.inf
-    if not math.isfinite(value) or abs(value) > LARGEST_FLOAT32:
-        raise ValueError(f"{name} is {value}; needed a finite float32 number")
     return value
 
 
 def eps(value: Any) -> float:
-    value = number("eps", value)
-    if value < 0:
-        raise ValueError(f"eps is {value}; needed eps >= 0: it is added to a mean of squares")
-    return value
+    return _numbers.eps(_not_a_tensor("eps", value))
 
 
 def flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} is {describe(value)}; needed True or False")
-    return value
+    return _numbers.flag(name, value)
 
 
 def weight_offset(value: Any, weight: Any) -> float:
-    value = number("weight_offset", value)
-    if value and weight is None:
-        raise ValueError(f"weight_offset is {value} but weight is None: there is nothing to add it to; pass a weight")
-    return value
+    return _numbers.weight_offset(_not_a_tensor("weight_offset", value), weight)
 
 
 def out_form(value: Any, x: Tensor, dtype: torch.dtype, *, differentiates: bool) -> None:

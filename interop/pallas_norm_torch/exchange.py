@@ -15,7 +15,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import torch
-from torch.utils.dlpack import from_dlpack, to_dlpack  # pyright: ignore[reportAttributeAccessIssue]
+from torch.utils.dlpack import from_dlpack, to_dlpack  # pyright: ignore[reportPrivateImportUsage]
 
 from pallas_norm import _compat
 
