@@ -6,14 +6,14 @@ and autograd see."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from pallas_norm._spec import Spec
 
-from . import _formula, _torch_state, _validate, direct, launch, through_jax
+from . import _formula, _torch_state, _validate, _vmap, direct, launch, through_jax
 
 Tensor = torch.Tensor
 # The options every operator takes, in this order; a Spec by another name, which schemas can say.
@@ -168,7 +168,7 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        return _members(Norm.apply, info.batch_size, in_dims, arguments, weight_at=2, shared_results=())
+        return _vmap.members(Norm.apply, info.batch_size, in_dims, arguments, weight_at=2, shared_results=())
 
 
 class Gradient(torch.autograd.Function):
@@ -194,7 +194,7 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        return _members_of_gradient(Gradient.apply, info.batch_size, in_dims, arguments)
+        return _vmap.members_of_gradient(Gradient.apply, info.batch_size, in_dims, arguments)
 
 
 def _rms_norm_autograd(x: Tensor, weight: Tensor | None, *options: Any) -> Any:
@@ -238,66 +238,21 @@ class EagerNorm(torch.autograd.Function):
         return dx if wants_x else None, dx if wants_residual else None, dweight if wants_weight else None, None
 
 
-# --- vmap: one more leading axis, where the weight is shared; a loop where each member has a column of its own --------
-
-
-def _members(
-    call: Callable[..., Any],
-    size: int,
-    in_dims: tuple[Any, ...],
-    arguments: tuple[Any, ...],
-    *,
-    weight_at: int,
-    loop: bool = False,
-    shared_results: tuple[int, ...],
-) -> tuple[Any, tuple[Any, ...]]:
-    """weight_at: which argument is (n,); the other tensors are (..., n) or (...). shared_results: results without an
-    axis, if there is no loop."""
-
-    def moved(position: int, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if in_dims[position] is not None:
-            return value.movedim(in_dims[position], 0)
-        return value if position == weight_at else value.expand(size, *value.shape)
-
-    whole = [moved(position, value) for position, value in enumerate(arguments)]
-    if not loop and in_dims[weight_at] is None:
-        results = call(*whole)
-        return results, tuple(None if i in shared_results else 0 for i in range(len(results)))
-
-    def member(index: int) -> list[Any]:
-        own = [isinstance(v, Tensor) and (i != weight_at or in_dims[i] is not None) for i, v in enumerate(whole)]
-        return [value[index] if is_own else value for value, is_own in zip(whole, own, strict=True)]
-
-    if size == 0:
-        one = call(*(v.new_zeros(v.shape[1:]) if isinstance(v, Tensor) and v.shape[:1] == (0,) else v for v in whole))
-        results = tuple(value.new_empty(0, *value.shape) for value in one)
-    else:
-        looped = zip(*(call(*member(index)) for index in range(size)), strict=True)
-        results = tuple(torch.stack(values) for values in looped)
-    return results, (0,) * len(results)
-
-
-def _members_of_gradient(
-    call: Callable[..., Any], size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
-) -> Any:
-    with_dweight = arguments[-1]
-    return _members(call, size, in_dims, arguments, weight_at=1, loop=with_dweight, shared_results=(1,))
+# --- vmap -------------------------------------------------------------------------------------------------------------
 
 
 def _vmap_rms_norm(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
     operator = torch.ops.pallas_norm.rms_norm
-    return _members(operator, info.batch_size, in_dims, arguments, weight_at=1, shared_results=())
+    return _vmap.members(operator, info.batch_size, in_dims, arguments, weight_at=1, shared_results=())
 
 
 def _vmap_add_rms_norm(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
     operator = torch.ops.pallas_norm.add_rms_norm
-    return _members(operator, info.batch_size, in_dims, arguments, weight_at=2, shared_results=())
+    return _vmap.members(operator, info.batch_size, in_dims, arguments, weight_at=2, shared_results=())
 
 
 def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-    return _members_of_gradient(torch.ops.pallas_norm.rms_norm_backward, info.batch_size, in_dims, arguments)
+    return _vmap.members_of_gradient(torch.ops.pallas_norm.rms_norm_backward, info.batch_size, in_dims, arguments)
 
 
 torch.library.register_vmap("pallas_norm::rms_norm", _vmap_rms_norm, lib=library)

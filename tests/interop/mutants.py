@@ -35,9 +35,9 @@ MUTANTS = {
     "gradient of the sum forgotten": Mutant("_library", "x, weight, rstd, dy, ds, spec, with_dweight=wants_weight", "x, weight, rstd, dy, None, spec, with_dweight=wants_weight", "test_ops.py::test_gradients_have_the_bits_of_jax_s[torch.bfloat16-33-cpu]"),
     "x saved instead of s": Mutant("_library", "ctx.save_for_backward(x if s is None else s, weight, rstd)", "ctx.save_for_backward(x, weight, rstd)", "test_ops.py::test_gradients_have_the_bits_of_jax_s[torch.bfloat16-33-cpu]"),
     "second order without the weight": Mutant("_formula", "g = dy.float() if weight is None else dy.float() * (weight.float() + spec.weight_offset)", "g = dy.float()", "test_compiled.py::test_the_second_derivative_is_that_of_the_formula[cpu]"),
-    "vmap shares a weight that is not shared": Mutant("_library", "if not loop and in_dims[weight_at] is None:", "if not loop:", "test_compiled.py::test_vmap_is_a_loop"),
-    "vmap adds up the members' dweight": Mutant("_library", "weight_at=1, loop=with_dweight", "weight_at=1, loop=False", "test_compiled.py::test_per_sample_gradients"),
-    "vmap along the wrong axis": Mutant("_library", "return value.movedim(in_dims[position], 0)", "return value", "test_compiled.py::test_vmap_is_a_loop"),
+    "vmap shares a weight that is not shared": Mutant("_vmap", "if not loop and in_dims[weight_at] is None:", "if not loop:", "test_compiled.py::test_vmap_is_a_loop"),
+    "vmap adds up the members' dweight": Mutant("_vmap", "weight_at=1, loop=with_dweight", "weight_at=1, loop=False", "test_compiled.py::test_per_sample_gradients"),
+    "vmap along the wrong axis": Mutant("_vmap", "return value.movedim(in_dims[position], 0)", "return value", "test_compiled.py::test_vmap_is_a_loop"),
     # the public functions
     "eps read with `or`": Mutant("ops", "eps=_validate.eps(eps),", "eps=_validate.eps(eps) or 1e-6,", "test_ops.py::test_eps_of_zero"),
     "options of an earlier call": Mutant("ops", "spec = _specs.get((eps, cast_before_scale, weight_offset))", "spec = next(iter(_specs.values()), None)", "test_ops.py::test_the_options_of_one_call"),
