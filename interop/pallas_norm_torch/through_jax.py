@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -35,27 +36,31 @@ def _backward(spec: Spec) -> Callable[..., Any]:
 def _call(function: Callable[..., Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """On a GPU the results are copied into torch's memory: JAX does not know the streams on which torch reads its own,
     and gives it to the next computation as soon as the tensor is dropped."""
-    on_gpu = next(iter(tensors.values())).is_cuda
-    if on_gpu and torch.cuda.is_current_stream_capturing():
+    device = next(iter(tensors.values())).device
+    if device.type != "cuda":
+        return call_jax(function, tensors)
+    if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a CUDA graph is being captured, and this call goes through JAX, which cannot be captured "
             "(pallas_norm_torch.explain says why); make it outside the capture"
         )
-    results: dict[str, Tensor] = call_jax(function, tensors)
-    if not on_gpu:
-        return results
-    while _in_use and _in_use[0][0].query():
-        _in_use.popleft()
-    copies = {name: tensor.clone() for name, tensor in results.items()}
-    event = torch.cuda.Event()
-    event.record()
-    _in_use.append((event, results))
+    with torch.cuda.device(device):
+        results: dict[str, Tensor] = call_jax(function, tensors)
+        copies = {name: tensor.clone() for name, tensor in results.items()}
+        event = torch.cuda.Event()
+        event.record()
+    with _lock:
+        _in_use.append((event, results))
+        while _in_use[0][0].query():
+            _in_use.popleft()
+            if not _in_use:
+                break
     return copies
 
 
-_in_use: collections.deque[tuple[torch.cuda.Event, dict[str, Tensor]]] = (
-    collections.deque()
-)  # until the event has passed
+# What the copies above still read, until the event behind each has passed.
+_in_use: collections.deque[tuple[torch.cuda.Event, dict[str, Tensor]]] = collections.deque()
+_lock = threading.Lock()
 
 
 def forward(
