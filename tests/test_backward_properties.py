@@ -17,8 +17,9 @@ from tests import oracle, strategies
 from tests.oracle import BF16, DTYPES, F16, F32, Array
 from tests.strategies import Case, cases, examples, gradients, norm, numbers, outputs_and_gradients, weights
 
-SHARE = {"xla": 0.3, "interpret": 0.05, "mosaic_gpu": 0.3}
-FEW = {"xla": 0.1, "interpret": 0.02, "mosaic_gpu": 0.05}
+# On a GPU an example compiles a program with three kernels: 600 of them took longer than 290 s.
+SHARE = {"xla": 0.3, "interpret": 0.05, "mosaic_gpu": 0.08}
+FEW = {"xla": 0.1, "interpret": 0.02, "mosaic_gpu": 0.02}
 SMOOTH = ("normal", "integers", "wide", "powers", "sparse")  # rstd, and with it dx, neither over- nor underflows
 POSITIVE = (1e-6, 1e-5, 0.5)
 
