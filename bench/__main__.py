@@ -5,18 +5,36 @@ compare     what changed between two files of run (or overhead) by more than the
 plot        the pictures of files of run and overhead
 overhead    host time of one call, by the ways to call
 tune        candidates for the tables of plans
+parity      how far each way to compute a model's norms is from Hugging Face's rounding
+model       tokens per second of a Llama-3-8B-shaped model
 times, accuracy, training       the figures of README.md; `readme` renders them
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from pathlib import Path
 
-from . import accuracy, baselines, compare, overhead, plots, readme, results, run, suite, times, training, tune
+from . import (
+    accuracy,
+    baselines,
+    compare,
+    overhead,
+    parity_report,
+    plots,
+    readme,
+    results,
+    run,
+    suite,
+    times,
+    training,
+    tune,
+)
 
+OF_MODELS = {"parity": "parity", "model": "model_speed"}  # imported when asked for: they need torch
 README_FIGURES = {"times": times.run, "accuracy": accuracy.run, "training": training.run}
 
 
@@ -57,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     tuning.add_argument("--list", action="store_true", help="show the candidates, measure nothing")
     tuning.add_argument("--lower", action="store_true", help="--list, and whether each lowers for CUDA; needs no GPU")
 
+    models = commands.add_parser("parity", parents=[output], help="a causal LM's norms against exact statistics")
+    parity_report.parity_options(models)
+    speeds = commands.add_parser("model", parents=[output], help="tokens per second of a whole model")
+    parity_report.model_options(speeds)
+
     for name in README_FIGURES:
         figures = commands.add_parser(name, parents=[common], help="for README.md")
         figures.add_argument("--folder", type=Path, default=results.FOLDER, help="where the result file goes")
@@ -79,6 +102,12 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     command = arguments.command
     if command in README_FIGURES:
         print(f"wrote {results.write(command, README_FIGURES[command](), arguments.folder, arguments.commit)}")
+    elif command in OF_MODELS:
+        try:
+            chosen = importlib.import_module(f".{OF_MODELS[command]}", __package__)
+        except ModuleNotFoundError as error:
+            raise RuntimeError(f"{error.name} is not installed: pip install 'pallas-norm[bench,hf]'") from error
+        return chosen.run(arguments)
     elif command == "readme":
         readme.run()
     elif command == "compare":

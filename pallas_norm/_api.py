@@ -90,7 +90,8 @@ def add_rms_norm(
 
 
 # A call outside any jit would trace its kernel, and compile for each platform, again every time (60 ms on a CPU).
-_jitted = jax.jit(_autodiff.norm, static_argnums=(1, 2), inline=True)
+# Inside a transformation this would only hide rstd's name from checkpoint policies (jax 0.12).
+_jitted = jax.jit(_autodiff.norm, static_argnums=(1, 2))
 
 
 def _norm(
@@ -111,7 +112,8 @@ def _norm(
         implementation=_validate.implementation(implementation),
     )
     with_rstd = _validate.flag("return_rstd", return_rstd)
-    results = _jitted(operands, spec, with_rstd)
+    traced = any(isinstance(operand, jax.core.Tracer) for operand in operands.values())
+    results = (_autodiff.norm if traced else _jitted)(operands, spec, with_rstd)
     if with_rstd:
         results |= {"rstd": lax.stop_gradient(results["rstd"])}
     return tuple(results[name] for name in ("y", "s", "rstd") if name in results)

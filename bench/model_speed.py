@@ -1,0 +1,233 @@
+"""python -m bench model: tokens per second of a Llama-3-8B-shaped model, by what computes its norms.
+
+Random bfloat16 weights. Decoding at batch 1, 8 and 64 against a static cache, launched step by step and as a CUDA graph
+of one step; prefill of one prompt. Providers take turns, many times over, because the host is noisy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import parity_model, parity_report, results, timing
+from .calls import AbsentError
+from .parity_model import Model, Provider
+from .parity_report import EXACT
+
+CONTEXT = 512  # tokens in the static cache; attention reads all of it at every step
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+
+SHAPES = {"llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256), "tiny": Shape(128, 256, 2, 4, 2, 256)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    kind: str  # decode or prefill
+    batch: int
+    tokens: int  # steps of one sample, or length of the prompt
+    graph: bool = False
+
+    @property
+    def label(self) -> str:
+        if self.kind == "prefill":
+            return f"prefill {self.tokens}"
+        return f"decode batch {self.batch}{', CUDA graph' if self.graph else ''}"
+
+
+DECODES = [Case("decode", batch, 16, graph) for graph in (False, True) for batch in (1, 8, 64)]
+CASES = {
+    "llama-3-8b": (*DECODES, Case("prefill", 1, 2048), Case("prefill", 1, 8192)),
+    "tiny": (Case("decode", 1, 2), Case("decode", 2, 2), Case("decode", 1, 2, graph=True), Case("prefill", 1, 16)),
+}
+
+
+def build(shape: Shape, *, device: str, seed: int) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=16384,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(seed)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(usual)
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Prefill:
+    """One prompt, into a new cache; the logits of its last token."""
+
+    def __init__(self, model: torch.nn.Module, case: Case) -> None:
+        self.device = next(model.parameters()).device
+        self.ids = torch.randint(model.config.vocab_size, (case.batch, case.tokens), device=self.device)
+
+    def prepare(self) -> None:
+        pass
+
+    def step(self, call: Model) -> Any:
+        return call(self.ids, use_cache=True, logits_to_keep=1).logits
+
+
+class Decode:
+    """One token for each sequence, at the last places of a full static cache."""
+
+    def __init__(self, model: torch.nn.Module, case: Case) -> None:
+        from transformers import StaticCache
+
+        self.device = next(model.parameters()).device
+        self.start = CONTEXT - case.tokens
+        self.cache = StaticCache(config=model.config, max_cache_len=CONTEXT)
+        self.ids = torch.randint(model.config.vocab_size, (case.batch, 1), device=self.device)
+        self.places = torch.full((case.batch, 1), CONTEXT - 1, device=self.device)
+        # Made here: transformers' own mask is a step's work too, but one that no norm changes.
+        self.mask = torch.ones((case.batch, 1, 1, CONTEXT), dtype=torch.bool, device=self.device)
+        model(self.ids, past_key_values=self.cache, use_cache=True)  # allocates the cache
+
+    def prepare(self) -> None:
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.start)
+
+    def step(self, call: Model) -> Any:
+        options = {"attention_mask": self.mask, "position_ids": self.places, "past_key_values": self.cache}
+        return call(self.ids, use_cache=True, **options).logits
+
+
+def _captured(work: Decode | Prefill, call: Model) -> Callable[[], Any]:
+    """A CUDA graph of one step; replaying needs neither the provider nor Python."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work.prepare()
+            work.step(call)
+    torch.cuda.current_stream().wait_stream(stream)
+    work.prepare()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work.step(call)
+    return graph.replay
+
+
+@dataclasses.dataclass
+class Runner:
+    """What a provider needs for one case: `enter` around a sample, outside the time, and a step."""
+
+    enter: Callable[[], contextlib.AbstractContextManager[Any]]
+    step: Callable[[], Any] | None  # None: the model as `enter` gives it
+
+
+def runner(model: torch.nn.Module, way: Provider, case: Case, work: Decode | Prefill) -> Runner:
+    """Warmed up, compiled and where asked captured."""
+    if case.graph and work.device.type != "cuda":
+        raise AbsentError("CUDA graphs need a CUDA device")
+    with way(model) as call:
+        for _ in range(3):
+            work.prepare()
+            work.step(call)
+        if case.graph:
+            return Runner(contextlib.nullcontext, _captured(work, call))
+    return Runner(lambda: way(model), None)
+
+
+def sample(found: Runner, case: Case, work: Decode | Prefill) -> float:
+    """Tokens per second, of `tokens` steps of decoding or one prompt."""
+    steps = case.tokens if case.kind == "decode" else 1
+    with found.enter() as call:
+        work.prepare()
+        step = found.step or (lambda: work.step(call))
+        _synchronise(work.device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        _synchronise(work.device)
+        return case.batch * case.tokens / (time.perf_counter() - start)
+
+
+def measure(model: torch.nn.Module, case: Case, ways: dict[str, Provider], *, repetitions: int) -> list[dict[str, Any]]:
+    work = (Decode if case.kind == "decode" else Prefill)(model, case)
+    rows, running = [], dict[str, Runner]()
+    for name, way in ways.items():
+        try:
+            running[name] = runner(model, way, case, work)
+        except AbsentError as error:
+            rows.append({"key": case.label, "provider": name, "status": "absent", "reason": str(error)})
+        except Exception as error:
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            rows.append({"key": case.label, "provider": name, "status": "failed", "reason": reason})
+    samples: dict[str, list[float]] = {name: [] for name in running}
+    for _ in range(repetitions):
+        for name, found in running.items():
+            samples[name].append(sample(found, case, work))
+    for name, own in samples.items():
+        row = {"key": case.label, "provider": name, "status": "measured", "tokens": case.batch * case.tokens}
+        row |= {"tokens_per_s": round(statistics.median(own), 3), "spread": round(timing.spread(own), 3)}
+        rows.append(row | {"samples": [round(value, 3) for value in own]})
+    order = list(ways)
+    return sorted(rows, key=lambda row: order.index(row["provider"]))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = arguments.shape or ("llama-3-8b" if device == "cuda" else "tiny")
+    shape = parity_model.entry(SHAPES, name, "shape")
+    cases = [case for case in CASES[name] if arguments.only is None or arguments.only in case.label]
+    if not cases:
+        labels = ", ".join(case.label for case in CASES[name])
+        raise ValueError(f"no case has {arguments.only!r} in its label; known are {labels}")
+    model = build(shape, device=device, seed=arguments.seed)
+
+    def chosen() -> dict[str, Provider]:
+        known = parity_model.providers(model, compile_model=arguments.compile, dynamic=False)
+        del known[EXACT]
+        return {provider: known[provider] for provider in parity_model.named(arguments.providers, known)}
+
+    options = {"shape": name, **dataclasses.asdict(shape), "cache": CONTEXT, "seed": arguments.seed}
+    options |= {"providers": list(chosen()), "repetitions": arguments.repetitions, "torch_device": device}
+    file = parity_report.begin("model", options, arguments.commit)
+    out = arguments.out or results.default_path("model")
+    for case in cases:
+        with torch.no_grad():  # compiled anew for each case, else dynamo stops compiling after a few shapes
+            file["rows"] += measure(model, case, chosen(), repetitions=arguments.repetitions)
+        parity_report.write(out, file)  # whole after every case
+        print(f"measured {case.label}", flush=True)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    print(parity_report.table(file))
+    print(f"wrote {out}")
+    return int(any(row["status"] == "failed" for row in file["rows"]))
