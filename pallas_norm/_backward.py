@@ -187,7 +187,7 @@ def parts(
         **refs: Any,
     ) -> None:
         counts, refs = _launch.counts_and_rows(refs)
-        extent = _launch.extent(plan, nominal_rows, plan.programs, counts, interpret=interpret)
+        extent = _launch.extent(plan, nominal_rows, counts, interpret=interpret)
         own = {name: refs.pop(name) for name in scratch}
         sources = {name: refs[f"{name}_ref"] for name in names}
         gradient = functools.partial(_gradient, rstd_ref=rstd_ref, dx_ref=dx_ref, spec=spec)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from . import _compat
+from . import _compat, _strided
 from .regimes import WARPS, Plan
 
 F32 = jnp.float32
@@ -43,7 +43,7 @@ class Block:
 
     def load(self, ref: Any) -> list[jax.Array]:
         """The chunks of this block's rows of a (rows, n) reference."""
-        if isinstance(ref, _compat.StridedRows):
+        if isinstance(ref, _strided.StridedRows):
             return [
                 ref.load(self._first_row(), start, self.layout, shape=self.shape, one_row=self.one_row)
                 for start in self._starts()
@@ -63,7 +63,7 @@ class Block:
     def store(self, ref: Any, chunks: Sequence[jax.Array]) -> None:
         """The inverse of load."""
         for start, chunk in zip(self._starts(), chunks, strict=True):
-            if isinstance(ref, _compat.StridedRows):
+            if isinstance(ref, _strided.StridedRows):
                 ref.store(self._first_row(), start, chunk, self.layout, one_row=self.one_row)
                 continue
             _compat.store(ref.at[self.row, pl.ds(start, self.plan.span)], chunk, interpret=self.interpret)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from . import _compat
-from .regimes import LARGEST_N
+from . import _compat, _strided
+from .regimes import LARGEST_N, vector
 
 F32 = jnp.float32
 TILE = 32  # rows that the lanes of a warpgroup read at once
@@ -32,20 +32,12 @@ SHAPES = (
 )
 
 
-def vector(n: int) -> int:
-    """Columns that a lane reads at once: up to 16 bytes that keep every row aligned."""
-    vec = 4
-    while n % vec:
-        vec //= 2
-    return vec
-
-
 def _body(
     parts_ref: Any, rows_ref: Any, sum_ref: Any, *, columns: int, ahead: int, rows: Any, layout: Any, interpret: bool
 ) -> None:
     n = parts_ref.shape[1]
     if rows_ref is not None:
-        rows = _compat.count(rows_ref, interpret=interpret)
+        rows = _strided.count(rows_ref, interpret=interpret)
     column = lax.min(lax.axis_index("program") * columns, jnp.int32(n - columns))
 
     def cast(value: jax.Array) -> jax.Array:
@@ -77,10 +69,10 @@ def _body(
 def column_sum(parts: jax.Array, rows: jax.Array | int, dtype: Any, *, interpret: bool) -> jax.Array:
     """(n,): the sum of the first `rows` of the at least TILE rows of `parts`, (held, n) in float32, rounded to dtype.
 
-    rows: a number, or an operand whose address stands for one (see `_compat.count`).
+    rows: a number, or an operand whose address stands for one (see `_strided.count`).
     """
     n = parts.shape[1]
-    vec = vector(n)
+    vec = vector(n, 4)
     shape = next(shape for shape in SHAPES if n <= shape.largest_n)
     columns = n if interpret else min(shape.columns, 32 * vec)  # a row of a tile lies in one warp
     layout = None if interpret else _compat.rows_in_warps(columns // vec, vec)

@@ -7,7 +7,6 @@ Tested: 0.10.2, 0.11.2, 0.12.0.1. What differs between them is named beside each
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import math
@@ -15,8 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 TESTED_JAX = ((0, 10), (0, 13))  # from, up to but without
@@ -24,16 +21,17 @@ TESTED_JAX = ((0, 10), (0, 13))  # from, up to but without
 try:
     from jax._src.lib import _jax
     from jax.experimental import pallas as pl
-    from jax.experimental.mosaic.gpu import fragmented_array as _fa
+    from jax.experimental.mosaic.gpu import fragmented_array as fragments
     from jax.experimental.pallas import mosaic_gpu as plgpu
-    from jaxlib.mlir import ir as _ir
-    from jaxlib.mlir.dialects import arith as _arith
-    from jaxlib.mlir.dialects import llvm as _llvm
-    from jaxlib.mlir.dialects import memref as _memref
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith as arith  # for _strided
+    from jaxlib.mlir.dialects import llvm
+    from jaxlib.mlir.dialects import memref as memref
 
     _IMPORT_ERROR: ImportError | None = None
 except ImportError as error:  # a JAX without Mosaic GPU (some Windows and macOS builds): only the XLA path runs
     _IMPORT_ERROR = error
+    arith = fragments = ir = llvm = memref = plgpu = None
 
 
 def kernels_unavailable() -> str | None:
@@ -133,8 +131,8 @@ def layout_cast(value: jax.Array, layout: Any, *, interpret: bool) -> jax.Array:
 
 
 def _tiled(tiles: Sequence[Sequence[int]], warp_dims: tuple[Any, ...], lane_dims: tuple[Any, ...]) -> Any:
-    layout = _fa.TiledLayout(
-        _fa.Tiling(tuple(map(tuple, tiles))), warp_dims, lane_dims, -1, _check_canonical=False
+    layout = fragments.TiledLayout(
+        fragments.Tiling(tuple(map(tuple, tiles))), warp_dims, lane_dims, -1, _check_canonical=False
     ).canonicalize()
     return plgpu.Layout.TILED(
         layout.tiling, warp_dims=layout.warp_dims, lane_dims=layout.lane_dims, vector_dim=layout.vector_dim
@@ -153,8 +151,8 @@ def rows_in_warps(lanes: int, vec: int) -> Any:
 def row_in_every_warp(lanes: int, vec: int) -> Any:
     """(lanes * vec,): every group of `lanes` lanes in every warp holds the same row."""
     copies = 32 // lanes
-    lane_dims = (_fa.Replicated(copies), -2) if copies > 1 else (-2,)
-    return _tiled(((lanes * vec,), (vec,)), (_fa.Replicated(4),), lane_dims)
+    lane_dims = (fragments.Replicated(copies), -2) if copies > 1 else (-2,)
+    return _tiled(((lanes * vec,), (vec,)), (fragments.Replicated(4),), lane_dims)
 
 
 @functools.cache
@@ -232,7 +230,7 @@ def arrive_and_wait(barrier: Any) -> None:
 def _inline_ptx(ptx: str) -> None:
     @plgpu.inline_mgpu()
     def inline(_: Any) -> None:
-        _llvm.inline_asm(_ir.Type.parse("!llvm.void"), [], ptx, "~{memory}", has_side_effects=True)
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], ptx, "~{memory}", has_side_effects=True)
 
     inline()
 
@@ -264,138 +262,9 @@ def _load_takes_index() -> bool:
 _LOAD_TAKES_INDEX = _IMPORT_ERROR is None and _load_takes_index()
 
 
-# --- numbers and strides that are known when the kernel is launched --------------------------------------------------
-
 # Mosaic compiles a kernel's parameters as addresses of 256-byte multiples. An address that is not one gives wrong bits
 # silently, wherever the compiler adds a small offset by setting bits (n = 64 at a base 160 bytes past a multiple).
 ALIGNMENT = 256
-
-# What the numbers of a launch are multiplied with, to be passed as addresses. A count is the upper half of one, which
-# an instruction compares with as it is: shifted out of the lower half, it cost 0.6 us of 10 at 65536 rows of 128.
-COUNT, BYTES = 1 << 32, ALIGNMENT
-
-
-def _address_of(ref: Any) -> Any:
-    """(Mosaic GPU code) As an i64."""
-    return _arith.index_cast(_ir.IntegerType.get_signless(64), _memref.extract_aligned_pointer_as_index(ref))
-
-
-def _count_of(ref: Any) -> Any:
-    """(Mosaic GPU code) The count that was passed in place of the address of `ref`, as an i32."""
-    i64 = _ir.IntegerType.get_signless(64)
-    upper = _arith.shrui(_address_of(ref), _arith.constant(i64, 32))
-    return _arith.trunci(_ir.IntegerType.get_signless(32), upper)
-
-
-def _bytes_of(ref: Any) -> Any:
-    """(Mosaic GPU code) The number of bytes that was passed in place of the address of `ref`, as an i64."""
-    i64 = _ir.IntegerType.get_signless(64)
-    return _arith.divui(_address_of(ref), _arith.constant(i64, BYTES))
-
-
-def count(ref: Any, *, interpret: bool) -> jax.Array:
-    """The int32 that the launch passed as the address of `ref`, times COUNT: no memory is read for it.
-
-    A row count in memory would have to be written there before each launch, and costs a read before anything else.
-    An interpreter has no addresses: there it is the element.
-    """
-    if interpret:
-        return ref[0]
-    scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=scalar)
-    def inline(_: Any, ref: Any) -> Any:
-        return _fa.FragmentedArray.splat(_count_of(ref), (), is_signed=True)
-
-    return inline(ref)
-
-
-@dataclasses.dataclass(frozen=True)
-class StridedRows:
-    """A (rows, n) reference whose row r begins offset + (r // group) * outer + (r % group) * inner bytes from its
-    address.
-
-    Pallas takes strides from the shape, which is static. Numbers passed at the launch (see `count`) serve every one.
-    """
-
-    ref: Any
-    group: Any
-    offset: Any
-    outer: Any
-    inner: Any
-
-    @property
-    def dtype(self) -> Any:
-        return self.ref.dtype
-
-    def load(self, row: Any, start: Any, layout: Any, *, shape: tuple[int, ...], one_row: bool) -> jax.Array:
-        """`shape` elements from column `start` on: of one row, or of shape[0] rows from `row` on."""
-        returned = plgpu.ShapeDtypeStruct(shape, self.dtype, layout=layout)
-
-        @plgpu.inline_mgpu(arg_types=self._types(), return_type=returned)
-        def inline(_: Any, *arguments: Any) -> Any:
-            fragment, element = layout.to_mgpu(), arguments[0].type.element_type
-            vector = fragment.registers_element_type(element)
-            registers = np.empty(fragment.registers_shape(shape), dtype=object)
-            addresses = _addresses(fragment, shape, *arguments, one_row=one_row)
-            for index, address in zip(np.ndindex(*registers.shape), addresses, strict=True):
-                registers[index] = _llvm.load(vector, address)
-            return _fa.FragmentedArray(_registers=registers, _layout=fragment, _is_signed=None)
-
-        return inline(*self._arguments(row, start))
-
-    def store(self, row: Any, start: Any, value: jax.Array, layout: Any, *, one_row: bool) -> None:
-        """The inverse of load."""
-        shape = value.shape
-
-        @plgpu.inline_mgpu(arg_types=(*self._types(), layout))
-        def inline(_: Any, *arguments: Any) -> None:
-            *arguments, fragments = arguments
-            addresses = _addresses(fragments.layout, shape, *arguments, one_row=one_row)
-            for index, address in zip(np.ndindex(*fragments.registers.shape), addresses, strict=True):
-                _llvm.store(fragments.registers[index], address)
-
-        inline(*self._arguments(row, start), value)
-
-    def _types(self) -> tuple[Any, ...]:
-        return (plgpu.RefType(),) * 5 + (plgpu.Layout.WG_SPLAT(()),) * 2
-
-    def _arguments(self, row: Any, start: Any) -> tuple[Any, ...]:
-        return self.ref, self.group, self.offset, self.outer, self.inner, jnp.int32(row), jnp.int32(start)
-
-
-def _addresses(
-    layout: Any,
-    shape: tuple[int, ...],
-    ref: Any,
-    group: Any,
-    offset: Any,
-    outer: Any,
-    inner: Any,
-    row: Any,
-    start: Any,
-    *,
-    one_row: bool,
-) -> Iterator[Any]:
-    """(Mosaic GPU code) The address of each register's first element, in the order of the registers."""
-    i32, i64 = (_ir.IntegerType.get_signless(width) for width in (32, 64))
-    element_bytes = _arith.constant(i64, _ir.MemRefType(ref.type).element_type.width // 8)
-    first_row, first_column = (scalar.registers.item() for scalar in (row, start))
-    base, outer, inner = _arith.addi(_address_of(ref), _bytes_of(offset)), _bytes_of(outer), _bytes_of(inner)
-    group = _count_of(group)
-    for indices in layout.thread_idxs(shape):
-        *leading, column = (_arith.index_cast(i32, index) for index in indices)
-        row = first_row
-        if leading and one_row:
-            column = _arith.addi(column, _arith.muli(leading[0], _arith.constant(i32, shape[1])))
-        elif leading:
-            row = _arith.addi(row, leading[0])
-        parts = (
-            _arith.muli(_arith.extui(i64, _arith.divui(row, group)), outer),
-            _arith.muli(_arith.extui(i64, _arith.remui(row, group)), inner),
-            _arith.muli(_arith.extui(i64, _arith.addi(first_column, column)), element_bytes),
-        )
-        yield _llvm.inttoptr(_llvm.PointerType.get(1), functools.reduce(_arith.addi, parts, base))
 
 
 # --- tensors of other frameworks --------------------------------------------------------------------------------------

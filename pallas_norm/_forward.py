@@ -87,7 +87,7 @@ def forward(
 
     def body(exchange: Exchange | None, **refs: Any) -> None:
         counts, refs = _launch.counts_and_rows(refs)
-        extent = _launch.extent(plan, len(x), None, counts, interpret=interpret)
+        extent = _launch.extent(plan, len(x), counts, interpret=interpret)
 
         def full(program: jax.Array) -> None:
             _body(_launch.block(plan, program, exchange, 0, interpret=interpret), **refs, spec=spec)

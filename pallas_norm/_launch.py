@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from . import _compat
+from . import _compat, _strided
 from ._blocks import Block, Exchange, OneRow, SharedRow, WarpgroupRow, WarpRows
-from .regimes import WARPS, Plan, Regime
+from .regimes import WARPS, BackwardPlan, Plan, Regime
 
 SLOTS = 2  # of the exchange: while some warps still read one row's partial sums, others already write the next row's
 
@@ -91,7 +91,7 @@ def units(plan: Plan, rows: int) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """What a kernel knows of its rows: numbers of the program, or of the launch (see `_compat.count`)."""
+    """What a kernel knows of its rows: numbers of the program, or of the launch (see `_strided.count`)."""
 
     blocks: Any  # full ones, of plan.block rows
     programs: Any  # that work on full blocks
@@ -102,25 +102,24 @@ class Extent:
     first_left: Any
 
 
-def extent(plan: Plan, rows: int, most_programs: int | None, counts: dict[str, Any], *, interpret: bool) -> Extent:
-    """Of `rows` rows, or of the row count of the launch, where the kernel has the operands of COUNTS."""
-    if not counts:
-        blocks, left = units(plan, rows)
-        programs = blocks if most_programs is None else min(blocks, most_programs)
-        return Extent(blocks, programs, left, programs)
-    blocks, first_left = (_compat.count(counts[f"{name}_ref"], interpret=interpret) for name in COUNTS[:2])
-    programs = blocks if most_programs is None else lax.min(blocks, jnp.int32(most_programs))
-    return Extent(blocks, programs, 0 if plan.block == 1 else None, first_left)
-
-
 COUNTS = ("blocks", "first_left", "programs")  # the last is the host's: it launches so many
 
 
 def counts_of(plan: Plan, rows: int) -> tuple[int, int, int]:
     """The values of COUNTS."""
     blocks, left = units(plan, rows)
-    programs = min(blocks, getattr(plan, "programs", blocks))
+    programs = min(blocks, plan.programs) if isinstance(plan, BackwardPlan) else blocks
     return blocks, programs, programs + left
+
+
+def extent(plan: Plan, rows: int, counts: dict[str, Any], *, interpret: bool) -> Extent:
+    """Of `rows` rows, or of the row count of the launch, where the kernel has the operands of COUNTS."""
+    if not counts:
+        blocks, programs, with_left = counts_of(plan, rows)
+        return Extent(blocks, programs, with_left - programs, programs)
+    blocks, first_left = (_strided.count(counts[f"{name}_ref"], interpret=interpret) for name in COUNTS[:2])
+    programs = lax.min(blocks, jnp.int32(plan.programs)) if isinstance(plan, BackwardPlan) else blocks
+    return Extent(blocks, programs, 0 if plan.block == 1 else None, first_left)
 
 
 def counts_and_rows(refs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -136,7 +135,7 @@ def counts_and_rows(refs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
     def wrapped(name: str, ref: Any) -> Any:
         given = [strides.get(f"{name.removesuffix('_ref')}_{level}_ref") for level in levels]
-        return ref if any(level is None for level in given) else _compat.StridedRows(ref, group, *given)
+        return ref if any(level is None for level in given) else _strided.StridedRows(ref, group, *given)
 
     return counts, {name: wrapped(name, ref) for name, ref in refs.items()}
 

@@ -128,7 +128,7 @@ def _narrow(n: int) -> tuple[int, int]:
     return row.warpgroups, row.cluster
 
 
-def _vector(n: int, itemsize: int) -> int:
+def vector(n: int, itemsize: int) -> int:
     """The widest vector, up to 16 bytes, that keeps every row aligned: it divides n."""
     vec = 16 // itemsize
     while n % vec:
@@ -156,7 +156,7 @@ def _cta_vector(n: int, vec: int, itemsize: int, workers: int) -> int:
 @functools.cache
 def _plan(n: int, itemsize: int) -> Plan:
     row = next(row for row in TABLE if n <= row.largest_n and n * itemsize <= row.largest_row_bytes)
-    vec = _vector(n, itemsize)
+    vec = vector(n, itemsize)
     if row.regime is Regime.WARP:
         lanes = _lanes(n, vec)
         return Plan(n, Regime.WARP, vec, lanes, WARPS * (32 // lanes))
@@ -244,7 +244,7 @@ def _backward_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan:
     return BackwardPlan(
         n,
         Regime.CTA,
-        _cta_vector(n, _vector(n, itemsize), itemsize, warpgroups * cluster),
+        _cta_vector(n, vector(n, itemsize), itemsize, warpgroups * cluster),
         warpgroups=warpgroups,
         cluster=cluster,
         source=Source.MEMORY,
@@ -254,7 +254,7 @@ def _backward_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan:
 
 
 def _backward_warp_plan(n: int, itemsize: int) -> BackwardPlan:
-    vec = _vector(n, itemsize)
+    vec = vector(n, itemsize)
     lanes = _lanes(n, vec)
     while lanes < 32 and -(-n // (lanes * vec)) * vec > 24:  # n = 200 and 896 spilled with 56 elements a lane
         lanes *= 2

@@ -26,7 +26,7 @@ import torch
 
 import pallas_norm
 from pallas_norm import _launch
-from pallas_norm._compat import COUNT
+from pallas_norm._strided import COUNT
 
 from . import cache
 from .programs import NOMINAL_ROWS, Program

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from pallas_norm._compat import COUNT
 from pallas_norm._spec import Spec
+from pallas_norm._strided import COUNT
 
 from . import _library, _torch_state, _validate, direct, launch
 from .rows import ALIGNMENT

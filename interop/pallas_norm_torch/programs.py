@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_norm import _backward, _columns, _forward
-from pallas_norm._compat import BYTES, COUNT
 from pallas_norm._launch import COUNTS
 from pallas_norm._spec import Spec
+from pallas_norm._strided import BYTES, COUNT
 from pallas_norm.regimes import BackwardPlan, Plan, backward_plan_for, plan_for
 
 # The shape with which a kernel is traced; it bounds nothing. A multiple of every block; below 2^31 CTAs with clusters.
@@ -28,7 +28,7 @@ class Program:
     equality, and cheap.
 
     dtypes: of the arrays that go in, by name and in this order. Numbers of the launch follow them: the counts, and with
-        `strided` the group and strides of the rows (see pallas_norm._compat.StridedRows).
+        `strided` the group and strides of the rows (see pallas_norm._strided.StridedRows).
     outputs: names, in this order.
     """
 
