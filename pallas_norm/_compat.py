@@ -19,7 +19,6 @@ from jax import lax
 TESTED_JAX = ((0, 10), (0, 13))  # from, up to but without
 
 try:
-    from jax._src.lib import _jax
     from jax.experimental import pallas as pl
     from jax.experimental.mosaic.gpu import fragmented_array as fragments
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -292,6 +291,8 @@ def adopt(capsules: Sequence[Any], platform: str, index: int, wait_for: Callable
     jnp.from_dlpack takes 30 to 60 us for each. Of these the first, on which all else in the call then waits, takes 19
     on a GPU and the others 7.
     """
+    from jax._src.lib import _jax
+
     device, stream = _device(platform, index), None
     if platform == "cuda":
         stream = device.get_stream_for_external_ready_events()

@@ -17,7 +17,7 @@ import numpy as np
 from ._compat import ALIGNMENT, arith, fragments, ir, llvm, memref, plgpu
 
 # What the numbers of a launch are multiplied with, to be passed as addresses. A count is the upper half of one, which
-# an instruction compares with as it is: shifted out of the lower half, it cost 0.6 us of 10 at 65536 rows of 128.
+# an instruction compares with as it is.
 COUNT, BYTES = 1 << 32, ALIGNMENT
 
 

@@ -7,7 +7,7 @@ import torch
 
 import pallas_norm
 
-from . import direct
+from . import _validate, direct
 
 
 def explain(n: int, dtype: torch.dtype, device: torch.device | str = "cuda") -> str:
@@ -17,15 +17,16 @@ def explain(n: int, dtype: torch.dtype, device: torch.device | str = "cuda") -> 
     JAX function through DLPack, and XLA's own code for the reference through DLPack.
     """
     device = torch.device(device)
-    by_jax = pallas_norm.explain(jax.ShapeDtypeStruct((1, n), direct.dtype_name(dtype)))
+    by_jax = pallas_norm.explain(jax.ShapeDtypeStruct((1, n), _validate.dtype_name(dtype)))
     if device.type != "cuda":
         return f"DLPack and JAX on {device.type}, {by_jax.elsewhere}: {by_jax.why}"
     if not torch.cuda.is_available():
         return "nothing: torch sees no CUDA device in this process"
-    index = int(str(device).partition(":")[2] or torch.cuda.current_device())
+    # torch.device("cuda") has the index None, whatever its type says.
+    index = torch.cuda.current_device() if device.index is None else device.index  # pyright: ignore
     if (reason := direct.unavailable(n, index)) is not None:
         return f"DLPack and JAX on cuda:{index}, {by_jax.cuda}: no direct launch, because {reason}"
-    plan = pallas_norm.plan_for(n, direct.dtype_name(dtype))
+    plan = pallas_norm.plan_for(n, _validate.dtype_name(dtype))
     return (
         f"direct launch on torch's current stream of cuda:{index}: the {plan.regime.value} kernel for n = {n}, "
         "compiled once for every row count"

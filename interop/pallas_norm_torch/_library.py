@@ -207,7 +207,7 @@ library.impl("rms_norm_backward", Gradient.apply, "Autograd")
 
 
 def _is_plain(tensor: Tensor | None) -> bool:
-    return tensor is None or (type(tensor) in (Tensor, torch.nn.Parameter) and not _torch_state.is_batched(tensor))
+    return tensor is None or (type(tensor) in _torch_state.TENSORS and not _torch_state.is_batched(tensor))
 
 
 class EagerNorm(torch.autograd.Function):

@@ -10,6 +10,8 @@ import torch
 from torch.autograd import forward_ad
 
 Tensor = torch.Tensor
+# By type(), not isinstance: a subclass may hold no memory of its own, or mean more by a call.
+TENSORS = (Tensor, torch.nn.Parameter)
 
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # how many see operators instead of calls
 transformation: Callable[[], object | None] = torch._C._functorch.peek_interpreter_stack  # of torch.func, innermost

@@ -13,14 +13,21 @@ from . import _torch_state
 from ._overlap import may_overlap, overlaps_itself
 
 Tensor = torch.Tensor
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = tuple(getattr(torch, name) for name in _numbers.DTYPES)
 DEVICES = ("cpu", "cuda")
 
 
-def describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}[{','.join(map(str, value.shape))}] on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def form(tensor: Tensor) -> str:
+    """Its dtype and shape."""
+    return f"{dtype_name(tensor.dtype)}[{','.join(map(str, tensor.shape))}]"
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{form(tensor)} on {tensor.device}"
 
 
 def _tensor(name: str, value: Any) -> Tensor:
@@ -112,7 +119,7 @@ def out_form(value: Any, x: Tensor, dtype: torch.dtype, *, differentiates: bool)
             f"out is {describe(value)} but x is {describe(x)}; needed the shape of x: make it with torch.empty_like(x)"
         )
     if value.dtype != dtype:
-        needed = str(dtype).removeprefix("torch.")
+        needed = dtype_name(dtype)
         raise TypeError(
             f"out is {describe(value)}; needed {needed}, which is what x and weight promote to: "
             f"make it with torch.empty_like(x, dtype=torch.{needed})"

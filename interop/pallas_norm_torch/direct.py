@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from pallas_norm import _backward, _launch
+from pallas_norm import _backward, _dispatch, _launch  # pyright: ignore[reportPrivateUsage]
 from pallas_norm._columns import TILE
 from pallas_norm._spec import Spec
-from pallas_norm.regimes import LARGEST_N, SMALLEST_N, BackwardPlan, Plan
+from pallas_norm.regimes import BackwardPlan, Plan
 
 from . import launch, rows
 from ._overlap import may_overlap
+from ._validate import dtype_name
 from .programs import Program
 
 Tensor = torch.Tensor
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 _refused: dict[tuple[int, int], str | None] = {}  # by n and device, why, or None; what was found out once
@@ -29,9 +26,7 @@ _refused: dict[tuple[int, int], str | None] = {}  # by n and device, why, or Non
 def unavailable(n: int, device: int) -> str | None:
     """Why rows of n elements cannot take the direct launch on this CUDA device, or None."""
     if (n, device) not in _refused:
-        fits = SMALLEST_N <= n <= LARGEST_N
-        reason = f"no kernel for rows of {n} elements: the kernels take {SMALLEST_N} <= n <= {LARGEST_N}"
-        _refused[n, device] = launch.unavailable(device) if fits else reason
+        _refused[n, device] = _dispatch.no_kernel_for(n) or launch.unavailable(device)
     return _refused[n, device]
 
 
@@ -40,29 +35,59 @@ def refuse(n: int, device: int, reason: str) -> None:
     _refused[n, device] = reason
 
 
-_programs: dict[Any, Program] = {}  # one for each key, also where threads race for it
+class Forward(NamedTuple):
+    n: int
+    x: torch.dtype
+    weight: torch.dtype | None
+    spec: Spec
+    residual: bool
+    with_rstd: bool
+    strided: bool = False
+
+    def program(self) -> Program:
+        dtypes = {"x": self.x, "residual": self.x if self.residual else None, "weight": self.weight}
+        outputs = ("y", *(["s"] if self.residual else []), *(["rstd"] if self.with_rstd else []))
+        return Program("forward", self.n, _named(dtypes), outputs, self.spec, self.strided)
 
 
-def forward_program(
-    n: int,
-    x: torch.dtype,
-    weight: torch.dtype | None,
-    spec: Spec,
-    residual: bool,  # noqa: FBT001  a key costs less without keywords
-    with_rstd: bool,  # noqa: FBT001
-    *,
-    strided: bool,
-) -> Program:
-    key = n, x, weight, spec, residual, with_rstd, strided
+class Backward(NamedTuple):
+    n: int
+    x: torch.dtype
+    weight: torch.dtype | None
+    dy: torch.dtype
+    spec: Spec
+    residual: bool
+    with_dweight: bool
+
+    def program(self) -> Program:
+        ds = self.x if self.residual else None
+        dtypes = {"x": self.x, "rstd": torch.float32, "dy": self.dy, "weight": self.weight, "ds": ds}
+        outputs = ("dx", *(["dweight"] if self.with_dweight else []))
+        return Program("backward", self.n, _named(dtypes), outputs, self.spec)
+
+
+class ColumnSum(NamedTuple):
+    n: int
+    dweight: torch.dtype
+
+    def program(self) -> Program:
+        dtypes = _named({"parts": torch.float32})
+        return Program("column_sum", self.n, dtypes, ("dweight",), Spec(), dweight_dtype=dtype_name(self.dweight))
+
+
+def _named(dtypes: dict[str, torch.dtype | None]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, dtype_name(dtype)) for name, dtype in dtypes.items() if dtype is not None)
+
+
+_programs: dict[tuple[type, Forward | Backward | ColumnSum], Program] = {}  # tuples of two types may be equal
+
+
+def program_of(kernel: Forward | Backward | ColumnSum) -> Program:
+    """The one for each, also where threads race for it."""
+    key = type(kernel), kernel
     if (found := _programs.get(key)) is not None:
         return found
-    dtypes = [("x", dtype_name(x))]
-    if residual:
-        dtypes.append(("residual", dtype_name(x)))
-    if weight is not None:
-        dtypes.append(("weight", dtype_name(weight)))
-    outputs = ("y", *(["s"] if residual else []), *(["rstd"] if with_rstd else []))
-    return _programs.setdefault(key, Program("forward", n, tuple(dtypes), outputs, spec, strided))
+    return _programs.setdefault(key, kernel.program())
 
 
 def result_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
@@ -79,11 +104,9 @@ def forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, s, rstd). `out` receives y: x itself, or memory that no operand shares."""
-    n, weight_dtype = x.shape[-1], None
-    if weight is not None:
-        weight, weight_dtype = rows.ready(weight), weight.dtype
-    kind = n, x.dtype, weight_dtype, spec, residual is not None, with_rstd
-    program = forward_program(*kind, strided=False)
+    n, weight = x.shape[-1], None if weight is None else rows.ready(weight)
+    kernel = Forward(n, x.dtype, None if weight is None else weight.dtype, spec, residual is not None, with_rstd)
+    program = program_of(kernel)
     plan = program.plan
     assert plan is not None
     given = {"x": x, "residual": residual, "y": out}
@@ -98,7 +121,7 @@ def forward(
             x, residual = rows.ready(x), None if residual is None else rows.ready(residual)
             target = target if target is not None and target.is_contiguous() and rows.aligned(target) else None
         else:
-            program = forward_program(*kind, strided=True)
+            program = program_of(kernel._replace(strided=True))
     y = torch.empty(x.shape, dtype=result_dtype(x, weight), device=x.device) if target is None else target
     s = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if with_rstd else None
@@ -150,15 +173,8 @@ def backward(
         return dx, torch.zeros_like(weight) if with_dweight and weight is not None else None
     count = x.numel() // n
     arrays: dict[str, Tensor | None] = {"x": x, "rstd": rstd, "dy": dy, "weight": weight, "ds": ds, "dx": dx}
-    program = _backward_program(
-        n,
-        x.dtype,
-        dy.dtype,
-        None if weight is None else weight.dtype,
-        spec,
-        residual=ds is not None,
-        with_dweight=with_dweight,
-    )
+    weight_dtype = None if weight is None else weight.dtype
+    program = program_of(Backward(n, x.dtype, weight_dtype, dy.dtype, spec, ds is not None, with_dweight))
     plan = program.plan
     assert isinstance(plan, BackwardPlan)
     if not with_dweight:
@@ -169,38 +185,8 @@ def backward(
     parts = torch.empty(max(parts_count, TILE), n, dtype=torch.float32, device=x.device)
     _run(program, x.device, arrays | {"dweight": parts}, _counts(plan, count))
     dweight = torch.empty_like(weight)
-    _run(_sum_program(n, weight.dtype), x.device, {"parts": parts, "dweight": dweight}, {"rows": parts_count})
+    _run(program_of(ColumnSum(n, weight.dtype)), x.device, {"parts": parts, "dweight": dweight}, {"rows": parts_count})
     return dx, dweight
-
-
-def _backward_program(
-    n: int,
-    x: torch.dtype,
-    dy: torch.dtype,
-    weight: torch.dtype | None,
-    spec: Spec,
-    *,
-    residual: bool,
-    with_dweight: bool,
-) -> Program:
-    key = n, x, dy, weight, spec, residual, with_dweight, "backward"
-    if (found := _programs.get(key)) is not None:
-        return found
-    dtypes = [("x", dtype_name(x)), ("rstd", "float32"), ("dy", dtype_name(dy))]
-    if weight is not None:
-        dtypes.append(("weight", dtype_name(weight)))
-    if residual:
-        dtypes.append(("ds", dtype_name(x)))
-    outputs = ("dx", *(["dweight"] if with_dweight else []))
-    return _programs.setdefault(key, Program("backward", n, tuple(dtypes), outputs, spec))
-
-
-def _sum_program(n: int, dtype: torch.dtype) -> Program:
-    key = n, dtype
-    if (found := _programs.get(key)) is not None:
-        return found
-    made = Program("column_sum", n, (("parts", "float32"),), ("dweight",), Spec(), dweight_dtype=dtype_name(dtype))
-    return _programs.setdefault(key, made)
 
 
 def _run(program: Program, device: torch.device, arrays: dict[str, Any], numbers: dict[str, int]) -> None:

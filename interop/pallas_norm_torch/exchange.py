@@ -19,6 +19,9 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # pyright: ignore[reportP
 
 from pallas_norm import _compat
 
+from . import _torch_state
+from ._validate import form
+
 # What JAX narrows without a word unless jax_enable_x64 is set.
 NARROWED = {
     torch.float64: "float32",
@@ -26,19 +29,14 @@ NARROWED = {
     torch.uint64: "uint32",
     torch.complex128: "complex64",
 }
-TENSORS = (torch.Tensor, torch.nn.Parameter)
 # By device type, the bytes that an address must be a multiple of. JAX copies on a CPU what does not begin there; on a
 # GPU, XLA runs a kernel of Mosaic's on nothing else.
-ALIGNMENT = {"cpu": 64, "cuda": 256}
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}[{','.join(map(str, tensor.shape))}]"
+ALIGNMENT = {"cpu": 64, "cuda": _compat.ALIGNMENT}
 
 
 def _check(tensor: Any) -> None:
-    # Not isinstance: a subclass may hold no memory of its own (a FakeTensor imports as a null pointer).
-    if type(tensor) not in TENSORS:
+    # A FakeTensor, say, would be imported as a null pointer.
+    if type(tensor) not in _torch_state.TENSORS:
         raise TypeError(
             f"tensor is a {type(tensor).__name__}; needed a torch.Tensor or torch.nn.Parameter itself: convert it first"
         )
@@ -53,19 +51,19 @@ def _check(tensor: Any) -> None:
         )
     if tensor.is_conj() or tensor.is_neg():
         raise TypeError(
-            f"tensor is {_describe(tensor)} and conjugated or negated lazily, so its memory holds other values; "
+            f"tensor is {form(tensor)} and conjugated or negated lazily, so its memory holds other values; "
             "needed the values themselves: pass tensor.resolve_conj().resolve_neg()"
         )
     x64 = jax.config.jax_enable_x64  # pyright: ignore (jax.config gets its attributes at run time)
     if tensor.dtype in NARROWED and not x64:
         raise TypeError(
-            f"tensor is {_describe(tensor)}, which JAX would narrow to {NARROWED[tensor.dtype]}; "
+            f"tensor is {form(tensor)}, which JAX would narrow to {NARROWED[tensor.dtype]}; "
             "needed a dtype that JAX keeps: cast it with tensor.to, or call "
             'jax.config.update("jax_enable_x64", True) before anything else'
         )
     if tensor.requires_grad:
         raise ValueError(
-            f"tensor is {_describe(tensor)} and requires grad, but autograd cannot see what JAX computes; "
+            f"tensor is {form(tensor)} and requires grad, but autograd cannot see what JAX computes; "
             "needed a tensor that does not: pass tensor.detach()"
         )
 
@@ -102,15 +100,16 @@ def to_jax(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
     """
     _check(tensor)
     if copy:
-        shared = _adopted([tensor.clone(memory_format=torch.contiguous_format)])[0]
+        shared = _adopted([_shareable(tensor)])[0]
         return jax.block_until_ready(jnp.array(shared, copy=True))  # JAX's own memory, of which it takes care
     if (reason := _share_of(tensor)) is not None:
         raise ValueError(
-            f"tensor is {_describe(tensor)} and {reason}, so JAX would copy it; needed memory that can be shared: "
+            f"tensor is {form(tensor)} and {reason}, so JAX would copy it; needed memory that can be shared: "
             "pass copy=True, or tensor.clone(memory_format=torch.contiguous_format)"
         )
     array = _adopted([tensor])[0]
-    assert array.unsafe_buffer_pointer() == tensor.data_ptr() or not tensor.numel()
+    if tensor.numel() and array.unsafe_buffer_pointer() != tensor.data_ptr():
+        raise ValueError(f"tensor is {form(tensor)} and JAX copied it, which it was not asked to: pass copy=True")
     return array
 
 

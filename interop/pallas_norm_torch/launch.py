@@ -6,7 +6,7 @@ context; and the function that launches it. Known: jax 0.11 and 0.12.
 """
 
 # pyright: basic, reportOptionalMemberAccess=false, reportPrivateImportUsage=false
-# (what is used of torch._C and of the MLIR bindings has no types)
+# (the MLIR bindings have no types)
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import jax
 import torch
 
 import pallas_norm
-from pallas_norm import _launch
+from pallas_norm import _dispatch, _launch
 from pallas_norm._strided import COUNT
 
 from . import cache
@@ -33,7 +33,6 @@ from .programs import NOMINAL_ROWS, Program
 
 KNOWN_JAX = ((0, 11), (0, 13))  # from, up to but without
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
-NEEDED_CAPABILITY = (9, 0)
 
 
 class Unavailable(Exception):
@@ -66,7 +65,7 @@ def unavailable(device: int) -> str | None:
         low, high = (".".join(map(str, v)) for v in KNOWN_JAX)
         return f"the launch interface of jax {jax.__version__} is not known (known: >= {low}, < {high})"
     capability = torch.cuda.get_device_capability(device)
-    if capability < NEEDED_CAPABILITY:
+    if capability < _dispatch.NEEDED_CAPABILITY:
         return f"cuda:{device} has compute capability {capability[0]}.{capability[1]}; the kernels need 9.0 or newer"
     try:
         _library()
@@ -210,12 +209,10 @@ def _loaded(module: bytes, addresses: int, device: int) -> Kernel:
 
 _kernels: dict[tuple[Program, int], Kernel] = {}
 _lock = threading.Lock()
-compiles = 0  # for tests: how often a kernel was compiled in this process
 
 
 def kernel(program: Program, device: int) -> Kernel:
     """For the CUDA device of that index; compiled at the first call. Raises Unavailable."""
-    global compiles
     key = (program, device)
     if (found := _kernels.get(key)) is not None:
         return found
@@ -230,9 +227,8 @@ def kernel(program: Program, device: int) -> Kernel:
                 "call it once with these dtypes and strides before the capture"
             )
         with torch.cuda.device(device):
-            torch.cuda.current_stream().query()  # makes the device's context current
+            torch.cuda.mem_get_info()  # as in current_context
             made = _loaded(*_cached_module(program, device), device)
-        compiles += 1
         _kernels[key] = made
         return made
 

@@ -17,7 +17,7 @@ from . import _library, _torch_state, _validate, direct, launch
 from .rows import ALIGNMENT
 
 Tensor = torch.Tensor
-TENSORS = (torch.Tensor, torch.nn.Parameter)
+TENSORS = _torch_state.TENSORS
 
 # Looked up once: each name saves 0.05 us of a call.
 _empty_like = torch.empty_like
@@ -292,8 +292,7 @@ def _remember(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: S
     if not x.is_contiguous() or x.data_ptr() % ALIGNMENT:  # the kernel of the short way is another one then
         return
     n, device, weight_dtype = x.shape[-1], x.get_device(), weight.dtype
-    kind = n, x.dtype, weight_dtype, spec, residual is not None, False
-    program = direct.forward_program(*kind, strided=False)
+    program = direct.program_of(direct.Forward(n, x.dtype, weight_dtype, spec, residual is not None, with_rstd=False))
     options = spec.eps, spec.cast_before_scale, spec.weight_offset
     key = x.dtype, n, weight_dtype, *options, device, residual is not None
     dtype = direct.result_dtype(x, weight)

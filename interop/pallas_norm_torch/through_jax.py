@@ -27,10 +27,12 @@ def _forward(spec: Spec, *, with_rstd: bool) -> Callable[..., Any]:
 
 
 @functools.cache
-def _backward(spec: Spec) -> Callable[..., Any]:
-    return jax.jit(  # pyright: ignore[reportUnknownMemberType]
-        functools.partial(_autodiff.gradient, spec=spec)
-    )
+def _backward(spec: Spec, *, with_dweight: bool) -> Callable[..., Any]:
+    def gradients(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        found: Any = _autodiff.gradient(operands, spec)
+        return found if with_dweight else {"dx": found["dx"]}  # what is not asked for, XLA does not compute
+
+    return jax.jit(gradients)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _call(function: Callable[..., Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -50,11 +52,9 @@ def _call(function: Callable[..., Any], tensors: dict[str, Tensor]) -> dict[str,
         event = torch.cuda.Event()
         event.record()
     with _lock:
-        _in_use.append((event, results))
-        while _in_use[0][0].query():
+        while _in_use and _in_use[0][0].query():
             _in_use.popleft()
-            if not _in_use:
-                break
+        _in_use.append((event, results))
     return copies
 
 
@@ -91,7 +91,9 @@ def backward(
     with_dweight: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(dx, dweight), as direct.backward."""
-    del with_dweight  # XLA computes both, or neither is much
     given = {"x": x, "weight": weight, "rstd": rstd, "dy": dy, "ds": ds}
-    results = _call(_backward(spec), {name: tensor for name, tensor in given.items() if tensor is not None})
+    results = _call(
+        _backward(spec, with_dweight=with_dweight),
+        {name: tensor for name, tensor in given.items() if tensor is not None},
+    )
     return results["dx"], results.get("dweight")

@@ -82,7 +82,7 @@ MUTANTS = {
     "the grid stays that of the trace": Mutant("launch", "        launch.operands[1] = grid\n", "", "test_launch.py::test_a_program_lowers"),
     "another number as the grid": Mutant("launch", 'program.inputs.index("programs")', 'program.inputs.index("blocks")', "test_launch.py::test_a_program_lowers"),
     "an unknown JAX is launched": Mutant("launch", "if not KNOWN_JAX[0] <= version < KNOWN_JAX[1]:", "if False:", "test_launch.py::test_an_unknown_jax"),
-    "an old GPU is taken": Mutant("launch", "if capability < NEEDED_CAPABILITY:", "if False:", "test_launch.py::test_an_old_gpu"),
+    "an old GPU is taken": Mutant("launch", "if capability < _dispatch.NEEDED_CAPABILITY:", "if False:", "test_launch.py::test_an_old_gpu"),
 }  # fmt: skip
 
 

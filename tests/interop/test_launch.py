@@ -154,8 +154,8 @@ def test_threads_that_race_for_a_program_get_one(monkeypatch: pytest.MonkeyPatch
     try:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             for n in range(32, 232):
-                key = n, torch.bfloat16, None, Spec(), False, False
-                made = list(pool.map(lambda key: direct.forward_program(*key, strided=False), [key] * 8))
+                kernel = direct.Forward(n, torch.bfloat16, None, Spec(), residual=False, with_rstd=False)
+                made = list(pool.map(direct.program_of, [kernel] * 8))
                 assert len(set(map(id, made))) == 1
     finally:
         sys.setswitchinterval(before)
