@@ -92,8 +92,6 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """(dx, dweight), as direct.backward."""
     given = {"x": x, "weight": weight, "rstd": rstd, "dy": dy, "ds": ds}
-    results = _call(
-        _backward(spec, with_dweight=with_dweight),
-        {name: tensor for name, tensor in given.items() if tensor is not None},
-    )
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    results = _call(_backward(spec, with_dweight=with_dweight), tensors)
     return results["dx"], results.get("dweight")

@@ -114,11 +114,19 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nothing_known")
-def test_an_unknown_jax_takes_the_other_way_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "__version_info__", (0, 99, 0))
-    monkeypatch.setattr(jax, "__version__", "0.99.0")
-    reason = "the launch interface of jax 0.99.0 is not known (known: >= 0.11, < 0.13)"
-    assert launch.unavailable(0) == reason
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("0.10.2", "the launch interface of jax 0.10.2 is not known (known: >= 0.11, < 0.13)"),
+        ("0.99.0", "jax 0.99.0 is outside the range the kernels are tested with (>= 0.10, < 0.13)"),
+    ],
+)
+def test_an_unknown_jax_takes_the_other_way_and_says_so(
+    version: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "__version_info__", tuple(map(int, version.split("."))))
+    monkeypatch.setattr(jax, "__version__", version)
+    assert launch.unavailable(0) == f"the launch interface of jax {version} is not known (known: >= 0.11, < 0.13)"
     assert _library.path(OnGpu()) is through_jax
     assert explain(64, torch.bfloat16, "cuda:0").endswith(f"no direct launch, because {reason}")
 
