@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +110,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, file: dict[str, Any]) -> None:
-    """Replaces the file at once, so that an interruption leaves the old one."""
     if wrong := problems(file):
         raise ValueError(f"not written, this is no record of parity or model: {'; '.join(wrong[:5])}")
-    head = json.dumps({name: value for name, value in file.items() if name != "rows"}, indent=1)
-    rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in file["rows"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    new.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n]\n}}\n')
-    os.replace(new, path)
+    record.replace_file(path, file)
 
 
 def _grid(lines: list[list[str]]) -> str:

@@ -79,6 +79,28 @@ def performance_of_run(file: dict[str, Any]) -> str:
     )
 
 
+def overhead(file: dict[str, Any]) -> str:
+    rows = (
+        [
+            row["provider"],
+            f"{row['median_us']:.1f}",
+            f"{row['spread_us']:.1f}",
+            row.get("note", row.get("rounding", "")),
+        ]
+        for row in record.measured(file)
+    )
+    first = {cache: sorted(times)[len(times) // 2] for cache, times in file["first_call_of_a_process_ms"].items()}
+    return (
+        f"Host time of one call, {file['options']['case']}, in microseconds: medians and spreads of interleaved "
+        "batches.\n\n"
+        + _table(["provider", "median", "spread", "rounding, or what the call is"], rows)
+        + "\n\n![Host time of one call](docs/overhead.svg)\n\n"
+        + f"The first call of a process takes {first['empty']:.0f} ms, and {first['filled']:.0f} ms with the kernel in "
+        f"the disk cache (medians of {len(file['first_call_of_a_process_ms']['empty'])}). "
+        + f"{_measured_on(file)} All samples: `bench/results/overhead_h200.json`.\n"
+    )
+
+
 def accuracy(file: dict[str, Any]) -> str:
     def percent(row: dict[str, Any], key: str) -> str:
         return f"{100 * row[key] / row['elements']:.4f}"
@@ -161,6 +183,7 @@ def rendered(text: str) -> str:
     path = results.FOLDER / f"{RUN}.json"
     times = performance_of_run(record.read(path)) if path.exists() else performance(results.read("times"))
     text = fill(text, "performance", times)
+    text = fill(text, "overhead", overhead(results.read("overhead_h200")))
     return fill(text, "accuracy", accuracy(results.read("accuracy")))
 
 

@@ -114,9 +114,13 @@ def begin(path: Path, command: str, measures: str, options: dict[str, Any], comm
 
 
 def write(path: Path, file: dict[str, Any]) -> None:
-    """Replaces the file at once, so that an interruption leaves the old one."""
     if wrong := problems(file):
         raise ValueError(f"not written, this is no record of format {FORMAT}: {'; '.join(wrong[:5])}")
+    replace_file(path, file)
+
+
+def replace_file(path: Path, file: dict[str, Any]) -> None:
+    """At once, so that an interruption leaves the old one."""
     head = json.dumps({name: value for name, value in file.items() if name != "rows"}, indent=1)
     rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in file["rows"])
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,8 @@ from jaxlib.mlir import ir
 
 from pallas_norm._spec import Spec
 from pallas_norm.regimes import BackwardPlan, Plan, Regime, Source, backward_plan_for
-from tests import mutants
-from tests.mutants import Rewrite
+from tests import rewrites
+from tests.rewrites import Rewrite
 
 ROWS = 300
 
@@ -168,5 +168,5 @@ WITHOUT: dict[str, tuple[Rewrite, str, str]] = {
 @pytest.mark.parametrize("name", WITHOUT)
 def test_a_missing_barrier_is_missed(name: str) -> None:
     rewrite, of, kernel = WITHOUT[name]
-    with mutants.rewritten(rewrite):
+    with rewrites.rewritten(rewrite):
         assert found(of, kernel) != EXPECTED[of, kernel]

@@ -25,9 +25,9 @@ import pytest
 
 from pallas_norm._spec import Spec
 from pallas_norm.regimes import Source, backward_plan_for, plan_for
-from tests import mutants
-from tests.mutants import Rewrite
+from tests import rewrites
 from tests.oracle import F32
+from tests.rewrites import Rewrite
 from tests.strategies import Case
 from tests.test_barriers import ACROSS, AFTER_A_CHUNK, MEET
 
@@ -118,7 +118,7 @@ def in_a_process(call: str) -> str:
 
 def without(name: str) -> int:
     rewrite, kernel = WITHOUT[name]
-    with mutants.rewritten(rewrite):
+    with rewrites.rewritten(rewrite):
         return differing(kernel)
 
 
@@ -143,7 +143,7 @@ def test_what_is_compared_on_a_gpu_is_right(name: str) -> None:
     assert differing(name, launches=1, rows=2, interpret=True) == 0
     for rewrite, kernel in WITHOUT.values():
         assert kernel in KERNELS
-        with mutants.rewritten(rewrite):
+        with rewrites.rewritten(rewrite):
             pass
 
 

@@ -20,8 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_norm import _compat
 from pallas_norm._spec import Spec
 from pallas_norm.regimes import Regime, Source, backward_plan_for, plan_for
-from tests import mutants
-from tests.mutants import Rewrite
+from tests import rewrites
+from tests.rewrites import Rewrite
 
 # Row lengths whose chunks do not overlap: writing the same value twice is right, and a race to the detector.
 IN_WARPS, N = 128, 1024
@@ -151,5 +151,5 @@ WITHOUT = {
 @pytest.mark.parametrize("name", WITHOUT)
 def test_without_one_of_its_barriers_it_has(name: str) -> None:
     rewrite, kernel = WITHOUT[name]
-    with mutants.rewritten(rewrite), _compat.race_detection() as races_found:
+    with rewrites.rewritten(rewrite), _compat.race_detection() as races_found:
         assert has_races(KERNELS[kernel], races_found)

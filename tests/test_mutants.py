@@ -13,7 +13,15 @@ import pytest
 
 from pallas_norm._spec import Spec
 from pallas_norm.regimes import backward_plan_for, plan_for
-from tests import mutants, oracle, strategies, test_backward_properties, test_forward_properties
+from tests import (
+    mutants,
+    oracle,
+    rewrites,
+    strategies,
+    test_backward_properties,
+    test_forward_properties,
+    test_residual_gradients,
+)
 from tests.oracle import BF16, F16, F32, Array
 from tests.strategies import Case
 
@@ -204,7 +212,7 @@ BY_XLA: dict[str, Callable[[int], None]] = {  # properties of the suite itself; 
     "23 gradients, another dtype of dy": lambda n: test_backward_properties.check(mixed(n), "xla"),
     "23 exact sums": lambda n: test_backward_properties.check_exact(mixed(n), "xla"),
     "23 subnormal g": lambda _: test_backward_properties.test_a_subnormal_float16_g_is_kept("xla", 128),
-    "residual form": lambda _: test_backward_properties.test_a_gradient_of_the_sum_is_added_to_dx_after_dx_was_rounded(
+    "residual form": lambda _: test_residual_gradients.test_a_gradient_of_the_sum_is_added_to_dx_after_dx_was_rounded(
         "xla", "bf16"
     ),
 }
@@ -244,27 +252,27 @@ def test_a_wrong_backward_kernel_is_killed(name: str) -> None:
     assert found, f"{name} survives"
 
 
-@pytest.mark.parametrize("name", mutants.SOURCE)
+@pytest.mark.parametrize("name", rewrites.SOURCE)
 def test_a_rewritten_kernel_is_killed(name: str) -> None:
     """By a wrong number: a rewrite that does not run would show nothing."""
-    rewrite = mutants.SOURCE[name]
-    with mutants.rewritten(rewrite), pytest.raises(AssertionError) as killed:
+    rewrite = rewrites.SOURCE[name]
+    with rewrites.rewritten(rewrite), pytest.raises(AssertionError) as killed:
         interpreted(rewrite.n, rewrite.rows)
     print(f"\n{name:45} killed by {str(killed.value).splitlines()[0][:60]}")  # noqa: T201
 
 
 @pytest.mark.usefixtures("no_compiled_programs")
-@pytest.mark.parametrize("name", mutants.REFERENCE)
+@pytest.mark.parametrize("name", rewrites.REFERENCE)
 def test_a_rewritten_specification_is_killed(name: str) -> None:
-    rewrite = mutants.REFERENCE[name]
-    with mutants.rewritten(rewrite):
+    rewrite = rewrites.REFERENCE[name]
+    with rewrites.rewritten(rewrite):
         found = killers(rewrite.n, BY_XLA)
     print(f"\n{name:45} killed by {', '.join(found)}")  # noqa: T201
     assert found, f"{name} survives"
 
 
 @pytest.mark.usefixtures("no_compiled_programs")
-@pytest.mark.parametrize("n", sorted({rewrite.n for rewrite in mutants.REFERENCE.values()}))
+@pytest.mark.parametrize("n", sorted({rewrite.n for rewrite in rewrites.REFERENCE.values()}))
 def test_the_specification_is_killed_by_nothing(n: int) -> None:
     assert killers(n, BY_XLA) == []
 
@@ -274,10 +282,10 @@ def test_the_right_kernels_are_killed_by_nothing() -> None:
     assert killers(mutants.backward, BACKWARD) == []
 
 
-@pytest.mark.parametrize(("n", "rows"), sorted({(r.n, r.rows) for r in mutants.SOURCE.values()}))
+@pytest.mark.parametrize(("n", "rows"), sorted({(r.n, r.rows) for r in rewrites.SOURCE.values()}))
 def test_the_real_kernels_are_killed_by_nothing(n: int, rows: int) -> None:
     interpreted(n, rows)
 
 
 def test_there_are_at_least_forty_mutants() -> None:
-    assert len(mutants.FORWARD) + len(mutants.BACKWARD) + len(mutants.SOURCE) + len(mutants.REFERENCE) >= 40
+    assert len(mutants.FORWARD) + len(mutants.BACKWARD) + len(rewrites.SOURCE) + len(rewrites.REFERENCE) >= 40

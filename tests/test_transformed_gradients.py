@@ -18,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_norm
-from tests import mutants, oracle
-from tests.mutants import Rewrite
+from tests import oracle, rewrites
 from tests.oracle import F32
+from tests.rewrites import Rewrite
 from tests.strategies import Case
 
 ROWS, N = 16, 128
@@ -205,7 +205,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_transformation_is_seen(name: str) -> None:
     rewrite, transform = WRONG[name]
-    with mutants.rewritten(rewrite):
+    with rewrites.rewritten(rewrite):
         function = (TRANSFORMS | COMPILED)[transform]("xla")
         with pytest.raises(AssertionError, match="differ"):
             check(function)

@@ -23,9 +23,9 @@ import pallas_norm
 from pallas_norm import _compat
 from pallas_norm._spec import Spec
 from pallas_norm.regimes import BackwardPlan, Plan, Regime, Source, backward_plan_for, plan_for
-from tests import mutants, oracle
-from tests.mutants import Rewrite
+from tests import oracle, rewrites
 from tests.oracle import BF16, DTYPES, F32, Array
+from tests.rewrites import Rewrite
 from tests.strategies import numbers, weights
 
 # --- a margin around every array of an interpreted kernel -----------------------------------------------------------
@@ -167,7 +167,7 @@ OUTSIDE = {
 def test_a_kernel_that_leaves_its_window_is_seen(margins: list[Array], name: str) -> None:
     """By what it wrote, whatever it computed."""
     rewrite, kernels = OUTSIDE[name]
-    with mutants.rewritten(rewrite):
+    with rewrites.rewritten(rewrite):
         run(KERNELS[kernels])
     with pytest.raises(AssertionError, match="elements beside an output"):
         assert_margins_untouched(margins)

@@ -150,6 +150,24 @@ def out_memory(value: Tensor, x: Tensor, weight: Tensor | None) -> None:
         raise ValueError("out overlaps weight, which every row reads; pass memory of its own")
 
 
+def takes_y(out: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the short way may write y to `out`: all of the above holds at a glance, and a kernel can write there."""
+    if (
+        type(out) not in _torch_state.TENSORS
+        or out.dtype != dtype
+        or out.shape != x.shape
+        or out.get_device() != x.get_device()
+        or not out.is_contiguous()
+        or (out.requires_grad and torch.is_grad_enabled())
+    ):
+        return False
+    start, end = out.data_ptr(), out.data_ptr() + out.nbytes
+    return not start % ALIGNMENT and all(
+        operand is None or operand.data_ptr() >= end or operand.data_ptr() + operand.nbytes <= start
+        for operand in (x, weight)
+    )
+
+
 def no_tangents(*tensors: Any) -> None:
     """Forward mode has no rule here, and must not come out as zeros."""
     if _torch_state.inside_jvp():

@@ -27,6 +27,7 @@ _transformation = _torch_state.transformation
 _tracing = _torch_state.tracing
 _current_device = _torch_state.current_device
 _stream = _torch_state.stream
+_takes_y = _validate.takes_y
 
 _threads = launch.threads
 _specs: dict[tuple[float, bool, float], Spec] = {}  # those that were checked
@@ -113,7 +114,7 @@ def rms_norm(
             x_at, weight_at, rows = x.data_ptr(), weight.data_ptr(), x.numel() // n
             if out is None:
                 y = _empty_like(x) if y_dtype is None else _empty_like(x, dtype=y_dtype)
-            elif (out is x and y_dtype is None and may_alias) or _apart(out, x, weight, y_dtype or x.dtype):
+            elif (out is x and y_dtype is None and may_alias) or _takes_y(out, x, weight, y_dtype or x.dtype):
                 y = out
             else:
                 y = None
@@ -265,24 +266,6 @@ def _short_add(x: Any, residual: Any, weight: Any, eps: Any, cast_before_scale: 
     blocks = rows // block * COUNT
     run(_stream(device), pack(*at, blocks, blocks, blocks + rows % block * COUNT, y.data_ptr(), s.data_ptr()))
     return y, s
-
-
-def _apart(out: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether y can be written to `out` directly: contiguous, aligned, and nowhere in the memory of an operand."""
-    if (
-        type(out) not in TENSORS
-        or out.dtype != dtype
-        or out.shape != x.shape
-        or out.get_device() != x.get_device()
-        or not out.is_contiguous()
-        or (out.requires_grad and _grad_enabled())
-    ):
-        return False
-    start, end = out.data_ptr(), out.data_ptr() + out.nbytes
-    return not start % ALIGNMENT and all(
-        operand is None or operand.data_ptr() >= end or operand.data_ptr() + operand.nbytes <= start
-        for operand in (x, weight)
-    )
 
 
 def _remember(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> None:

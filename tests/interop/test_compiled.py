@@ -168,6 +168,11 @@ def test_gradcheck_in_float32(device: str) -> None:
         assert torch.autograd.gradgradcheck(rms_norm, (x, weight), **(steps | {"atol": 5e-2, "rtol": 2e-2}))
 
 
+def unrounded(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Hugging Face's formula in the dtype of x, without eps."""
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_second_derivative_is_that_of_the_formula(device: str) -> None:
     x, weight = leaf(3, 64, dtype=torch.float32, device=device), leaf(64, dtype=torch.float32, device=device)
@@ -178,9 +183,38 @@ def test_the_second_derivative_is_that_of_the_formula(device: str) -> None:
 
     for found, expected in zip(second(rms_norm), second(hugging_face), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    hessian = torch.func.jacrev(torch.func.jacrev(lambda x: rms_norm(x, weight.detach()).sin().sum()))(x[0].detach())
-    assert hessian.shape == (64, 64)
-    torch.testing.assert_close(hessian, hessian.T, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_second_derivative_of_exact_operands_is_exact(device: str) -> None:
+    """x = +-1 has rstd = 1, and 64 divides without rounding: with small integers every step is exact in float32."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randint(0, 2, (3, 64), generator=generator) * 2.0 - 1
+    weight, factor = (torch.randint(-3, 4, (64,), generator=generator).float() for _ in range(2))
+
+    def second(norm: Callable[..., torch.Tensor], *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, weight, factor = (operand.clone() for operand in operands)
+        leaves = x.requires_grad_(), weight.requires_grad_()
+        first = torch.autograd.grad((factor * norm(*leaves) ** 2).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum((gradient * gradient).sum() for gradient in first), leaves)
+
+    def hessian(norm: Callable[..., torch.Tensor], x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        weight, factor = others
+        return torch.func.jacrev(torch.func.jacrev(lambda x: (factor * norm(x, weight) ** 2).sum()))(x[0])
+
+    def ours(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, weight, 0.0)
+
+    single = [operand.to(device) for operand in (x, weight, factor)]
+    double = [operand.double() for operand in (x, weight, factor)]
+    for found, expected in zip(second(ours, *single), second(unrounded, *double), strict=True):
+        assert torch.equal(found.cpu().double(), expected)
+        assert found.abs().max() > 1000
+    found = hessian(ours, *single)
+    assert found.shape == (64, 64)
+    assert torch.equal(found.cpu().double(), hessian(unrounded, *double))
+    assert torch.equal(found, found.T)
+    assert found.abs().max() > 10
 
 
 def test_forward_mode_is_refused_and_never_zero() -> None:

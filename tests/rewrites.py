@@ -1,0 +1,149 @@
+"""Rewrites of the real kernels' text, and of the specification's, that the suite must kill.
+
+The properties that kill them are in test_mutants.py, and where a thread has to come late in test_gpu_mutants.py. A bug
+that was found once is a rewrite, or a mutant of mutants.py, for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+
+class Rewrite(NamedTuple):
+    """One replacement in the text of a module of pallas_norm, and what else has to change for the kernel to run."""
+
+    module: str
+    old: str
+    new: str
+    n: int = 1000  # a row length that reaches the line
+    rows: int = 21  # five blocks of four rows, and one left over
+    also: tuple[str, str] = ("", "")
+
+
+SOURCE: dict[str, Rewrite] = {
+    "overlap counted twice": Rewrite("_blocks", "if self.plan.overlap:", "if False:"),
+    "overlap mask one off": Rewrite("_blocks", "() >= self._repeated()", "() > self._repeated()"),
+    "only the last chunk summed": Rewrite("_blocks", "functools.reduce(jnp.add, rest, last)", "last"),
+    "no rounding before the weight": Rewrite("_forward", "unit = unit.astype(dtype).astype(F32)", "unit = unit"),
+    "mean over what is read": Rewrite("_forward", "/ block.plan.n", "/ (block.plan.span * block.plan.chunks)"),
+    "no eps": Rewrite("_forward", "+ spec.eps", "+ 0.0"),
+    "left-over rows misplaced": Rewrite(
+        "_launch", "program - extent.first_left + extent.blocks * plan.block", "program - extent.first_left"
+    ),
+    "one warpgroup's sum missing": Rewrite(
+        "_blocks", "in range(self.plan.warpgroups) for w", "in range(self.plan.warpgroups - 1) for w", n=12288, rows=3
+    ),
+    "one warp's sum missing": Rewrite("_blocks", "in range(WARPS)]", "in range(WARPS - 1)]", n=12288, rows=3),
+    "warpgroups all read the first part": Rewrite(
+        "_blocks", "(j * plan.workers + worker)", "(j * plan.workers)", n=12288, rows=3
+    ),
+    "s not rounded before the norm": Rewrite(
+        "_forward",
+        "(x.astype(F32) + r.astype(F32)).astype(dtype)",
+        "(x.astype(F32) + r.astype(F32))",
+        also=("block.store(s_ref, xs)", "block.store(s_ref, [x.astype(dtype) for x in xs])"),
+    ),
+    "s truncated": Rewrite(
+        "_forward",
+        "(x.astype(F32) + r.astype(F32)).astype(dtype)",
+        "lax.bitcast_convert_type(lax.bitcast_convert_type(x.astype(F32) + r.astype(F32), jnp.int32) & -65536, F32)"
+        ".astype(dtype)",
+    ),
+    "backward: dy * weight not rounded": Rewrite("_backward", "g.astype(dtype).astype(F32) if", "g if"),
+    "backward: no projection": Rewrite("_backward", "(g - unit * mean)", "g"),
+    "backward: ds dropped": Rewrite("_backward", 'if "ds" in rows:', "if False:"),
+    "backward: dweight of the last row only": Rewrite("_backward", "partials.append(partial[i] + ", "partials.append("),
+    "backward: every step the first row": Rewrite("_backward", "return program + step * programs", "return program"),
+    "backward: rows of a block not added up": Rewrite(
+        "_blocks", "functools.reduce(jnp.add, rows)", "rows[0]", n=128, rows=40
+    ),
+}  # fmt: skip
+
+# Of the specification, which is also the XLA path.
+REFERENCE: dict[str, Rewrite] = {
+    "xla: no rounding before the weight": Rewrite(
+        "reference", "unit = round_to(unit, x.dtype).astype(F32)  # Hugging", "pass  # Hugging"
+    ),
+    "xla: g not rounded": Rewrite("reference", "g = round_to(g, x.dtype).astype(F32)", "pass"),
+    "xla: subnormal float16 flushed": Rewrite(
+        "reference",
+        "    return wide.astype(dtype)",
+        "    wide = lax.reduce_precision(wide, 5, 10) if dtype == jnp.float16 else wide\n    return wide.astype(dtype)",
+    ),
+    "xla: subnormal float16 g flushed": Rewrite(
+        "reference",
+        "g = round_to(g, x.dtype).astype(F32)",
+        "g = (lax.reduce_precision(g, 5, 10) if x.dtype == jnp.float16 else round_to(g, x.dtype)).astype(F32)",
+    ),
+    "xla: mean over n + 1 in long rows": Rewrite(
+        "reference",
+        "jnp.mean(g * unit, axis=-1, keepdims=True)",
+        "jnp.sum(g * unit, axis=-1, keepdims=True) / (x.shape[-1] + (x.shape[-1] > 4000))",
+        n=4096,
+    ),
+    "xla: mean of squares over n + 1 in long rows": Rewrite(
+        "reference",
+        "jnp.mean(wide * wide, axis=-1, keepdims=True)",
+        "jnp.sum(wide * wide, axis=-1, keepdims=True) / (x.shape[-1] + (x.shape[-1] > 4000))",
+        n=4096,
+    ),
+    "xla: dweight of dy rounded to the dtype of x": Rewrite(
+        "reference", "jnp.sum(dy.astype(F32) * unit", "jnp.sum(dy.astype(x.dtype).astype(F32) * unit"
+    ),
+    "xla: dweight of the unit not rounded": Rewrite(
+        "reference",
+        "    if cast_before_scale:\n        unit = round_to(unit, x.dtype).astype(F32)\n    return jnp.sum",
+        "    return jnp.sum",
+    ),
+    "xla: dx not rounded before ds is added": Rewrite(
+        "reference",
+        "dx = round_to(rstd[..., None] * (g - unit * jnp.mean(g * unit, axis=-1, keepdims=True)), x.dtype)",
+        "dx = rstd[..., None] * (g - unit * jnp.mean(g * unit, axis=-1, keepdims=True))",
+        also=("return dx if ds is None", "return round_to(dx, x.dtype) if ds is None"),
+    ),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def rewritten(rewrite: Rewrite) -> Iterator[None]:
+    """pallas_norm with the rewrite: every module that refers to something of the rewritten one refers to the new."""
+    original = sys.modules[f"pallas_norm.{rewrite.module}"]
+    text = inspect.getsource(original)
+    for old in (rewrite.old, rewrite.also[0]):
+        if old not in text:
+            raise LookupError(f"pallas_norm/{rewrite.module}.py no longer contains {old!r}: rewrite the mutant")
+    text = text.replace(rewrite.old, rewrite.new)
+    if rewrite.also[0]:
+        text = text.replace(*rewrite.also)
+    jax.clear_caches()  # JAX knows a traced function by its name and place, and would take the right one for the mutant
+    mutant = types.ModuleType(original.__name__)
+    mutant.__package__ = "pallas_norm"
+    mutant.__dict__["__file__"] = original.__file__
+    sys.modules[original.__name__] = mutant  # dataclasses look their module up while they are made
+    undo: list[tuple[types.ModuleType, str, Any]] = []
+    try:
+        exec(compile(text, original.__file__ or "", "exec"), mutant.__dict__)
+        for name, module in list(sys.modules.items()):
+            if not name.startswith("pallas_norm") or module is mutant:
+                continue
+            for attribute, value in list(vars(module).items()):
+                if value is original or getattr(value, "__module__", None) == original.__name__:
+                    replacement = mutant if value is original else mutant.__dict__.get(attribute)
+                    if replacement is not None:
+                        undo.append((module, attribute, value))
+                        setattr(module, attribute, replacement)
+        yield
+    finally:
+        sys.modules[original.__name__] = original
+        for module, attribute, value in undo:
+            setattr(module, attribute, value)
+        jax.clear_caches()
+        gpu_callbacks.reset_gpu_interpret_mode_state()  # a mutant may have stopped an interpreted kernel halfway
