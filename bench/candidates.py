@@ -1,8 +1,8 @@
 """Plans worth measuring for a row length: the parameters of Plan and BackwardPlan, less what cannot run or cannot win.
 
 Names are those of bench/results/tuning_*.json: regime:v<vec>l<lanes>b<rows of a block>g<warpgroups>c<CTAs of the
-cluster>, r where a row is read twice; of a backward plan also the source, p<stages> of a pipeline, w where the weight
-is kept, x<programs on an SM>.
+cluster>, r where a row is read twice, p<stages> of a pipeline, a where its sums come ahead, x<programs>; of a backward
+plan also the source, w where the weight is kept, x<programs on an SM>.
 """
 
 from __future__ import annotations
@@ -13,33 +13,25 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 
-from pallas_norm.regimes import (
-    SMEM_BYTES,
-    SMS,
-    WARPS,
-    BackwardPlan,
-    Plan,
-    Regime,
-    Source,
-    backward_plan_for,
-    pipeline_tile,
-    plan_for,
-)
+from pallas_norm._plan import WARPS, BackwardPlan, Plan, Regime, Source, staged_view, stages_of
+from pallas_norm.regimes import HELD, SMS, backward_plan_for, plan_for
 
+LEAST = 16  # elements of a long row in a lane: fewer share it among so many warps that they mostly wait
 KEPT, REREAD = 64, 128  # elements of a row in a lane: more spill, or are more code than a cache holds
 LARGEST_WARP_N = 2048
 SMALLEST_CLUSTER_N = 16384
 THREADS = (256, 1024)  # of an SM in the backward pass, at least and at most: fewer hide no latency, more spill
-BARRIER_BYTES = 2048  # of shared memory, beside the stages
 
 
 def label(plan: Plan) -> str:
     name = f"{plan.regime.value}:v{plan.vec}l{plan.lanes}b{plan.block}g{plan.warpgroups}c{plan.cluster}"
-    name += "r" if plan.rereads else ""
     if not isinstance(plan, BackwardPlan):
-        return name
+        if plan.source is Source.PIPELINE:
+            return f"{name}p{plan.stages}{'a' if plan.ahead else ''}x{plan.programs}"
+        return name + ("r" if plan.source is Source.MEMORY else "")
     source = {Source.PIPELINE: f"p{plan.stages}", Source.MEMORY: "m", Source.REGISTERS: "r"}[plan.source]
-    return f"{name}:{source}{'w' if plan.keeps_weight else ''}x{plan.programs * plan.cluster // SMS}"
+    options = f"{'a' if plan.ahead else ''}{'w' if plan.keeps_weight else ''}"
+    return f"{name}:{source}{options}x{-(-plan.programs * plan.cluster // SMS)}"
 
 
 def _vectors(n: int, itemsize: int) -> list[int]:
@@ -56,11 +48,11 @@ def _fits(plan: Plan, most: int) -> bool:
 def _shapes(n: int, itemsize: int) -> Iterator[Plan]:
     """By how the row is shared out."""
     vectors = _vectors(n, itemsize)
-    for vec in vectors:
+    for vec in vectors if n < SMALLEST_CLUSTER_N else vectors[:1]:
         if n <= LARGEST_WARP_N:
             for lanes, several in itertools.product((4, 8, 16, 32), (1, 2, 4)):
                 yield Plan(n, Regime.WARP, vec, lanes, WARPS * (32 // lanes) * several)
-        clusters = (1, 2, 4, 8) if n >= SMALLEST_CLUSTER_N and vec == vectors[0] else (1,)
+        clusters = (1, 2, 4, 8) if n >= SMALLEST_CLUSTER_N else (1,)
         for warpgroups, cluster in itertools.product((1, 2, 4, 8), clusters):
             if cluster > 1 and warpgroups == 1:
                 continue  # the kernels of a cluster name the axis of the warpgroups, which is there from two on
@@ -75,24 +67,39 @@ def forward(n: int, dtype: str) -> dict[str, Plan]:
         if _fits(plan, KEPT):
             plans.append(plan)
         if plan.regime is Regime.CTA and n >= SMALLEST_CLUSTER_N and _fits(plan, REREAD):
-            plans.append(dataclasses.replace(plan, rereads=True))
+            plans.append(dataclasses.replace(plan, source=Source.MEMORY))
+        plans += _forward_pipelines(plan, itemsize)
     return {label(plan): plan for plan in plans}
 
 
+def _forward_pipelines(plan: Plan, itemsize: int) -> Iterator[Plan]:
+    """With the most stages that fit, and with grids that fill the GPU once and twice."""
+    if plan.n < SMALLEST_CLUSTER_N or plan.chunks * plan.vec < LEAST or not _fits(plan, KEPT):
+        return
+    stages = min(6, stages_of(plan, itemsize, per_sm=1))
+    if stages >= 3 and staged_view(plan, itemsize) is not None:
+        for fill in (1, 2):
+            grid = {"programs": fill * HELD[plan.cluster], "ahead": plan.cluster > 1}
+            yield dataclasses.replace(plan, source=Source.PIPELINE, stages=stages, **grid)
+
+
 def _backward(plan: Plan, source: Source, *, stages: int, per_sm: int, keeps_weight: bool) -> BackwardPlan:
-    shared = {field.name: getattr(plan, field.name) for field in dataclasses.fields(Plan)}
-    programs = per_sm * SMS // plan.cluster
-    return BackwardPlan(**shared, source=source, stages=stages, keeps_weight=keeps_weight, programs=programs)
+    shape = {name: getattr(plan, name) for name in ("n", "regime", "vec", "lanes", "block", "warpgroups", "cluster")}
+    programs = per_sm * HELD[plan.cluster]
+    return BackwardPlan(**shape, source=source, stages=stages, keeps_weight=keeps_weight, programs=programs)
 
 
 def _pipelines(plan: Plan, itemsize: int, per_sm: int) -> Iterator[BackwardPlan]:
     """With the most stages that fit, and with fewer."""
-    if plan.regime is not Regime.CTA or plan.cluster > 1 or not _fits(plan, KEPT):
+    if staged_view(plan, itemsize) is None or not _fits(plan, KEPT):
         return
-    room = (SMEM_BYTES // per_sm - BARRIER_BYTES) // (2 * plan.n * itemsize)
-    for stages in sorted({min(room, most) for most in (2, 3, 4, 6)}):
+    room = stages_of(plan, 2 * itemsize, per_sm=per_sm)
+    for stages in sorted({min(room, most) for most in ((2, 3, 4, 6) if plan.cluster == 1 else (6,))}):
         if stages >= 2:
-            yield _backward(plan, Source.PIPELINE, stages=stages, per_sm=per_sm, keeps_weight=True)
+            found = _backward(plan, Source.PIPELINE, stages=stages, per_sm=per_sm, keeps_weight=True)
+            yield found
+            if plan.cluster > 1 and stages >= 3:
+                yield dataclasses.replace(found, ahead=True)
             if plan.chunks * plan.vec > KEPT // 2:
                 yield _backward(plan, Source.PIPELINE, stages=stages, per_sm=per_sm, keeps_weight=False)
 
@@ -101,11 +108,10 @@ def backward(n: int, dtype: str) -> dict[str, BackwardPlan]:
     """The plan in use first."""
     itemsize = jnp.dtype(dtype).itemsize
     plans = [backward_plan_for(n, dtype)]
-    tiled = pipeline_tile(n, itemsize) is not None and n >= 256
     for plan in _shapes(n, itemsize):
         threads = WARPS * 32 * plan.warpgroups
         for per_sm in (per_sm for per_sm in range(1, 9) if THREADS[0] <= per_sm * threads <= THREADS[1]):
-            piped = list(_pipelines(plan, itemsize, per_sm)) if tiled else []
+            piped = list(_pipelines(plan, itemsize, per_sm)) if n >= 256 else []
             plans += piped
             if piped or per_sm % 2:
                 continue

@@ -116,7 +116,7 @@ FULL = tuple(
             *_cases("add", *itertools.product((1, 64, 4096), (4096, 8192)), (16384, 896), (16384, 2880), (16384, 7168)),
             *_cases("add", (16384, 8192), (4096, 16384), (MANY_ROWS, 128)),
             *_cases("backward", *((16384, n) for n in (896, 1000, 1536, 2048, 2880, 5120, 7168, 8192, 16384))),
-            *_cases("backward", (256, 4096), (4096, 16384), (65536, 512), (1024, 32768)),
+            *_cases("backward", (256, 4096), (4096, 16384), (65536, 512), *((1024, n) for n in LONG)),
             *_cases("backward", *((MANY_ROWS, n) for n in HEAD_SIZES)),
             *(
                 Case("forward", tokens * heads, n, heads=heads)

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 
 from pallas_norm import _backward, _forward, reference
+from pallas_norm._plan import Plan
 from pallas_norm._spec import Spec
-from pallas_norm.regimes import Plan
 
 from . import candidates, record, rounding, timing
 from .baselines import BASELINES, COPY

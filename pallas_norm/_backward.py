@@ -4,11 +4,12 @@ The grid is persistent: a program takes every programs-th row, or block of rows,
 float32 registers.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,57 +17,62 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _columns, _compat, _launch, reference
-from ._blocks import Block, Exchange, Meeting
-from ._pipeline import Pipeline
+from ._blocks import Block, Meeting
+from ._pipeline import Pipeline, staged
+from ._plan import BackwardPlan, Regime, Source
+from ._shared_row import Exchange
 from ._spec import Spec
-from .regimes import BackwardPlan, Regime, Source, pipeline_tile
 
 F32 = jnp.float32
 Chunks = list[jax.Array]
 Rows = dict[str, Chunks]  # x, dy, and in the residual form ds
+Sums = tuple[jax.Array, jax.Array]  # of a block's rows, rstd and the sum of g * unit
 
 
-def _gradient(
-    block: Block,
-    read: Callable[[], Rows],
-    scales: Callable[[], Sequence[Any]],
-    partial: Chunks | None,
-    *,
-    rstd_ref: Any,
-    dx_ref: Any,
-    spec: Spec,
-    when_met: Callable[[], None] = lambda: None,
-) -> Chunks | None:
-    """Writes dx of the block's rows; returns `partial` with their dweight added. Reads the rows once for the sum,
-    once for dx."""
-    dtype = dx_ref.dtype
-    rstd = block.spread(block.load_rows(rstd_ref))
+@dataclasses.dataclass(frozen=True)
+class _Gradient:
+    """Of a block's rows, in two steps, each of which reads the rows. scales(): of the columns."""
 
-    def unit_and_g(x: jax.Array, dy: jax.Array, scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        g = dy.astype(F32) if scale is None else dy.astype(F32) * scale
-        return x.astype(F32) * rstd, g.astype(dtype).astype(F32) if spec.cast_before_scale else g
+    rstd_ref: Any
+    dx_ref: Any
+    spec: Spec
 
-    rows = read()
-    products = []
-    for x, dy, scale in zip(rows["x"], rows["dy"], scales(), strict=True):
-        unit, g = unit_and_g(x, dy, scale)
-        products.append(g * unit)
-    mean = block.spread(block.row_sum(products) / block.plan.n)
-    when_met()
+    def _unit_and_g(
+        self, block: Block, rows: Rows, scales: Sequence[Any], rstd: jax.Array
+    ) -> Iterator[tuple[jax.Array, jax.Array]]:
+        dtype = self.dx_ref.dtype
+        for x, dy, scale in zip(rows["x"], rows["dy"], scales, strict=True):
+            g = dy.astype(F32) if scale is None else dy.astype(F32) * scale
+            yield block.widened(x) * rstd, block.widened(g.astype(dtype)) if self.spec.cast_before_scale else g
 
-    rows = read()
-    dxs, partials = [], []
-    for i, (x, dy, scale) in enumerate(zip(rows["x"], rows["dy"], scales(), strict=True)):
-        unit, g = unit_and_g(x, dy, scale)
-        dx = (rstd * (g - unit * mean)).astype(dtype)
-        if "ds" in rows:  # the gradient that reaches s from elsewhere, added after dx was rounded, as autograd does
-            dx = (dx.astype(F32) + rows["ds"][i].astype(F32)).astype(dtype)
-        dxs.append(dx)
-        if partial is not None:
-            factor = unit.astype(dtype).astype(F32) if spec.cast_before_scale else unit
-            partials.append(partial[i] + dy.astype(F32) * factor)
-    block.store(dx_ref, dxs)
-    return None if partial is None else partials
+    def begin(
+        self, block: Block, rows: Rows, scales: Sequence[Any], partial: Chunks | None
+    ) -> tuple[Sums, Chunks | None]:
+        """The begun sums, and `partial` with the rows' dweight added."""
+        rstd = block.load_rows(self.rstd_ref)
+        products, partials = [], []
+        for i, (unit, g) in enumerate(self._unit_and_g(block, rows, scales, block.spread(rstd))):
+            products.append(g * unit)
+            if partial is not None:
+                factor = block.rounded(unit, self.dx_ref.dtype) if self.spec.cast_before_scale else unit
+                partials.append(partial[i] + block.widened(rows["dy"][i]) * factor)
+        return (rstd, block.begin_sum(products)), None if partial is None else partials
+
+    @staticmethod
+    def end(block: Block, begun: Sums) -> Sums:
+        rstd, total = begun
+        return rstd, block.end_sum(total)
+
+    def finish(self, block: Block, rows: Rows, scales: Sequence[Any], sums: Sums) -> None:
+        """Writes dx."""
+        rstd, mean = block.spread(sums[0]), block.spread(sums[1] / block.plan.n)
+        dxs = []
+        for i, (unit, g) in enumerate(self._unit_and_g(block, rows, scales, rstd)):
+            dx = (rstd * (g - unit * mean)).astype(self.dx_ref.dtype)
+            if "ds" in rows:  # the gradient that reaches s from elsewhere, added after dx was rounded, as autograd does
+                dx = (dx.astype(F32) + rows["ds"][i].astype(F32)).astype(self.dx_ref.dtype)
+            dxs.append(dx)
+        block.store(self.dx_ref, dxs)
 
 
 def _every_row(
@@ -74,22 +80,17 @@ def _every_row(
     exchange: Exchange | None,
     sources: dict[str, Any],
     scratch: dict[str, Any],
-    gradient: Callable[..., Chunks | None],
+    gradient: _Gradient,
     columns: Callable[[Block], tuple[Callable[[], Sequence[Any]], Chunks | None]],
+    share: _launch.Share,
     *,
-    program: jax.Array,
-    programs: Any,
-    count: Any,
     interpret: bool,
 ) -> tuple[Block, Chunks | None]:
-    """`gradient` for every programs-th of `count` blocks; returns a block and this program's part of dweight."""
-    steps = lax.div(count - program + (programs - 1), jnp.int32(programs))
-
-    def at(step: Any) -> Any:
-        return program + step * programs
+    """The gradients of each block of `share`; returns a block and this program's part of dweight."""
 
     def block_of(step: Any) -> Block:
-        return _launch.block(plan, at(step), exchange, lax.rem(step, jnp.int32(_launch.SLOTS)), interpret=interpret)
+        slot = lax.rem(step, jnp.int32(_launch.SLOTS))
+        return _launch.block(plan, share.at(step), exchange, slot, interpret=interpret)
 
     def load(step: Any) -> Rows:
         return {name: block_of(step).load(source) for name, source in sources.items()}
@@ -98,34 +99,43 @@ def _every_row(
     scales, zeros = columns(first)
 
     if plan.source is Source.PIPELINE:
-        buffers = {name: scratch[name + "_stages"] for name in sources}
-        several = plan.warpgroups > 1
-        pipeline = Pipeline(sources, buffers, scratch["arrived"], plan.stages, several, at, steps)
+        buffers = {name: scratch[f"{name}_stages"] for name in sources}
+        pipeline = Pipeline(sources, buffers, scratch["arrived"], plan, share.at, share.steps)
         pipeline.start()
 
-        def from_stages(step: jax.Array, partial: Chunks | None) -> Chunks | None:
-            block, stage = block_of(step), pipeline.wait(step)
+        def begin(step: jax.Array, stage: dict[str, Any], partial: Chunks | None) -> tuple[Sums, Chunks | None]:
+            if plan.regime is Regime.WARP:
+                _compat.arrive_and_wait(scratch["read"])  # the warps share no sum: they meet here
+            return gradient.begin(block_of(step), staged_rows(step, stage), scales(), partial)
 
-            def read() -> Rows:
-                return {name: block.load_stage(ref) for name, ref in stage.items()}
+        def end(step: jax.Array, begun: Sums) -> Sums:
+            return gradient.end(block_of(step), begun)
 
-            return gradient(block, read, scales, partial, when_met=lambda: pipeline.refill(step))
+        def finish(step: jax.Array, stage: dict[str, Any], sums: Sums) -> None:
+            gradient.finish(block_of(step), staged_rows(step, stage), scales(), sums)
 
-        return first, lax.fori_loop(0, steps, from_stages, zeros)
+        def staged_rows(step: jax.Array, stage: dict[str, Any]) -> Rows:
+            return {name: block_of(step).load_stage(ref) for name, ref in stage.items()}
+
+        return first, pipeline.each_row(begin, end, finish, zeros)
 
     if plan.source is Source.MEMORY:
 
         def from_memory(step: jax.Array, partial: Chunks | None) -> Chunks | None:
-            return gradient(block_of(step), functools.partial(load, step), scales, partial)
+            begun, partial = gradient.begin(block_of(step), load(step), scales(), partial)
+            gradient.finish(block_of(step), load(step), scales(), gradient.end(block_of(step), begun))
+            return partial
 
-        return first, lax.fori_loop(0, steps, from_memory, zeros)
+        return first, lax.fori_loop(0, share.steps, from_memory, zeros)
 
     def from_registers(step: jax.Array, carry: tuple[Chunks | None, Rows]) -> tuple[Chunks | None, Rows]:
         partial, rows = carry
-        following = load(jnp.minimum(step + 1, steps - 1))  # in flight while this block is worked on
-        return gradient(block_of(step), lambda: rows, scales, partial), following
+        following = load(jnp.minimum(step + 1, share.steps - 1))  # in flight while this block is worked on
+        begun, partial = gradient.begin(block_of(step), rows, scales(), partial)
+        gradient.finish(block_of(step), rows, scales(), gradient.end(block_of(step), begun))
+        return partial, following
 
-    partial, _ = lax.fori_loop(0, steps, from_registers, (zeros, load(jnp.int32(0))))
+    partial, _ = lax.fori_loop(0, share.steps, from_registers, (zeros, load(jnp.int32(0))))
     return first, partial
 
 
@@ -162,7 +172,7 @@ def parts(
     nominal_rows, n = x.shape
     if interpret:
         # 0.10's interpreter loses track of a weight that several threads load in a loop.
-        plan = dataclasses.replace(_launch.interpretable(plan), keeps_weight=True)
+        plan = dataclasses.replace(_launch.interpretable(plan, x.dtype.itemsize), keeps_weight=True)
     outputs = {"dx": jax.ShapeDtypeStruct(x.shape, x.dtype)}
     if with_dweight:
         outputs["dweight"] = jax.ShapeDtypeStruct((max(parts_of(plan, nominal_rows), _columns.TILE), n), F32)
@@ -171,11 +181,11 @@ def parts(
     if with_dweight and plan.regime is Regime.WARP:
         scratch |= {"met_rows": _compat.smem((plan.block, plan.span), F32), "met": _compat.barrier(1)}
     if plan.source is Source.PIPELINE:
-        shape = pipeline_tile(n, x.dtype.itemsize)
-        assert shape is not None
-        inputs |= {name: operands[name].reshape(nominal_rows, *shape) for name in names}
-        scratch |= {f"{name}_stages": _compat.smem((plan.stages, *shape), operands[name].dtype) for name in names}
-        scratch["arrived"] = _compat.barrier(len(names), plan.stages)
+        views, buffers = staged(plan, operands, names)
+        inputs |= views
+        scratch |= buffers
+        if plan.regime is Regime.WARP:
+            scratch["read"] = _compat.barrier(1)
 
     def body(
         exchange: Exchange | None,
@@ -190,7 +200,7 @@ def parts(
         extent = _launch.extent(plan, nominal_rows, counts, interpret=interpret)
         own = {name: refs.pop(name) for name in scratch}
         sources = {name: refs[f"{name}_ref"] for name in names}
-        gradient = functools.partial(_gradient, rstd_ref=rstd_ref, dx_ref=dx_ref, spec=spec)
+        gradient = _Gradient(rstd_ref, dx_ref, spec)
         program = lax.axis_index("program")
 
         def columns(block: Block) -> tuple[Callable[[], Sequence[Any]], Chunks | None]:
@@ -208,12 +218,19 @@ def parts(
                 block.store_columns(dweight_ref.at[program], partial, meeting)
 
         def full(program: jax.Array) -> None:
-            share = {"program": program, "programs": extent.programs, "count": extent.blocks}
-            finish(*_every_row(plan, exchange, sources, own, gradient, columns, **share, interpret=interpret))
+            share = _launch.Share(program, extent.programs, extent.blocks)
+            finish(*_every_row(plan, exchange, sources, own, gradient, columns, share, interpret=interpret))
 
         def one_row(block: Block) -> None:
-            rows = {name: block.load(source) for name, source in sources.items()}
-            finish(block, gradient(block, lambda: rows, *columns(block)))
+            def load(source: Any) -> Chunks:
+                staged = plan.source is Source.PIPELINE  # the row has the shape of a stage then
+                return block.load_stage(source.at[block.row]) if staged else block.load(source)
+
+            rows = {name: load(source) for name, source in sources.items()}
+            scales, zeros = columns(block)
+            begun, partial = gradient.begin(block, rows, scales(), zeros)
+            gradient.finish(block, rows, scales(), gradient.end(block, begun))
+            finish(block, partial)
 
         _launch.for_each_program(plan, extent, full, one_row=one_row, interpret=interpret)
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from . import _compat, _strided
-from .regimes import WARPS, Plan
+from . import _compat, _packed, _strided
+from ._plan import Plan
 
 F32 = jnp.float32
 
@@ -51,10 +51,10 @@ class Block:
         return [self._load(ref.at[self.row, pl.ds(start, self.plan.span)]) for start in self._starts()]
 
     def load_stage(self, ref: Any) -> list[jax.Array]:
-        """The chunks of one row that was copied to shared memory."""
+        """The chunks of one row that was copied to shared memory, of which a CTA of a cluster has its own only."""
         return [
             _compat.load_flat(ref, start, self.layout, shape=self.shape, interpret=self.interpret)
-            for start in self._starts()
+            for start in self._stage_starts()
         ]
 
     def zeros(self) -> list[jax.Array]:
@@ -68,9 +68,25 @@ class Block:
                 continue
             _compat.store(ref.at[self.row, pl.ds(start, self.plan.span)], chunk, interpret=self.interpret)
 
+    def widened(self, chunk: jax.Array) -> jax.Array:
+        """A chunk as float32."""
+        return _packed.widened(chunk, self.layout, vec=self.plan.vec, interpret=self.interpret)
+
+    def rounded(self, chunk: jax.Array, dtype: Any) -> jax.Array:
+        """A float32 chunk rounded to `dtype`, as float32."""
+        return _packed.rounded(chunk, dtype, self.layout, interpret=self.interpret)
+
     def row_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
         """The sum over each row, every element of the row counted once."""
+        return self.end_sum(self.begin_sum(chunks))
+
+    def begin_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
+        """First half of row_sum, in which the warps that share a row meet."""
         raise NotImplementedError
+
+    def end_sum(self, begun: jax.Array) -> jax.Array:
+        """Second half: waits for other CTAs, where they have parts of the row."""
+        return begun
 
     def spread(self, per_row: jax.Array) -> jax.Array:
         """Per-row values in the shape of a chunk; a scalar broadcasts by itself."""
@@ -109,6 +125,9 @@ class Block:
 
     def _starts(self) -> list[Any]:
         return [min(j * self.plan.span, self.plan.n - self.plan.span) for j in range(self.plan.chunks)]
+
+    def _stage_starts(self) -> list[Any]:
+        return self._starts()
 
     def _repeated(self) -> Any:
         """Leading elements of the last chunk that another chunk holds too."""
@@ -163,7 +182,13 @@ class WarpRows(Block):
 
         return [spread(start) for start in self._starts()]
 
-    def row_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
+    def load_stage(self, ref: Any) -> list[jax.Array]:
+        def load(start: int) -> jax.Array:
+            return _compat.load_columns(ref, start, self.layout, shape=self.shape, interpret=self.interpret)
+
+        return [load(start) for start in self._starts()]
+
+    def begin_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
         return jnp.sum(self._added_up(chunks), axis=1)
 
     def spread(self, per_row: jax.Array) -> jax.Array:
@@ -204,7 +229,7 @@ class OneRow(Block):
     def layout(self) -> Any:
         return _compat.row_in_every_warp(self.plan.lanes, self.plan.vec)
 
-    def row_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
+    def begin_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
         return jnp.sum(self._added_up(chunks))
 
 
@@ -220,79 +245,5 @@ class WarpgroupRow(Block):
     def layout(self) -> Any:
         return _compat.row_across_warps(self.plan.vec, split=False)
 
-    def row_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
+    def begin_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
         return jnp.sum(self._added_up(chunks))
-
-
-@dataclasses.dataclass(frozen=True)
-class Exchange:
-    """Where the warps of several warpgroups, and of several CTAs, meet to add up a row."""
-
-    partials: Any  # SMEM f32 (slots, warpgroups, WARPS)
-    barrier: Any
-    total: Any  # SMEM f32 (slots,): this CTA's, for the others of the cluster
-
-
-@dataclasses.dataclass(frozen=True)
-class SharedRow(Block):
-    """One row in the warps of several warpgroups, in one CTA or in a cluster of CTAs.
-
-    jnp.sum across warps is not to be used with several warpgroups: all of them would use one scratch (77 % of the
-    outputs of a draft were wrong, silently). So each warp adds up its own part, publishes one partial in shared
-    memory, and after one barrier every thread adds the partials in one fixed order.
-    """
-
-    exchange: Exchange
-    slot: Any  # of the exchange; neighbouring rows of a CTA take different ones
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return WARPS, 32 * self.plan.vec
-
-    @property
-    def layout(self) -> Any:
-        return _compat.row_across_warps(self.plan.vec, split=True)
-
-    def _warpgroup(self) -> jax.Array:
-        return lax.axis_index("warpgroup") if self.plan.warpgroups > 1 else jnp.int32(0)
-
-    def _worker(self) -> jax.Array:
-        worker = self._warpgroup()
-        if self.plan.cluster > 1:
-            worker = worker + lax.axis_index("cluster") * self.plan.warpgroups
-        return worker
-
-    def _starts(self) -> list[jax.Array]:
-        plan, worker = self.plan, self._worker()
-        nominal = [(j * plan.workers + worker) * plan.span for j in range(plan.chunks)]
-        return [lax.min(start, jnp.int32(plan.n - plan.span)) for start in nominal] if plan.overlap else nominal
-
-    def _repeated(self) -> jax.Array:
-        nominal = ((self.plan.chunks - 1) * self.plan.workers + self._worker()) * self.plan.span
-        return jnp.maximum(nominal - (self.plan.n - self.plan.span), 0)
-
-    def _position(self) -> jax.Array:
-        sub_row, column = (self._cast(lax.broadcasted_iota(jnp.int32, self.shape, axis)) for axis in (0, 1))
-        return sub_row * self.shape[1] + column
-
-    def row_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
-        partials, slot = self.exchange.partials, self.slot
-        partials[slot, self._warpgroup()] = jnp.sum(self._added_up(chunks), axis=1)
-        _compat.arrive_and_wait(self.exchange.barrier)
-        of_warps = [partials[slot, g, w] for g in range(self.plan.warpgroups) for w in range(WARPS)]
-        total = functools.reduce(jnp.add, of_warps)
-        return total if self.plan.cluster == 1 else self._across_cluster(total)
-
-    def store_rows(self, ref: Any, per_row: jax.Array) -> None:
-        @pl.when(self._worker() == 0)
-        def _() -> None:
-            ref[self.row] = per_row
-
-    def _across_cluster(self, total: jax.Array) -> jax.Array:
-        self.exchange.total[self.slot] = total
-        _compat.cluster_arrive()
-        _compat.cluster_wait()
-        ctas = range(self.plan.cluster)
-        return functools.reduce(
-            jnp.add, (_compat.from_cta(self.exchange.total, "cluster", cta)[self.slot] for cta in ctas)
-        )

@@ -1,5 +1,7 @@
 """The second kernel of the backward pass: the programs' parts of dweight, added up by column in a fixed order."""
 
+# pyright: reportArgumentType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import functools

@@ -4,19 +4,33 @@ ABI).
 Tested: 0.10.2, 0.11.2, 0.12.0.1. What differs between them is named beside each function.
 """
 
+# pyright: reportMissingTypeStubs=false, reportPrivateImportUsage=false, reportPrivateUsage=false
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
 from jax import lax
 
 TESTED_JAX = ((0, 10), (0, 13))  # from, up to but without
+
+# Pallas has few types, and MLIR none.
+arith: Any
+fragments: Any
+ir: Any
+llvm: Any
+memref: Any
+pl: Any
+plgpu: Any
+vector: Any
+_import_error: ImportError | None = None
 
 try:
     from jax.experimental import pallas as pl
@@ -26,17 +40,16 @@ try:
     from jaxlib.mlir.dialects import arith as arith  # for _strided
     from jaxlib.mlir.dialects import llvm
     from jaxlib.mlir.dialects import memref as memref
-
-    _IMPORT_ERROR: ImportError | None = None
+    from jaxlib.mlir.dialects import vector as vector  # for _packed
 except ImportError as error:  # a JAX without Mosaic GPU (some Windows and macOS builds): only the XLA path runs
-    _IMPORT_ERROR = error
-    arith = fragments = ir = llvm = memref = plgpu = None
+    _import_error = error
+    arith = fragments = ir = llvm = memref = pl = plgpu = vector = None
 
 
 def kernels_unavailable() -> str | None:
     """Why this JAX cannot build the kernels, or None."""
-    if _IMPORT_ERROR is not None:
-        return f"jax {jax.__version__} on this machine has no Mosaic GPU ({_IMPORT_ERROR})"
+    if _import_error is not None:
+        return f"jax {jax.__version__} on this machine has no Mosaic GPU ({_import_error})"
     version = jax.__version_info__[:2]
     if not TESTED_JAX[0] <= version < TESTED_JAX[1]:
         low, high = (".".join(map(str, v)) for v in TESTED_JAX)
@@ -47,11 +60,8 @@ def kernels_unavailable() -> str | None:
 def cuda_capabilities() -> list[tuple[int, int]]:
     """The compute capability of each CUDA device of this process; starts JAX's backends, as any computation would."""
     devices = [device for device in jax.local_devices() if device.platform == "gpu"]
-    return [
-        tuple(map(int, device.compute_capability.split(".")))  # pyright: ignore
-        for device in devices
-        if "nvidia" in device.device_kind.lower()
-    ]
+    found = [device.compute_capability for device in devices if "nvidia" in device.device_kind.lower()]
+    return [(int(major), int(minor)) for major, minor in (capability.split(".") for capability in found)]
 
 
 # --- manual axes: inside jax.shard_map ------------------------------------------------------------------------------
@@ -119,6 +129,15 @@ def load_flat(ref: Any, start: Any, layout: Any, *, shape: tuple[int, ...], inte
         return lax.dynamic_slice_in_dim(ref[...].reshape(-1), start, size).reshape(shape)
     flat = ref.reshape(math.prod(ref.shape))
     return load(flat.at[pl.ds(start, size)], layout, shape=shape, interpret=False)
+
+
+def load_columns(ref: Any, start: Any, layout: Any, *, shape: tuple[int, ...], interpret: bool) -> jax.Array:
+    """`ref` seen as shape[0] rows: shape[1] neighbouring elements of each, from `start` on."""
+    rows, columns = shape
+    if interpret:
+        return lax.dynamic_slice_in_dim(ref[...].reshape(rows, -1), start, columns, 1)
+    seen = ref.reshape(rows, math.prod(ref.shape) // rows)
+    return load(seen.at[:, pl.ds(start, columns)], layout, shape=shape, interpret=False)
 
 
 def layout_cast(value: jax.Array, layout: Any, *, interpret: bool) -> jax.Array:
@@ -190,7 +209,7 @@ def _interpret_params() -> Any:
 
 
 @contextlib.contextmanager
-def race_detection() -> Iterator[Callable[[], bool]]:
+def race_detection() -> Generator[Callable[[], bool]]:
     """Kernels interpreted inside have their races detected; the value tells whether the last one had any."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
@@ -258,7 +277,7 @@ def _load_takes_index() -> bool:
     return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
-_LOAD_TAKES_INDEX = _IMPORT_ERROR is None and _load_takes_index()
+_LOAD_TAKES_INDEX = _import_error is None and _load_takes_index()
 
 
 # Mosaic compiles a kernel's parameters as addresses of 256-byte multiples. An address that is not one gives wrong bits
@@ -309,7 +328,7 @@ def adopt(capsules: Sequence[Any], platform: str, index: int, wait_for: Callable
 
 
 @contextlib.contextmanager
-def gpu_kernels(found: list[tuple[str, float]]) -> Iterator[None]:
+def gpu_kernels(found: list[tuple[str, float]]) -> Generator[None]:
     """Appends (name, microseconds) of every GPU kernel that this process ran inside, JAX's or not, in order (CUPTI)."""
     from jax._src.lib import mosaic_gpu as library  # absent where jaxlib was built without CUDA
 

@@ -2,9 +2,11 @@
 
 With implementation=None the choice is made when the program is lowered, for each platform it is lowered for: the
 Mosaic GPU kernel for CUDA, the reference elsewhere. Where n has no kernel, where this JAX cannot build one, or where
-a local GPU is older than
-Hopper, CUDA takes the reference too.
+a local GPU is older than Hopper, CUDA takes the reference too.
 """
+
+# pyright: reportUnknownVariableType=false
+# (lax.platform_dependent has few types.)
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _backward, _compat, _forward, reference
+from ._plan import Plan
 from ._spec import Spec
-from .regimes import LARGEST_N, SMALLEST_N, Plan, backward_plan_for, plan_for
+from .regimes import LARGEST_N, SMALLEST_N, backward_plan_for, plan_for
 
 Arrays = dict[str, jax.Array]
 Function = Callable[[Arrays], Arrays]
@@ -31,10 +34,14 @@ NEEDED_CAPABILITY = (9, 0)
 class Explanation:
     """Which path a call takes on each platform, and why. str() is a sentence or two."""
 
-    cuda: str  # "mosaic_gpu", "xla" or "interpret"
+    cuda: str
+    """The path on an NVIDIA GPU: "mosaic_gpu", "xla" or "interpret"."""
     elsewhere: str
+    """The path on every other platform."""
     why: str
+    """The reason, in words."""
     plan: Plan | None
+    """The numbers of the forward kernel, or None where no kernel runs."""
 
     def __str__(self) -> str:
         paths = self.cuda if self.cuda == self.elsewhere else f"{self.cuda} on CUDA, {self.elsewhere} elsewhere"
@@ -109,13 +116,14 @@ def forward(operands: Arrays, spec: Spec, *, with_rstd: bool) -> Arrays:
     """y, with a residual also s, on request rstd; of x (rows, n), and where given residual and weight."""
 
     def by_reference(operands: Arrays) -> Arrays:
-        x, residual, weight = (operands.get(name) for name in ("x", "residual", "weight"))
+        x, residual, weight = operands["x"], operands.get("residual"), operands.get("weight")
         s = {} if residual is None else {"s": reference.add(x, residual)}
         y, rstd = reference.forward(s.get("s", x), weight, eps=spec.eps, **spec.rounding)
         return {"y": y, **s, **({"rstd": rstd} if with_rstd else {})}
 
     def by_kernel(operands: Arrays, *, interpret: bool) -> Arrays:
-        plan = plan_for(operands["x"].shape[1], operands["x"].dtype)
+        x = operands["x"]
+        plan = plan_for(x.shape[1], x.dtype, residual="residual" in operands)
         return _forward.forward(operands, plan=plan, spec=spec, with_rstd=with_rstd, interpret=interpret)
 
     return _choose(by_kernel, by_reference, operands, spec)
@@ -125,8 +133,9 @@ def backward(operands: Arrays, spec: Spec, *, with_dweight: bool, dweight_dtype:
     """dx, on request dweight, rounded to dweight_dtype; of x (rows, n), rstd, dy, and where given weight and ds."""
 
     def by_reference(operands: Arrays) -> Arrays:
-        x, weight, rstd, dy, ds = (operands.get(name) for name in ("x", "weight", "rstd", "dy", "ds"))
-        gradients = {"dx": reference.input_gradient(x, weight, rstd, dy, ds, **spec.rounding)}
+        x, rstd, dy = operands["x"], operands["rstd"], operands["dy"]
+        dx = reference.input_gradient(x, operands.get("weight"), rstd, dy, operands.get("ds"), **spec.rounding)
+        gradients = {"dx": dx}
         if with_dweight:
             exact = reference.weight_gradient(x, rstd, dy, cast_before_scale=spec.cast_before_scale)
             gradients["dweight"] = reference.round_to(exact, dweight_dtype)

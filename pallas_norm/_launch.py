@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from . import _compat, _strided
-from ._blocks import Block, Exchange, OneRow, SharedRow, WarpgroupRow, WarpRows
-from .regimes import WARPS, BackwardPlan, Plan, Regime
+from ._blocks import Block, OneRow, WarpgroupRow, WarpRows
+from ._plan import WARPS, Plan, Regime, Source, from_memory, staged_view
+from ._shared_row import Exchange, SharedRow
 
 SLOTS = 2  # of the exchange: while some warps still read one row's partial sums, others already write the next row's
 
@@ -75,13 +76,15 @@ def _exchange(plan: Plan) -> dict[str, Any]:
     }
 
 
-def interpretable(plan: AnyPlan) -> AnyPlan:
+def interpretable(plan: AnyPlan, itemsize: int) -> AnyPlan:
     """The plan for the interpreter, which knows no clusters: one CTA with up to 4 warpgroups stands in.
 
     A warpgroup that waits at a barrier holds a thread of XLA's CPU pool, which has one for each core or CPU device:
     more warpgroups than that may hang. jax_num_cpu_devices = 8 gives the tests theirs.
     """
-    return dataclasses.replace(plan, warpgroups=min(plan.workers, 4), cluster=1)
+    plan = dataclasses.replace(plan, warpgroups=min(plan.workers, 4), cluster=1)
+    lost = plan.source is Source.PIPELINE and staged_view(plan, itemsize) is None
+    return from_memory(plan) if lost else plan
 
 
 def units(plan: Plan, rows: int) -> tuple[int, int]:
@@ -108,7 +111,7 @@ COUNTS = ("blocks", "first_left", "programs")  # the last is the host's: it laun
 def counts_of(plan: Plan, rows: int) -> tuple[int, int, int]:
     """The values of COUNTS."""
     blocks, left = units(plan, rows)
-    programs = min(blocks, plan.programs) if isinstance(plan, BackwardPlan) else blocks
+    programs = blocks if plan.programs is None else min(blocks, plan.programs)
     return blocks, programs, programs + left
 
 
@@ -118,7 +121,7 @@ def extent(plan: Plan, rows: int, counts: dict[str, Any], *, interpret: bool) ->
         blocks, programs, with_left = counts_of(plan, rows)
         return Extent(blocks, programs, with_left - programs, programs)
     blocks, first_left = (_strided.count(counts[f"{name}_ref"], interpret=interpret) for name in COUNTS[:2])
-    programs = lax.min(blocks, jnp.int32(plan.programs)) if isinstance(plan, BackwardPlan) else blocks
+    programs = blocks if plan.programs is None else lax.min(blocks, jnp.int32(plan.programs))
     return Extent(blocks, programs, 0 if plan.block == 1 else None, first_left)
 
 
@@ -147,6 +150,21 @@ def block(plan: Plan, index: Any, exchange: Exchange | None, slot: Any, *, inter
     if exchange is None:
         return WarpgroupRow(plan, index, interpret)
     return SharedRow(plan, index, interpret, exchange, slot)
+
+
+class Share(NamedTuple):
+    """The blocks of one program of a persistent grid: every programs-th of `count`, from `program` on."""
+
+    program: Any
+    programs: Any
+    count: Any
+
+    @property
+    def steps(self) -> jax.Array:
+        return lax.div(self.count - self.program + (self.programs - 1), jnp.int32(self.programs))
+
+    def at(self, step: Any) -> Any:
+        return self.program + step * self.programs
 
 
 def for_each_program(

@@ -3,6 +3,8 @@
 Pallas takes both from shapes, which are static.
 """
 
+# pyright: reportAssignmentType=false
+
 from __future__ import annotations
 
 import dataclasses

@@ -6,85 +6,19 @@ Never of the row count: that is what makes a row's bits independent of its batch
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 
 from . import _validate
+from ._plan import WARPS, BackwardPlan, Plan, Regime, Source, from_memory, staged_view, stages_of
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
-WARPS = 4  # in a warpgroup, which is what Pallas calls a thread
 SMALLEST_N, LARGEST_N = 32, 131072
-
-
-class Regime(enum.Enum):
-    WARP = "warp"  # a row never leaves a warp: its sum is shuffles only
-    CTA = "cta"  # the warps of one CTA, or of a cluster of CTAs, share a row
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The block that one CTA covers: rows, columns per chunk, vector width, and who owns what.
-
-    A row is covered with `chunks` equal chunks; the last ones end exactly at n and overlap their predecessors, so no
-    memory operation needs a mask. What overlaps is left out of the sum and written twice with the same values.
-    """
-
-    n: int
-    regime: Regime
-    vec: int  # neighbouring elements that a lane reads at once
-    lanes: int = 32  # lanes that share a row
-    block: int = 1  # rows of one warpgroup
-    warpgroups: int = 1  # that share a row
-    cluster: int = 1  # CTAs that share a row
-    rereads: bool = False  # a row is read once for its sum and again, from L1 or L2, for its result
-
-    @property
-    def span(self) -> int:
-        """Columns of one chunk: what one warpgroup (CTA) or one group of lanes (WARP) reads at once."""
-        return (WARPS * 32 if self.regime is Regime.CTA else self.lanes) * self.vec
-
-    @property
-    def workers(self) -> int:
-        """Warpgroups that share a row; chunk j of worker k is chunk j * workers + k of the row."""
-        return self.warpgroups * self.cluster
-
-    @property
-    def chunks(self) -> int:
-        """Chunks that each worker reads."""
-        return -(-self.n // (self.span * self.workers))
-
-    @property
-    def overlap(self) -> int:
-        """Elements that are read twice."""
-        return self.chunks * self.workers * self.span - self.n
-
-    @property
-    def depth(self) -> int:
-        """Additions on the longest path of the row sum: it bounds the sum's relative error by depth * 2^-24."""
-        lanes = self.lanes.bit_length() - 1
-        across_warps = WARPS * self.warpgroups + self.cluster if self.regime is Regime.CTA else 0
-        return self.chunks + self.vec + lanes + across_warps
-
-
-class Source(enum.Enum):
-    """Where the second pass over a row of the backward kernel finds x and dy."""
-
-    REGISTERS = "registers"  # kept from the first pass; the next row's loads are in flight meanwhile
-    PIPELINE = "pipeline"  # in shared memory, where bulk copies brought them several rows ahead
-    MEMORY = "memory"  # read again: from L1, where the row fits
-
-
-@dataclasses.dataclass(frozen=True)
-class BackwardPlan(Plan):
-    source: Source = Source.REGISTERS
-    stages: int = 0  # rows in shared memory, of a PIPELINE
-    keeps_weight: bool = True  # in registers; else it is read again for every row
-    programs: int = 264  # of the persistent grid, at most
 
 
 class Row(NamedTuple):
@@ -94,21 +28,25 @@ class Row(NamedTuple):
     warpgroups: int
     cluster: int
     why: str
-    rereads: bool = False
+    source: Source = Source.REGISTERS
+    programs: int | None = None
 
 
 ANY = LARGEST_N * 4
+WARP, CTA, PIPELINE, MEMORY = Regime.WARP, Regime.CTA, Source.PIPELINE, Source.MEMORY
 
 # Times are of an H200, bf16, cold L2 (bench/results/tuning_*.json); the copy kernel took 67 us where the bytes of x
-# and y are 268 MB.
+# and y are 268 MB. A row of a pipeline is skipped for rows that bulk copies cannot move.
 TABLE = (
-    Row(1023, ANY, Regime.WARP, 1, 1, "65536 x 896: 57.8 us, CTA 60.2; 65536 x 1024: 67.2 us, CTA 64.8"),
-    Row(8192, ANY, Regime.CTA, 1, 1, "16384 x 4096: 66.8 us, 2 warpgroups 74.0; 8192 x 8192: 66.6, 66.6 with 2"),
-    Row(16384, ANY, Regime.CTA, 2, 1, "4096 x 16384: 66.9 us, 4 warpgroups 90.7, read twice 69.8"),
-    Row(32768, 65536, Regime.CTA, 4, 1, "2048 x 32768: 71.3 us, 8 warpgroups 75.4, read twice 79.3, cluster of 2 82.5"),
-    Row(65536, 131072, Regime.CTA, 8, 1, "1024 x 65536: 79.4 us, kept in a cluster of 4: 91.2", rereads=True),
-    Row(LARGEST_N, 262144, Regime.CTA, 8, 2, "512 x 131072: 92.7 us, kept in a cluster of 8: 100.9", rereads=True),
-    Row(LARGEST_N, ANY, Regime.CTA, 8, 4, "as the row above, for rows of twice the bytes; not measured", rereads=True),
+    Row(1023, ANY, WARP, 1, 1, "65536 x 896: 57.8 us, CTA 60.2; 65536 x 1024: 67.2 us, CTA 64.8"),
+    Row(8192, ANY, CTA, 1, 1, "16384 x 4096: 66.8 us, 2 warpgroups 74.0; 8192 x 8192: 66.6, 66.6 with 2"),
+    Row(16384, ANY, CTA, 2, 1, "4096 x 16384: 66.9 us, 4 warpgroups 90.7, read twice 69.8"),
+    Row(32768, 65536, CTA, 4, 1, "2048 x 32768: 70.8 us, 8 warpgroups 76.0, pipeline 71.0, 64 rows 4.9, pipeline 5.5"),
+    Row(65536, 131072, CTA, 4, 2, "1024 x 65536: 72.4 us, 4 CTAs 75.3, read twice 77.6", PIPELINE, 64),
+    Row(65536, 131072, CTA, 8, 1, "1024 x 65536: 77.6 us, kept in a cluster of 4: 93.2", MEMORY),
+    Row(LARGEST_N, 262144, CTA, 4, 4, "512 x 131072: 78.9 us, 8 CTAs 87.9, read twice 94.6", PIPELINE, 30),
+    Row(LARGEST_N, 262144, CTA, 8, 2, "512 x 131072: 94.6 us, kept in a cluster of 8: 101.7", MEMORY),
+    Row(LARGEST_N, ANY, CTA, 8, 4, "as the row above, for rows of twice the bytes; not measured", MEMORY),
 )
 
 
@@ -145,33 +83,49 @@ def _lanes(n: int, vec: int) -> int:
     return lanes
 
 
-def _cta_vector(n: int, vec: int, itemsize: int, workers: int) -> int:
+def _cta_vector(n: int, vec: int, itemsize: int, workers: int, *, largest_overlap: int | None = None) -> int:
     """Narrower vectors, down to 8 bytes, where over a quarter of a row would be read twice (16384 x 1536: 25.2 us,
-    not 27.4)."""
-    while WARPS * 32 * vec > n or (vec > 8 // itemsize and -n % (WARPS * 32 * vec * workers) > n // 4):
+    not 27.4), or in a backward pass, which has more to compute, over an eighth."""
+    largest = n // 4 if largest_overlap is None else largest_overlap
+    while WARPS * 32 * vec > n or (vec > 8 // itemsize and -n % (WARPS * 32 * vec * workers) > largest):
         vec //= 2
     return vec
 
 
-@functools.cache
-def _plan(n: int, itemsize: int) -> Plan:
-    row = next(row for row in TABLE if n <= row.largest_n and n * itemsize <= row.largest_row_bytes)
-    vec = vector(n, itemsize)
-    if row.regime is Regime.WARP:
-        lanes = _lanes(n, vec)
-        return Plan(n, Regime.WARP, vec, lanes, WARPS * (32 // lanes))
-    warpgroups, cluster, rereads = row.warpgroups, row.cluster, row.rereads
+def _cta_plan(n: int, itemsize: int, row: Row) -> Plan:
+    vec, warpgroups, cluster, source = vector(n, itemsize), row.warpgroups, row.cluster, row.source
     if vec * itemsize < 16 and n > 8192:
-        (warpgroups, cluster), rereads = _narrow(n), False
+        (warpgroups, cluster), source = _narrow(n), Source.REGISTERS
     vec = _cta_vector(n, vec, itemsize, warpgroups * cluster)
-    return Plan(n, Regime.CTA, vec, warpgroups=warpgroups, cluster=cluster, rereads=rereads)
+    return Plan(n, CTA, vec, warpgroups=warpgroups, cluster=cluster, source=source)
 
 
-def plan_for(n: int, dtype: DTypeLike) -> Plan:
-    """The forward plan for rows of `n` elements of `dtype`. Raises NotImplementedError where there is no kernel for
-    n."""
+@functools.cache
+def _plan(n: int, itemsize: int, inputs: int) -> Plan:
+    """inputs: arrays of rows that are read."""
+    for row in (row for row in TABLE if n <= row.largest_n and n * itemsize <= row.largest_row_bytes):
+        if row.regime is WARP:
+            vec = vector(n, itemsize)
+            lanes = _lanes(n, vec)
+            return Plan(n, WARP, vec, lanes, WARPS * (32 // lanes))
+        plan = _cta_plan(n, itemsize, row)
+        if plan.source is not PIPELINE:
+            return plan
+        if staged_view(plan, itemsize) is not None:
+            stages = stages_of(plan, inputs * itemsize, per_sm=1)
+            # Too few for the residual form: the same chunks, so that the bits are those of the form without.
+            grid = {"stages": min(3, stages), "programs": row.programs, "ahead": stages >= 3}
+            return dataclasses.replace(plan, **grid) if stages >= 2 else from_memory(plan)
+    raise AssertionError(f"the table has no row for {n} elements")
+
+
+def plan_for(n: int, dtype: DTypeLike, *, residual: bool = False) -> Plan:
+    """The forward plan for rows of `n` elements of `dtype`.
+
+    residual: the form that also adds a residual. Raises NotImplementedError where there is no kernel for n.
+    """
     n, itemsize = _check(n), jnp.dtype(_validate.dtype_name("dtype", dtype)).itemsize
-    return _plan(n, itemsize)
+    return _plan(n, itemsize, 2 if residual else 1)
 
 
 def _check(n: int) -> int:
@@ -198,58 +152,86 @@ def backward_plan_for(
 
 
 class Stages(NamedTuple):
+    largest_n: int
     largest_row_bytes: int
     warpgroups: int
+    cluster: int
     stages: int
-    per_sm: int  # programs
+    programs: int
     why: str
+    ahead: bool = False
 
 
-SMS = 132  # of an H100 or H200. Fixed, so that the grid, and with it the order in which dweight is added up, is too.
-SMEM_BYTES = 227 << 10  # of an SM, for all its programs
+# Of an H100 or H200. Fixed, so that the grid, and with it the order in which dweight is added up, is too.
+SMS = 132
+# By CTAs of a cluster, clusters that an H200 holds at a time where a CTA fills an SM; more run after the others.
+HELD = {1: SMS, 2: 66, 4: 30, 8: 15}
 
-SMALLEST_PIPELINE = 768  # 32768 x 896: 55.7 us, in warps 57.6; 65536 x 512: 68.2, in warps 57.6
+SMALLEST_PIPELINE = 768  # of a CTA. 32768 x 896: 55.7 us, in warps 57.6; 65536 x 512: 68.2, in warps 57.6
+
+# Rows in warps, of 16-bit types: programs and stages. The others stay in registers (n <= 256), or are read twice.
+WARP_PIPELINES = (
+    Stages(640, 1280, 1, 1, 3, 4 * SMS, "65536 x 512: 55.2 us, read twice 56.4; 65536 x 576: 61.8, 64.0"),
+    Stages(1024, 2048, 1, 1, 4, 3 * SMS, "32768 x 768: 43.9 us, CTA 50.0; 896: 49.3, 53.8; 1024: 55.7, 57.5"),
+)
 
 # Share of the copy kernel's throughput on an H200, bf16, both kernels of the backward pass counted.
 PIPELINES = (
-    Stages(4096, 1, 4, 5, "16384 x 2048: 0.898; 4 programs an SM 0.870, 2 warpgroups 0.864, kept in registers 0.844"),
-    Stages(8192, 1, 3, 3, "16384 x 4096: 0.919; 2 stages 0.874, 2 warpgroups 0.900, kept in registers 0.840"),
-    Stages(16384, 1, 3, 2, "8192 x 8192: 0.890; 4 warpgroups 0.867, weight read for every row 0.861"),
-    Stages(32768, 4, 3, 1, "4096 x 16384: 0.903; 2 warpgroups 0.885, 8 0.876, 2 stages 0.808"),
+    Stages(2048, 4096, 1, 1, 4, 5 * SMS, "16384 x 2048: 0.904; 4 programs an SM 0.888, in warps 0.873"),
+    Stages(3072, 8192, 1, 1, 3, 3 * SMS, "16384 x 3072: 0.944; 2 programs an SM 0.882"),
+    Stages(4096, 8192, 1, 1, 4, 2 * SMS, "16384 x 4096: 0.937; 3 programs need more registers than an SM has: 0.813"),
+    Stages(7168, 16384, 1, 1, 3, 2 * SMS, "16384 x 5120: 0.954; 7168: 0.894, 2 warpgroups 0.862, 4 0.839"),
+    Stages(8192, 16384, 4, 1, 4, SMS, "8192 x 8192: 0.899; 8 warpgroups 0.866, 2 0.885, one spills: 0.828"),
+    Stages(16384, 32768, 4, 1, 3, SMS, "4096 x 16384: 0.890; 8 warpgroups 0.887, 2 CTAs 0.650"),
+    Stages(32768, 65536, 4, 2, 3, 66, "2048 x 32768: 0.846; sums ahead 0.783, 4 CTAs 0.683, read twice 0.640"),
+    Stages(65536, 131072, 4, 4, 3, 30, "1024 x 65536: 0.735; sums ahead 0.726, 8 CTAs 0.671, read twice 0.461"),
+    Stages(LARGEST_N, 262144, 4, 8, 3, 15, "512 x 131072: 0.707; sums not ahead 0.672, read twice 0.424", ahead=True),
 )
+
+
+def _staged(plan: BackwardPlan, row: Stages, itemsize: int, column_bytes: int) -> BackwardPlan | None:
+    per_sm = max(1, row.programs * row.cluster // SMS)
+    stages = min(row.stages, stages_of(plan, column_bytes, per_sm=per_sm))
+    if stages < (3 if row.ahead else 2) or staged_view(plan, itemsize) is None:
+        return None
+    return dataclasses.replace(plan, source=PIPELINE, stages=stages, programs=row.programs, ahead=row.ahead)
 
 
 @functools.cache
 def _backward_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan:
     """column_bytes: of x, dy and ds together."""
+
+    def fitting(table: Sequence[Stages]) -> Iterator[Stages]:
+        return (row for row in table if n <= row.largest_n and n * itemsize <= row.largest_row_bytes)
+
+    if 256 < n <= 1024 and itemsize == 2:
+        for row in fitting(WARP_PIPELINES):
+            vec = vector(n, itemsize)
+            vec = vec // 2 if -n % (32 * vec) > n // 8 else vec
+            if (plan := _staged(BackwardPlan(n, WARP, vec, 32, WARPS), row, itemsize, column_bytes)) is not None:
+                return plan
     if n < SMALLEST_PIPELINE:
         return _backward_warp_plan(n, itemsize)
-    for row in PIPELINES:
-        # Two stages at least: the one that is read, and the one that is filled.
-        stages = min(row.stages, (SMEM_BYTES // row.per_sm - 2048) // (n * column_bytes))
-        if n * itemsize <= row.largest_row_bytes and stages >= 2 and pipeline_tile(n, itemsize) is not None:
-            return BackwardPlan(
-                n,
-                Regime.CTA,
-                _cta_vector(n, 16 // itemsize, itemsize, row.warpgroups),
-                warpgroups=row.warpgroups,
-                source=Source.PIPELINE,
-                stages=stages,
-                programs=row.per_sm * SMS,
-            )
+    for row in fitting(PIPELINES):
+        workers = row.warpgroups * row.cluster
+        vec = _cta_vector(n, vector(n, itemsize), itemsize, workers, largest_overlap=n // 8)
+        shape = BackwardPlan(n, CTA, vec, warpgroups=row.warpgroups, cluster=row.cluster)
+        if (plan := _staged(shape, row, itemsize, column_bytes)) is not None:
+            return plan
     if n <= 1023:
         return _backward_warp_plan(n, itemsize)
-    # Rows that bulk copies cannot move: those of 16-byte multiples, up to 32 KB, can be.
+    # Rows that bulk copies cannot move.
     warpgroups, cluster = (1, 1) if n <= 4096 else (2, 1) if n <= 8192 else _narrow(n)
     return BackwardPlan(
         n,
-        Regime.CTA,
+        CTA,
         _cta_vector(n, vector(n, itemsize), itemsize, warpgroups * cluster),
         warpgroups=warpgroups,
         cluster=cluster,
-        source=Source.MEMORY,
+        source=MEMORY,
         keeps_weight=False,
-        programs=2 * SMS // cluster,
+        # An SM has the registers for two programs of up to 17 elements a lane; more would run after the others.
+        programs=HELD[cluster] * (2 if n <= 4352 else 1),
     )
 
 
@@ -262,19 +244,8 @@ def _backward_warp_plan(n: int, itemsize: int) -> BackwardPlan:
     if n <= 256:
         # Two rows a group of lanes where one is short: 65536 x 128 19.1 us, with one 21.3, with four 24.2.
         short = -(-n // (lanes * vec)) * vec <= 8
-        return BackwardPlan(n, Regime.WARP, vec, lanes, rows * (2 if short else 1), programs=4 * SMS)
-    # Read twice: 65536 x 512 57.6 us, kept in registers 58.6, and then n = 1000 spills.
-    return BackwardPlan(n, Regime.WARP, vec, lanes, rows, source=Source.MEMORY, keeps_weight=False, programs=4 * SMS)
-
-
-def pipeline_tile(n: int, itemsize: int) -> tuple[int, int] | None:
-    """A row as (n // width, width), which one bulk copy can move, or None if none can.
-
-    At most 256 a side, a width of whole 16 bytes, a row of whole 128 bytes: Mosaic splits the count of bytes over 128
-    lanes.
-    """
-    if n * itemsize % 128:
-        return None
-    widths = (width for width in range(256, 0, -1) if n % width == 0 and width * itemsize % 16 == 0)
-    width = next(widths, None)
-    return None if width is None or n // width > 256 else (n // width, width)
+        return BackwardPlan(n, WARP, vec, lanes, rows * (2 if short else 1), programs=4 * SMS)
+    # Read twice: 65536 x 512 57.6 us, kept in registers 58.6, and then n = 1000 spills. Registers for four programs an
+    # SM, or of longer rows for three.
+    programs = (4 if n <= 640 else 3) * SMS
+    return BackwardPlan(n, WARP, vec, lanes, rows, source=MEMORY, keeps_weight=False, programs=programs)

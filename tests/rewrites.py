@@ -32,24 +32,24 @@ SOURCE: dict[str, Rewrite] = {
     "overlap counted twice": Rewrite("_blocks", "if self.plan.overlap:", "if False:"),
     "overlap mask one off": Rewrite("_blocks", "() >= self._repeated()", "() > self._repeated()"),
     "only the last chunk summed": Rewrite("_blocks", "functools.reduce(jnp.add, rest, last)", "last"),
-    "no rounding before the weight": Rewrite("_forward", "unit = unit.astype(dtype).astype(F32)", "unit = unit"),
+    "no rounding before the weight": Rewrite("_forward", "unit = unit.astype(x.dtype).astype(F32)", "unit = unit"),
     "mean over what is read": Rewrite("_forward", "/ block.plan.n", "/ (block.plan.span * block.plan.chunks)"),
     "no eps": Rewrite("_forward", "+ spec.eps", "+ 0.0"),
     "left-over rows misplaced": Rewrite(
         "_launch", "program - extent.first_left + extent.blocks * plan.block", "program - extent.first_left"
     ),
     "one warpgroup's sum missing": Rewrite(
-        "_blocks", "in range(self.plan.warpgroups) for w", "in range(self.plan.warpgroups - 1) for w", n=12288, rows=3
+        "_shared_row", "range(self.plan.warpgroups) for w", "range(self.plan.warpgroups - 1) for w", n=12288, rows=3
     ),
-    "one warp's sum missing": Rewrite("_blocks", "in range(WARPS)]", "in range(WARPS - 1)]", n=12288, rows=3),
+    "one warp's sum missing": Rewrite("_shared_row", "in range(WARPS)]", "in range(WARPS - 1)]", n=12288, rows=3),
     "warpgroups all read the first part": Rewrite(
-        "_blocks", "(j * plan.workers + worker)", "(j * plan.workers)", n=12288, rows=3
+        "_shared_row", "(j * plan.workers + worker)", "(j * plan.workers)", n=12288, rows=3
     ),
     "s not rounded before the norm": Rewrite(
         "_forward",
         "(x.astype(F32) + r.astype(F32)).astype(dtype)",
         "(x.astype(F32) + r.astype(F32))",
-        also=("block.store(s_ref, xs)", "block.store(s_ref, [x.astype(dtype) for x in xs])"),
+        also=("block.store(s_ref, rows)", "block.store(s_ref, [x.astype(s_ref.dtype) for x in rows])"),
     ),
     "s truncated": Rewrite(
         "_forward",
@@ -57,11 +57,13 @@ SOURCE: dict[str, Rewrite] = {
         "lax.bitcast_convert_type(lax.bitcast_convert_type(x.astype(F32) + r.astype(F32), jnp.int32) & -65536, F32)"
         ".astype(dtype)",
     ),
-    "backward: dy * weight not rounded": Rewrite("_backward", "g.astype(dtype).astype(F32) if", "g if"),
+    "backward: dy * weight not rounded": Rewrite("_backward", "block.widened(g.astype(dtype)) if", "g if"),
     "backward: no projection": Rewrite("_backward", "(g - unit * mean)", "g"),
     "backward: ds dropped": Rewrite("_backward", 'if "ds" in rows:', "if False:"),
     "backward: dweight of the last row only": Rewrite("_backward", "partials.append(partial[i] + ", "partials.append("),
-    "backward: every step the first row": Rewrite("_backward", "return program + step * programs", "return program"),
+    "backward: every step the first row": Rewrite(
+        "_launch", "return self.program + step * self.programs", "return self.program"
+    ),
     "backward: rows of a block not added up": Rewrite(
         "_blocks", "functools.reduce(jnp.add, rows)", "rows[0]", n=128, rows=40
     ),

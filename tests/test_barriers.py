@@ -21,8 +21,9 @@ import pytest
 from jax._src.interpreters import mlir
 from jaxlib.mlir import ir
 
+from pallas_norm._plan import BackwardPlan, Plan, Regime, Source
 from pallas_norm._spec import Spec
-from pallas_norm.regimes import BackwardPlan, Plan, Regime, Source, backward_plan_for
+from pallas_norm.regimes import backward_plan_for
 from tests import rewrites
 from tests.rewrites import Rewrite
 
@@ -95,19 +96,24 @@ def backward(plan: BackwardPlan) -> str:
 
 # Few elements, so that the kernels are short; the same statements as in long rows.
 SHARED = {"regime": Regime.CTA, "vec": 8, "warpgroups": 2}
+AHEAD = {"source": Source.PIPELINE, "stages": 3, "programs": 4, "ahead": True}
 FORWARD = {
     "shared": Plan(4096, **SHARED),
     "cluster": Plan(4096, **SHARED, cluster=2),
     "in warps": Plan(128, Regime.WARP, 8, 16, 8),
+    "pipeline, cluster, sums ahead": Plan(4096, **SHARED, cluster=2, **AHEAD),
 }
 PIPELINE = backward_plan_for(4096, "bfloat16")
 BACKWARD = {
     "rows in warps": backward_plan_for(128, "bfloat16"),
-    "rows in warps, two chunks": backward_plan_for(512, "bfloat16"),
+    "rows in warps, two chunks": BackwardPlan(512, Regime.WARP, 8, 32, 4, source=Source.MEMORY),
+    "pipeline in warps": backward_plan_for(512, "bfloat16"),
     "pipeline": PIPELINE,
     "pipeline, shared": dataclasses.replace(PIPELINE, **SHARED),
     "shared": BackwardPlan(4096, **SHARED, source=Source.MEMORY),
     "cluster": BackwardPlan(4096, **SHARED, cluster=2, source=Source.MEMORY),
+    "pipeline, cluster": BackwardPlan(4096, **SHARED, cluster=2, **AHEAD | {"ahead": False}),
+    "pipeline, cluster, sums ahead": BackwardPlan(4096, **SHARED, cluster=2, **AHEAD),
 }
 
 # A row's sum: each warp's part is written, the warpgroups meet, all parts are read.
@@ -115,10 +121,18 @@ SUM = "write arrive wait read"
 # Then the CTA's total is written, the cluster meets, the totals are read; before the end it meets again, so that no
 # CTA is gone while another reads.
 CLUSTER = "write arrive wait write cluster_arrive cluster_wait read_of_another_cta cluster_arrive cluster_wait"
+# In a pipeline the total is written, and the CTA arrives, when a row has been read; it waits for the others before it
+# arrives for another row. With its sums ahead it reads the next row, and has the last one's stage filled, before it reads
+# the row again for its results.
+BEGIN = "copy wait write arrive wait write cluster_arrive"
+END = "cluster_wait read_of_another_cta"
+AHEAD_OF_RESULTS = "wait write arrive wait write cluster_arrive copy read"
+LEAVE = "cluster_arrive cluster_wait"
 # A chunk of dweight: all have read the chunk before, the rows are written, all have written, they are read.
 COLUMNS = "arrive wait write arrive wait read"
 EXPECTED = {
     **{("forward", name): value for name, value in {"shared": SUM, "cluster": CLUSTER, "in warps": ""}.items()},
+    ("forward", "pipeline, cluster, sums ahead"): f"{BEGIN} {END} {AHEAD_OF_RESULTS} {END} read {LEAVE}",
     ("backward", "rows in warps"): COLUMNS,
     ("backward", "rows in warps, two chunks"): f"{COLUMNS} {COLUMNS}",
     # A stage is read after its copy has arrived, and filled again between the two readings of the next row.
@@ -126,6 +140,10 @@ EXPECTED = {
     ("backward", "pipeline, shared"): f"copy wait {SUM} copy read",
     ("backward", "shared"): SUM,
     ("backward", "cluster"): CLUSTER,
+    # The warps meet, so that all have read the stage that is filled again.
+    ("backward", "pipeline in warps"): f"copy wait arrive wait read copy read {COLUMNS} {COLUMNS}",
+    ("backward", "pipeline, cluster"): f"{BEGIN} copy {END} read {LEAVE}",
+    ("backward", "pipeline, cluster, sums ahead"): f"{BEGIN} {END} {AHEAD_OF_RESULTS} {END} read {LEAVE}",
 }
 
 
@@ -142,25 +160,37 @@ MEET = "_compat.arrive_and_wait(self.exchange.barrier)"
 BEFORE_A_CHUNK = "_compat.arrive_and_wait(meeting.barrier)  # all have read the chunk before"
 AFTER_A_CHUNK = "_compat.arrive_and_wait(meeting.barrier)\n            rows"
 ARRIVE, WAIT = "    plgpu.barrier_arrive(barrier)\n", "(barrier)\n    plgpu.barrier_wait(barrier)\n"
-CLUSTER_ARRIVE, CLUSTER_WAIT = "        _compat.cluster_arrive()\n", "        _compat.cluster_wait()\n"
-ACROSS = CLUSTER_ARRIVE + CLUSTER_WAIT + "        ctas"
+CLUSTER_ARRIVE, CLUSTER_WAIT = "            _compat.cluster_arrive()\n", "        _compat.cluster_wait()\n"
+READ_BY_ALL = '_compat.arrive_and_wait(scratch["read"])'
+ARRIVED = "_compat.wait(self.arrived.at[lax.rem(step, jnp.int32(self.plan.stages))])"
 AT_THE_END = "    _compat.cluster_arrive()\n            _compat.cluster_wait()\n"
-FILL = "when_met()\n\n    rows = read()"
-FILLED_EARLY = Rewrite("_backward", FILL, "rows = read()", also=("products = []", "products = []\n    when_met()"))
+BEGUN = "begun, carry = begin(step, stage, carry)"
+REFILL = "self.refill(step)"
+FILLED_EARLY = Rewrite("_pipeline", f"{BEGUN}\n            {REFILL}", f"{REFILL}\n            {BEGUN}")
+# An arrival for the next row's sum before the wait for this one's, which a barrier of a cluster does not allow.
+ARRIVED_TWICE = Rewrite(
+    "_pipeline",
+    "            sums = end(step, begun)\n",
+    "",
+    also=("finish(step, self.stage(step), sums)", "finish(step, self.stage(step), end(step, begun))"),
+)
 WITHOUT: dict[str, tuple[Rewrite, str, str]] = {
-    "forward sum": (Rewrite("_blocks", MEET, "pass"), "forward", "shared"),
-    "backward sum": (Rewrite("_blocks", MEET, "pass"), "backward", "pipeline, shared"),
+    "forward sum": (Rewrite("_shared_row", MEET, "pass"), "forward", "shared"),
+    "backward sum": (Rewrite("_shared_row", MEET, "pass"), "backward", "pipeline, shared"),
     "arrival": (Rewrite("_compat", ARRIVE, ""), "backward", "shared"),
     "wait": (Rewrite("_compat", WAIT, "(barrier)\n"), "backward", "shared"),
     "before a chunk": (Rewrite("_blocks", BEFORE_A_CHUNK, "pass"), "backward", "rows in warps, two chunks"),
     "after a chunk": (Rewrite("_blocks", AFTER_A_CHUNK, "rows"), "backward", "rows in warps"),
-    "cluster": (Rewrite("_blocks", ACROSS, "        ctas"), "forward", "cluster"),
-    "cluster, arrival": (Rewrite("_blocks", ACROSS, CLUSTER_WAIT + "        ctas"), "forward", "cluster"),
-    "cluster, wait": (Rewrite("_blocks", ACROSS, CLUSTER_ARRIVE + "        ctas"), "backward", "cluster"),
+    "cluster": (Rewrite("_shared_row", CLUSTER_ARRIVE, "", also=(CLUSTER_WAIT, "")), "forward", "cluster"),
+    "cluster, arrival": (Rewrite("_shared_row", CLUSTER_ARRIVE, ""), "forward", "cluster"),
+    "cluster, wait": (Rewrite("_shared_row", CLUSTER_WAIT, ""), "backward", "cluster"),
+    "cluster, an arrival too early": (ARRIVED_TWICE, "forward", "pipeline, cluster, sums ahead"),
+    "cluster, an arrival too early, backward": (ARRIVED_TWICE, "backward", "pipeline, cluster, sums ahead"),
+    "warps that share no sum": (Rewrite("_backward", READ_BY_ALL, "pass"), "backward", "pipeline in warps"),
     "cluster, at the end": (Rewrite("_launch", AT_THE_END, "    pass\n"), "forward", "cluster"),
     "cluster, release": (Rewrite("_compat", "arrive.release.aligned", "arrive.relaxed.aligned"), "forward", "cluster"),
     "cluster, acquire": (Rewrite("_compat", "wait.acquire.aligned", "wait.aligned"), "forward", "cluster"),
-    "a stage's arrival": (Rewrite("_pipeline", "_compat.wait(self.arrived.at[stage])", "pass"), "backward", "pipeline"),
+    "a stage's arrival": (Rewrite("_pipeline", ARRIVED, "pass"), "backward", "pipeline"),
     "before a stage is filled again": (FILLED_EARLY, "backward", "pipeline, shared"),
 }
 

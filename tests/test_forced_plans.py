@@ -16,6 +16,7 @@ import pytest
 
 import pallas_norm
 from pallas_norm import _backward, _dispatch, _forward
+from pallas_norm._plan import WARPS, BackwardPlan, Plan, Regime, Source, pipeline_tile
 from pallas_norm._spec import Spec
 from pallas_norm.regimes import (
     LARGEST_N,
@@ -24,13 +25,7 @@ from pallas_norm.regimes import (
     SMALLEST_N,
     SMALLEST_PIPELINE,
     TABLE,
-    WARPS,
-    BackwardPlan,
-    Plan,
-    Regime,
-    Source,
     backward_plan_for,
-    pipeline_tile,
     plan_for,
 )
 from tests import oracle, test_backward_properties, test_forward_properties
@@ -62,8 +57,8 @@ def forward_plans(n: int, dtype: str) -> dict[str, Plan]:
     }
     alone = Plan(n, Regime.CTA, min(widest, 2))
     twice = {
-        "read twice": dataclasses.replace(alone, rereads=True),
-        "shared and read twice": dataclasses.replace(alone, rereads=True, warpgroups=2),
+        "read twice": dataclasses.replace(alone, source=Source.MEMORY),
+        "shared and read twice": dataclasses.replace(alone, source=Source.MEMORY, warpgroups=2),
     }
     return {"the table's": plan_for(n, DTYPES[dtype])} | in_warps | narrow | shared | twice
 

@@ -23,17 +23,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_norm._plan import Source
 from pallas_norm._spec import Spec
-from pallas_norm.regimes import Source, backward_plan_for, plan_for
+from pallas_norm.regimes import backward_plan_for, plan_for
 from tests import rewrites
 from tests.oracle import F32
 from tests.rewrites import Rewrite
 from tests.strategies import Case
-from tests.test_barriers import ACROSS, AFTER_A_CHUNK, MEET
+from tests.test_barriers import AFTER_A_CHUNK, ARRIVED, CLUSTER_ARRIVE, CLUSTER_WAIT, MEET
 
 LAUNCHES = 200
 
-SHARED, CLUSTER, PIPELINE = 32768, 131072, 2048  # four warpgroups; a cluster; a pipeline in one warpgroup
+# Four warpgroups; a pipeline in a cluster, a row that no bulk copy moves; a pipeline in one warpgroup, and in warps.
+SHARED, PIPED_CLUSTER, CLUSTER, PIPELINE, IN_WARPS = 32768, 131072, 131064, 2048, 512
+NO_MEETING = ("_shared_row", CLUSTER_ARRIVE, "")
 
 
 def rows_of(n: int) -> int:
@@ -55,24 +58,27 @@ def backward(n: int) -> Callable[..., Any]:
 KERNELS: dict[str, tuple[Callable[[int], Callable[..., Any]], int]] = {
     "forward, shared": (forward, SHARED),
     "forward, cluster": (forward, CLUSTER),
+    "forward, pipeline, cluster": (forward, PIPED_CLUSTER),
     "backward, rows in warps": (backward, 128),
-    "backward, rows in warps, two chunks": (backward, 512),
+    "backward, rows in warps, two chunks": (backward, IN_WARPS),
     "backward, pipeline": (backward, PIPELINE),
     "backward, pipeline, shared": (backward, 16384),
     "backward, cluster": (backward, CLUSTER),
+    "backward, pipeline, cluster": (backward, 40960),
 }
 
 WITHOUT: dict[str, tuple[Rewrite, str]] = {
-    "forward sum": (Rewrite("_blocks", MEET, "pass"), "forward, shared"),
-    "backward sum": (Rewrite("_blocks", MEET, "pass"), "backward, pipeline, shared"),
-    "forward, cluster": (Rewrite("_blocks", ACROSS, "        ctas"), "forward, cluster"),
-    "backward, cluster": (Rewrite("_blocks", ACROSS, "        ctas"), "backward, cluster"),
+    "forward sum": (Rewrite("_shared_row", MEET, "pass"), "forward, shared"),
+    "backward sum": (Rewrite("_shared_row", MEET, "pass"), "backward, pipeline, shared"),
+    "forward, cluster": (Rewrite(*NO_MEETING, also=(CLUSTER_WAIT, "")), "forward, cluster"),
+    "backward, cluster": (Rewrite(*NO_MEETING, also=(CLUSTER_WAIT, "")), "backward, cluster"),
+    "forward, pipeline, cluster": (Rewrite(*NO_MEETING, also=(CLUSTER_WAIT, "")), "forward, pipeline, cluster"),
+    "backward, pipeline, cluster": (Rewrite(*NO_MEETING, also=(CLUSTER_WAIT, "")), "backward, pipeline, cluster"),
     "after a chunk of dweight": (Rewrite("_blocks", AFTER_A_CHUNK, "rows"), "backward, rows in warps"),
     "after each of two chunks": (Rewrite("_blocks", AFTER_A_CHUNK, "rows"), "backward, rows in warps, two chunks"),
-    "a stage's arrival": (
-        Rewrite("_pipeline", "_compat.wait(self.arrived.at[stage])", "pass"),
-        "backward, pipeline",
-    ),
+    "a stage's arrival": (Rewrite("_pipeline", ARRIVED, "pass"), "backward, pipeline"),
+    "a stage's arrival, in warps": (Rewrite("_pipeline", ARRIVED, "pass"), "backward, rows in warps, two chunks"),
+    "a stage's arrival, forward": (Rewrite("_pipeline", ARRIVED, "pass"), "forward, pipeline, cluster"),
 }
 
 
@@ -149,9 +155,14 @@ def test_what_is_compared_on_a_gpu_is_right(name: str) -> None:
 
 def test_the_row_lengths_reach_the_barriers() -> None:
     assert plan_for(SHARED, "bfloat16").warpgroups == 4
-    assert plan_for(CLUSTER, "bfloat16").cluster > 1
-    assert backward_plan_for(CLUSTER, "bfloat16").cluster > 1
-    assert backward_plan_for(PIPELINE, "bfloat16").source is Source.PIPELINE
+    for find in (plan_for, backward_plan_for):
+        assert find(CLUSTER, "bfloat16").cluster > 1
+        assert find(CLUSTER, "bfloat16").source is not Source.PIPELINE
+    ahead, piped = plan_for(PIPED_CLUSTER, "bfloat16"), backward_plan_for(40960, "bfloat16", dy_dtype="float32")
+    assert (ahead.source, ahead.cluster, ahead.ahead) == (Source.PIPELINE, 4, True)
+    assert (piped.source, piped.cluster) == (Source.PIPELINE, 4)
+    for n in (PIPELINE, IN_WARPS):
+        assert backward_plan_for(n, "bfloat16", dy_dtype="float32").source is Source.PIPELINE
     shared = backward_plan_for(16384, "bfloat16")
     assert (shared.source, shared.warpgroups) == (Source.PIPELINE, 4)
     assert [backward_plan_for(n, "bfloat16").chunks for n in (128, 512)] == [1, 2]

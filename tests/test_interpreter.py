@@ -18,13 +18,14 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_norm import _compat
+from pallas_norm._plan import Regime, Source
 from pallas_norm._spec import Spec
-from pallas_norm.regimes import Regime, Source, backward_plan_for, plan_for
+from pallas_norm.regimes import backward_plan_for, plan_for
 from tests import rewrites
 from tests.rewrites import Rewrite
 
 # Row lengths whose chunks do not overlap: writing the same value twice is right, and a race to the detector.
-IN_WARPS, N = 128, 1024
+IN_WARPS, N, PIPED = 128, 1024, 2048
 ROWS = 4
 SHARED = {"regime": Regime.CTA, "lanes": 32, "block": 1, "vec": 4, "warpgroups": 2}
 
@@ -33,11 +34,11 @@ def ones(*shape: int) -> jax.Array:
     return jnp.ones(shape, jnp.bfloat16)
 
 
-def forward(n: int = N, **changes: object) -> None:
+def forward(n: int = N, *, rows: int = ROWS, **changes: object) -> None:
     kernel = sys.modules["pallas_norm._forward"].forward  # of a mutant
     plan = dataclasses.replace(plan_for(n, "bfloat16"), **changes)
     options = {"plan": plan, "spec": Spec(), "with_rstd": True, "interpret": True}
-    jax.block_until_ready(kernel({"x": ones(ROWS, n), "weight": ones(n)}, **options))
+    jax.block_until_ready(kernel({"x": ones(rows, n), "weight": ones(n)}, **options))
 
 
 def backward(n: int = N, *, rows: int = ROWS, **changes: object) -> None:
@@ -57,13 +58,18 @@ KERNELS: dict[str, Callable[[], None]] = {
     "forward, a warpgroup": forward,
     "forward, shared": lambda: forward(**SHARED),
     "forward, shared by four": lambda: forward(**SHARED | {"warpgroups": 4, "vec": 2}),
-    "forward, shared and read twice": lambda: forward(**SHARED, rereads=True),
+    "forward, shared and read twice": lambda: forward(**SHARED, source=Source.MEMORY),
     "backward in warps": lambda: backward(IN_WARPS),
     "backward, shared, from registers": lambda: backward(**SHARED, source=Source.REGISTERS, stages=0),
     "backward, shared, from memory": lambda: backward(**SHARED, source=Source.MEMORY, stages=0),
-    "pipeline": lambda: backward(rows=6, stages=2),
-    "pipeline of three stages": lambda: backward(rows=7, stages=3),
-    "pipeline, shared": lambda: backward(rows=6, **SHARED, stages=2),
+    "pipeline": lambda: backward(PIPED, rows=6, stages=2),
+    "pipeline of three stages": lambda: backward(PIPED, rows=7, stages=3),
+    "pipeline, shared": lambda: backward(PIPED, rows=6, **SHARED, stages=2),
+    "pipeline, shared, sums ahead": lambda: backward(PIPED, rows=7, **SHARED, stages=3, ahead=True),
+    "pipeline in warps": lambda: backward(512, rows=25, stages=2),
+    "forward, pipeline, shared, sums ahead": lambda: forward(
+        PIPED, rows=7, **SHARED, source=Source.PIPELINE, stages=3, ahead=True, programs=1
+    ),
 }
 
 
@@ -105,33 +111,39 @@ def test_a_kernel_has_no_races(name: str) -> None:
 def test_every_kind_of_kernel_that_synchronises_is_among_them() -> None:
     """Warpgroups that share a row read it from each source; a warpgroup alone meets the copy engine."""
     assert {source.value for source in Source} <= {name.split()[-1] for name in KERNELS} | {"pipeline"}
-    assert backward_plan_for(N, "bfloat16").source is Source.PIPELINE
-    assert backward_plan_for(N, "bfloat16").warpgroups == 1
+    alone, in_warps = backward_plan_for(PIPED, "bfloat16"), backward_plan_for(512, "bfloat16")
+    assert (alone.source, alone.regime, alone.warpgroups) == (Source.PIPELINE, Regime.CTA, 1)
+    assert (in_warps.source, in_warps.regime) == (Source.PIPELINE, Regime.WARP)
     assert backward_plan_for(IN_WARPS, "bfloat16").regime is Regime.WARP
 
 
-MEET = Rewrite("_blocks", "_compat.arrive_and_wait(self.exchange.barrier)", "pass")
+MEET = Rewrite("_shared_row", "_compat.arrive_and_wait(self.exchange.barrier)", "pass")
 ONE_SLOT = Rewrite("_launch", "SLOTS = 2", "SLOTS = 1")
 # As many waits and copies as before, so nothing hangs: the wait for a stage follows its reads, a copy precedes them.
 READ_UNWAITED = Rewrite(
     "_pipeline",
-    "        _compat.wait(self.arrived.at[stage])\n",
+    "        _compat.wait(self.arrived.at[lax.rem(step, jnp.int32(self.plan.stages))])\n",
     "",
     also=(
         "        following = step - 1",
-        "        _compat.wait(self.arrived.at[lax.rem(step, self.stages)])\n        following = step - 1",
+        "        _compat.wait(self.arrived.at[lax.rem(step, self.plan.stages)])\n        following = step - 1",
     ),
 )
 REFILLED_EARLY = Rewrite(
     "_pipeline",
-    "following = step - 1 + self.stages",
-    "following = step + self.stages",
+    "following = step - 1 + self.plan.stages",
+    "following = step + self.plan.stages",
     also=("(step > 0) & (following < self.steps)", "following < self.steps"),
 )
 REFILLED_BEFORE_THE_WARPGROUPS_MEET = Rewrite(
-    "_backward",
-    "mean = block.spread(block.row_sum(products) / block.plan.n)\n    when_met()",
-    "when_met()\n    mean = block.spread(block.row_sum(products) / block.plan.n)",
+    "_pipeline",
+    "begun, carry = begin(step, stage, carry)\n            self.refill(step)",
+    "self.refill(step)\n            begun, carry = begin(step, stage, carry)",
+)
+REFILLED_BEFORE_THEY_MEET_AHEAD = Rewrite(
+    "_pipeline",
+    "following, carry = begin(step + 1, self.wait(step + 1), carry)\n            self.refill(step)",
+    "self.refill(step)\n            following, carry = begin(step + 1, self.wait(step + 1), carry)",
 )
 WITHOUT = {
     "forward sum": (MEET, "forward, shared"),
@@ -145,6 +157,14 @@ WITHOUT = {
     "a stage refilled a row early": (REFILLED_EARLY, "pipeline"),
     "a stage refilled a row early, shared": (REFILLED_EARLY, "pipeline, shared"),
     "a stage refilled before all have read it": (REFILLED_BEFORE_THE_WARPGROUPS_MEET, "pipeline, shared"),
+    "a stage refilled before all have read it, sums ahead": (
+        REFILLED_BEFORE_THEY_MEET_AHEAD,
+        "pipeline, shared, sums ahead",
+    ),
+    "a stage refilled before all have read it, forward": (
+        REFILLED_BEFORE_THEY_MEET_AHEAD,
+        "forward, pipeline, shared, sums ahead",
+    ),
 }
 
 

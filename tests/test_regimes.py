@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_norm import _launch
-from pallas_norm._blocks import Block, SharedRow, WarpgroupRow, WarpRows
+from pallas_norm._blocks import Block, WarpgroupRow, WarpRows
+from pallas_norm._plan import SMEM_BYTES, BackwardPlan, Plan, Regime, Source, pipeline_tile, staged_view
+from pallas_norm._shared_row import SharedRow
 from pallas_norm.regimes import (
     ANY,
     LARGEST_N,
@@ -17,15 +19,10 @@ from pallas_norm.regimes import (
     PIPELINES,
     SMALLEST_N,
     SMALLEST_PIPELINE,
-    SMEM_BYTES,
     SMS,
     TABLE,
-    BackwardPlan,
-    Plan,
-    Regime,
-    Source,
+    WARP_PIPELINES,
     backward_plan_for,
-    pipeline_tile,
     plan_for,
 )
 
@@ -120,12 +117,15 @@ def test_backward_plans_count_every_column_once_with_aligned_vectors(form: dict)
 
 
 def test_the_plan_that_stands_in_for_a_cluster_counts_every_column_once() -> None:
-    plans = {n: plan_for(n, "float32") for n in WIDTHS} | {-n: backward_plan_for(n, "bfloat16") for n in WIDTHS}
-    clusters = {n: plan for n, plan in plans.items() if plan.cluster > 1}
-    assert {plan.cluster for plan in clusters.values()} == {2, 4, 8}
-    for n, plan in clusters.items():
-        stand_in = _launch.interpretable(plan)
+    plans = {n: (plan_for(n, "float32"), 4) for n in WIDTHS} | {
+        -n: (backward_plan_for(n, "bfloat16"), 2) for n in WIDTHS
+    }
+    clusters = {n: plan for n, plan in plans.items() if plan[0].cluster > 1}
+    assert {plan.cluster for plan, _ in clusters.values()} == {2, 4, 8}
+    for n, (plan, itemsize) in clusters.items():
+        stand_in = _launch.interpretable(plan, itemsize)
         assert stand_in.cluster == 1
+        assert stand_in.source is not Source.PIPELINE or pipeline_tile(abs(n), itemsize) is not None
         starts = starts_of(stand_in)
         assert np.all(times_counted(stand_in, starts) == 1), n
 
@@ -138,31 +138,62 @@ def test_backward_plans_fit_in_shared_memory(form: dict) -> None:
     for n in sorted({*WIDTHS, *ALIGNED}):
         plan = backward_plan_for(n, **form)
         sources.add(plan.source)
-        used = n * column_bytes * plan.stages
-        if plan.regime is Regime.WARP:
-            used += plan.block * plan.span * 4  # where the rows meet to give dweight
-        used += 2 * (plan.warpgroups * 4 + 1) * 4 + 8 * (plan.stages + 2)  # exchange and barriers
-        programs_per_sm = max(1, plan.programs * plan.cluster // SMS)
-        # A program's shared memory takes 1 KB more than it asks for; a pipeline counts on all its programs at once.
-        together = programs_per_sm if plan.source is Source.PIPELINE else 1
-        assert together * (used + 1024) <= SMEM_BYTES, (n, plan)
-        if plan.source is Source.PIPELINE:
-            assert plan.stages >= 2, (n, plan)
-            check_tile(n, itemsize)
-        else:
-            assert plan.stages == 0, (n, plan)
+        check_memory(plan, itemsize, column_bytes)
     assert sources == set(Source)
 
 
-def check_tile(n: int, itemsize: int) -> None:
-    tile = pipeline_tile(n, itemsize)
-    assert tile is not None, n
-    height, width = tile
-    assert height * width == n, n
-    assert 1 <= height <= 256, n
-    assert 1 <= width <= 256, n
-    assert width * itemsize % 16 == 0, n
-    assert n * itemsize % 128 == 0, n
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", FORWARD)
+def test_forward_plans_fit_in_shared_memory(dtype: str, *, residual: bool) -> None:
+    itemsize = 4 if dtype == "float32" else 2
+    plans = [plan_for(n, dtype, residual=residual) for n in sorted({*WIDTHS, *ALIGNED})]
+    assert {plan.source for plan in plans} == set(Source)
+    for plan in plans:
+        check_memory(plan, itemsize, itemsize * (2 if residual else 1))
+
+
+def check_memory(plan: Plan, itemsize: int, column_bytes: int) -> None:
+    """A program's shared memory takes 1 KB more than it asks for, and each array of an exchange a whole KB; a pipeline
+    counts on all its programs of an SM at once."""
+    arrays = column_bytes // itemsize
+    stage = plan.block * plan.n * column_bytes * plan.stages // plan.cluster
+    used = -(-stage // arrays // 1024) * 1024 * arrays
+    if plan.regime is Regime.WARP and isinstance(plan, BackwardPlan):
+        used += plan.block * plan.span * 4  # where the rows meet to give dweight
+    used += 3 * 1024 if plan.workers > 1 else 8 * (plan.stages + 2)
+    programs_per_sm = max(1, (plan.programs or 0) * plan.cluster // SMS)
+    together = programs_per_sm if plan.source is Source.PIPELINE else 1
+    assert together * (used + 1024) <= SMEM_BYTES, plan
+    if plan.source is Source.PIPELINE:
+        assert plan.stages >= (3 if plan.ahead else 2), plan
+        check_view(plan, itemsize)
+    else:
+        assert (plan.stages, plan.ahead) == (0, False), plan
+
+
+def check_view(plan: Plan, itemsize: int) -> None:
+    """A bulk copy moves at most 5 axes of at most 256 elements, of whole 16 bytes, in all whole 128 bytes."""
+    view = staged_view(plan, itemsize)
+    assert view is not None, plan
+    assert np.prod(view) == plan.n, plan
+    part = view if plan.cluster == 1 else (view[0], *view[2:])
+    assert plan.cluster in (1, view[1]), plan
+    assert max(part) <= 256, plan
+    assert len(view) < 5, plan
+    assert view[-1] * itemsize % 16 == 0, plan
+    assert np.prod(part) * itemsize % 128 == 0, plan
+
+
+@pytest.mark.parametrize("dtype", FORWARD)
+def test_the_residual_form_reads_a_row_in_the_same_chunks(dtype: str) -> None:
+    """So add_rms_norm has the bits of an addition and rms_norm; only where the rows come from may differ."""
+    own = {"source": Source.REGISTERS, "stages": 0, "programs": None, "ahead": False}
+    different = 0
+    for n in sorted({*WIDTHS, *ALIGNED}):
+        plan, with_residual = plan_for(n, dtype), plan_for(n, dtype, residual=True)
+        assert dataclasses.replace(plan, **own) == dataclasses.replace(with_residual, **own)
+        different += plan != with_residual
+    assert different
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -174,25 +205,30 @@ def test_a_tile_is_found_wherever_there_is_one(itemsize: int) -> None:
 
 
 def test_the_tables_are_monotone_and_total() -> None:
-    assert [row.largest_n for row in TABLE] == sorted(row.largest_n for row in TABLE)
+    for table in (TABLE, PIPELINES, WARP_PIPELINES):
+        limits = [(row.largest_n, row.largest_row_bytes) for row in table]
+        assert limits == sorted(limits)
     assert (TABLE[-1].largest_n, TABLE[-1].largest_row_bytes) == (LARGEST_N, ANY)
     widths = [row.largest_n for row in NARROW]
     assert widths == sorted(set(widths))
     assert widths[-1] == LARGEST_N
-    limits = [row.largest_row_bytes for row in PIPELINES]
-    assert limits == sorted(set(limits))
-    assert all(row.stages >= 2 for row in PIPELINES)
+    for table in (PIPELINES, WARP_PIPELINES):
+        limits = [row.largest_n for row in table]
+        assert limits == sorted(set(limits))
+        assert all(row.stages >= 2 for row in table)
 
 
 def test_every_line_of_the_tables_is_some_rows_plan() -> None:
     """A line that no row reaches is a number without an effect."""
     forward = [plan_for(n, dtype) for n in ALIGNED + WIDTHS for dtype in FORWARD]
-    wide = {(plan.warpgroups, plan.cluster, plan.rereads) for plan in forward if plan.regime is Regime.CTA}
-    assert {(row.warpgroups, row.cluster, row.rereads) for row in TABLE if row.regime is Regime.CTA} <= wide
-    assert {(row.warpgroups, row.cluster, False) for row in NARROW} <= wide
+    wide = {(plan.warpgroups, plan.cluster, plan.source) for plan in forward if plan.regime is Regime.CTA}
+    assert {(row.warpgroups, row.cluster, row.source) for row in TABLE if row.regime is Regime.CTA} <= wide
+    assert {(row.warpgroups, row.cluster, Source.REGISTERS) for row in NARROW} <= wide
     backward = [backward_plan_for(n, **form) for n in ALIGNED for form in BACKWARD]
-    pipelines = {(plan.warpgroups, plan.stages, plan.programs) for plan in backward if plan.source is Source.PIPELINE}
-    assert {(row.warpgroups, row.stages, row.per_sm * SMS) for row in PIPELINES} <= pipelines
+    for table, regime in ((PIPELINES, Regime.CTA), (WARP_PIPELINES, Regime.WARP)):
+        piped = [plan for plan in backward if plan.source is Source.PIPELINE and plan.regime is regime]
+        found = {(plan.warpgroups, plan.cluster, plan.stages, plan.programs, plan.ahead) for plan in piped}
+        assert {(row.warpgroups, row.cluster, row.stages, row.programs, row.ahead) for row in table} <= found
 
 
 def test_rows_are_kept_in_warps_below_a_width_and_shared_above_it() -> None:
@@ -203,7 +239,7 @@ def test_rows_are_kept_in_warps_below_a_width_and_shared_above_it() -> None:
 
 def test_a_plan_is_a_function_of_row_length_and_dtypes_and_of_nothing_else() -> None:
     """Were the number of rows an argument, a row's bits would depend on its batch."""
-    assert list(inspect.signature(plan_for).parameters) == ["n", "dtype"]
+    assert list(inspect.signature(plan_for).parameters) == ["n", "dtype", "residual"]
     assert list(inspect.signature(backward_plan_for).parameters) == ["n", "dtype", "dy_dtype", "residual"]
     assert plan_for(4096, "bfloat16") == plan_for(4096, "float16")
     assert hash(plan_for(4096, "bfloat16")) == hash(plan_for(4096, "bfloat16"))

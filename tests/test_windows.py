@@ -21,8 +21,9 @@ from jax.experimental import pallas as pl
 
 import pallas_norm
 from pallas_norm import _compat
+from pallas_norm._plan import BackwardPlan, Plan, Regime, Source
 from pallas_norm._spec import Spec
-from pallas_norm.regimes import BackwardPlan, Plan, Regime, Source, backward_plan_for, plan_for
+from pallas_norm.regimes import backward_plan_for, plan_for
 from tests import oracle, rewrites
 from tests.oracle import BF16, DTYPES, F32, Array
 from tests.rewrites import Rewrite
@@ -98,7 +99,8 @@ KERNELS = {
     "rows in warps, one element a lane": Kernels(33, 6),
     "rows in warps": Kernels(128, 19),
     "rows in warps, read twice": Kernels(1000, 5),
-    "a warpgroup, a pipeline": Kernels(1024, 5),
+    "a warpgroup, a pipeline": Kernels(2048, 5),
+    "rows in warps, a pipeline": Kernels(512, 9),
     "chunks that overlap": Kernels(1344, 2),
     "two warpgroups, a pipeline": Kernels(1024, 2, warpgroups=2),
     "two warpgroups, chunks that overlap": Kernels(1344, 2, warpgroups=2, source=Source.MEMORY),
@@ -157,7 +159,7 @@ OUTSIDE = {
     "rows left over a row too low": (Rewrite("_launch", LEFT_OVER, LEFT_OVER + " + 1"), "rows in warps"),
     "a row too low": (Rewrite("_launch", ROW.format("index"), ROW.format("index + 1")), "chunks that overlap"),
     "a worker's chunks a column too far right": (
-        Rewrite("_blocks", WORKER.format(""), WORKER.format(" + 1")),
+        Rewrite("_shared_row", WORKER.format(""), WORKER.format(" + 1")),
         "two warpgroups, a pipeline",
     ),
 }

@@ -9,8 +9,8 @@ import torch
 
 from pallas_norm import _backward, _dispatch, _launch  # pyright: ignore[reportPrivateUsage]
 from pallas_norm._columns import TILE
+from pallas_norm._plan import BackwardPlan, Plan, Source
 from pallas_norm._spec import Spec
-from pallas_norm.regimes import BackwardPlan, Plan
 
 from . import launch, rows
 from ._overlap import may_overlap
@@ -107,21 +107,21 @@ def forward(
     n, weight = x.shape[-1], None if weight is None else rows.ready(weight)
     kernel = Forward(n, x.dtype, None if weight is None else weight.dtype, spec, residual is not None, with_rstd)
     program = program_of(kernel)
-    plan = program.plan
-    assert plan is not None
     given = {"x": x, "residual": residual, "y": out}
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
-    target = out
-    if target is not None and plan.rereads and may_overlap(target, x):
-        target = None  # a row is read twice: other warps may still read what this one would write
-    places = None
+    target, places = out, None
     if not all(tensor.is_contiguous() and rows.aligned(tensor) for tensor in given.values()):
-        places = rows.strided(given, vec=plan.vec)
+        assert program.plan is not None
+        places = rows.strided(given, vec=program.plan.vec)
         if places is None:
             x, residual = rows.ready(x), None if residual is None else rows.ready(residual)
             target = target if target is not None and target.is_contiguous() and rows.aligned(target) else None
         else:
             program = program_of(kernel._replace(strided=True))
+    plan = program.plan
+    assert plan is not None
+    if target is not None and plan.source is Source.MEMORY and may_overlap(target, x):
+        target = None  # a row is read twice: other warps may still read what this one would write
     y = torch.empty(x.shape, dtype=result_dtype(x, weight), device=x.device) if target is None else target
     s = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if with_rstd else None

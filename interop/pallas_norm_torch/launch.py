@@ -5,7 +5,9 @@ given a grid that follows the row count; MosaicGpuCompile of the CUDA plugin, wh
 context; and the function that launches it. Known: jax 0.11 and 0.12.
 """
 
-# pyright: basic, reportOptionalMemberAccess=false, reportPrivateImportUsage=false
+# pyright: reportMissingTypeStubs=false, reportOptionalMemberAccess=false, reportPrivateImportUsage=false
+# pyright: reportPrivateUsage=false, reportUnknownLambdaType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
 # (the MLIR bindings have no types)
 
 from __future__ import annotations

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from pallas_norm import _backward, _columns, _forward
 from pallas_norm._launch import COUNTS
+from pallas_norm._plan import BackwardPlan, Plan, from_memory
 from pallas_norm._spec import Spec
 from pallas_norm._strided import BYTES, COUNT
-from pallas_norm.regimes import BackwardPlan, Plan, backward_plan_for, plan_for
+from pallas_norm.regimes import backward_plan_for, plan_for
 
 # The shape with which a kernel is traced; it bounds nothing. A multiple of every block; below 2^31 CTAs with clusters.
 NOMINAL_ROWS = 1 << 24
@@ -44,7 +45,8 @@ class Program:
     def plan(self) -> Plan | None:
         dtypes = dict(self.dtypes)
         if self.kind == "forward":
-            return plan_for(self.n, dtypes["x"])
+            plan = plan_for(self.n, dtypes["x"], residual="residual" in dtypes)
+            return from_memory(plan) if self.strided else plan
         if self.kind == "backward":
             return backward_plan_for(self.n, dtypes["x"], dy_dtype=dtypes["dy"], residual="ds" in dtypes)
         return None

@@ -1,0 +1,123 @@
+"""What a plan is: the block that one CTA covers, and where it gets the rows from. Which plan is taken: regimes.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import TypeVar
+
+WARPS = 4  # in a warpgroup, which is what Pallas calls a thread
+SMEM_BYTES = 227 << 10  # of an SM, for all its programs
+
+
+class Regime(enum.Enum):
+    WARP = "warp"  # a row never leaves a warp: its sum is shuffles only
+    CTA = "cta"  # the warps of one CTA, or of a cluster of CTAs, share a row
+
+
+class Source(enum.Enum):
+    """Where the second pass over a row finds what the first one read: x, in the backward pass dy too."""
+
+    REGISTERS = "registers"  # kept from the first pass; in the backward pass the next row's loads are in flight then
+    PIPELINE = "pipeline"  # in shared memory, where bulk copies brought them several rows ahead
+    MEMORY = "memory"  # read again: from L1 or L2, where the row fits
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The block that one CTA covers: rows, columns per chunk, vector width, and who owns what.
+
+    A row is covered with `chunks` equal chunks; the last ones end exactly at n and overlap their predecessors, so no
+    memory operation needs a mask. What overlaps is left out of the sum and written twice with the same values.
+    """
+
+    n: int
+    regime: Regime
+    vec: int  # neighbouring elements that a lane reads at once
+    lanes: int = 32  # lanes that share a row
+    block: int = 1  # rows of one warpgroup
+    warpgroups: int = 1  # that share a row
+    cluster: int = 1  # CTAs that share a row
+    source: Source = Source.REGISTERS
+    stages: int = 0  # rows in shared memory, of a PIPELINE
+    ahead: bool = False  # the sums of a row come before the results of the one before it
+    programs: int | None = None  # of a persistent grid, at most; None: one a block
+
+    @property
+    def span(self) -> int:
+        """Columns of one chunk: what one warpgroup (CTA) or one group of lanes (WARP) reads at once."""
+        return (WARPS * 32 if self.regime is Regime.CTA else self.lanes) * self.vec
+
+    @property
+    def workers(self) -> int:
+        """Warpgroups that share a row; chunk j of worker k is chunk j * workers + k of the row."""
+        return self.warpgroups * self.cluster
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that each worker reads."""
+        return -(-self.n // (self.span * self.workers))
+
+    @property
+    def overlap(self) -> int:
+        """Elements that are read twice."""
+        return self.chunks * self.workers * self.span - self.n
+
+    @property
+    def depth(self) -> int:
+        """Additions on the longest path of the row sum: it bounds the sum's relative error by depth * 2^-24."""
+        lanes = self.lanes.bit_length() - 1
+        across_warps = WARPS * self.warpgroups + self.cluster if self.regime is Regime.CTA else 0
+        return self.chunks + self.vec + lanes + across_warps
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardPlan(Plan):
+    programs: int = 264  # pyright: ignore[reportIncompatibleVariableOverride]  the grid is persistent: each program adds up its part of dweight
+    keeps_weight: bool = True  # in registers; else it is read again for every row
+
+
+def stages_of(plan: Plan, column_bytes: int, *, per_sm: int) -> int:
+    """Rows, or parts of rows, that fit in the shared memory of a program. Two are needed, the one that is read and the
+    one that is filled; three where the sums come ahead, which read a row before the stage of the last one is free."""
+    # Every array takes whole KB: up to three are staged; then barriers, and sums that cross warps. Without them the
+    # residual form of n = 12736 was refused by the compiler.
+    others = 5 << 10 if plan.workers == 1 else 8 << 10
+    if plan.regime is Regime.WARP:
+        others += plan.block * plan.span * 4  # the rows of a block meet there for dweight
+    return (SMEM_BYTES // per_sm - others) // (plan.block * plan.n * column_bytes // plan.cluster)
+
+
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+
+
+def from_memory(plan: AnyPlan) -> AnyPlan:
+    """The plan for rows that no bulk copy can bring: the same chunks, and so the same bits."""
+    if plan.source is not Source.PIPELINE:
+        return plan
+    grid = {} if isinstance(plan, BackwardPlan) else {"programs": None}
+    return dataclasses.replace(plan, source=Source.MEMORY, stages=0, **grid)
+
+
+def staged_view(plan: Plan, itemsize: int) -> tuple[int, ...] | None:
+    """The shape in which bulk copies see a row of a PIPELINE, or None if they can move none.
+
+    In a cluster (chunks, CTAs, *part): a CTA copies [:, its own], which is what its warpgroups read.
+    """
+    if plan.cluster == 1:
+        return pipeline_tile(plan.n, itemsize)
+    part = plan.warpgroups * plan.span
+    return None if plan.overlap or part % 256 else (plan.chunks, plan.cluster, part // 256, 256)
+
+
+def pipeline_tile(n: int, itemsize: int) -> tuple[int, int] | None:
+    """A row as (n // width, width), which one bulk copy can move, or None if none can.
+
+    At most 256 a side, a width of whole 16 bytes, a row of whole 128 bytes: Mosaic splits the count of bytes over 128
+    lanes.
+    """
+    if n * itemsize % 128:
+        return None
+    widths = (width for width in range(256, 0, -1) if n % width == 0 and width * itemsize % 16 == 0)
+    width = next(widths, None)
+    return None if width is None or n // width > 256 else (n // width, width)
