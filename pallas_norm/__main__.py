@@ -1,0 +1,35 @@
+"""Says whether pallas-norm works on this machine.
+
+Prints the versions, the devices, which path a call takes and why, and a self-check: the bits that each path gives
+against a replay of its roundings in NumPy, on a GPU one launch of each kind of kernel; from PyTorch too where it is
+installed. Exits with 0 if every check is right, and with 1 and the next step if one is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from . import _doctor
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_norm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args(words)
+    preallocates = "XLA_PYTHON_CLIENT_PREALLOCATE" not in os.environ
+    # Before JAX's backend starts, which would take three quarters of the GPU's memory from whoever else is on it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    lines: list[_doctor.Line] = []
+    for line in _doctor.examine(preallocates=preallocates):
+        lines.append(line)
+        print(line, flush=True)  # noqa: T201  as it is found out: a GPU's kernels take a while to compile
+    text, status = _doctor.verdict(lines)
+    print(text)  # noqa: T201
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

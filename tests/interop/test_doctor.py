@@ -1,0 +1,165 @@
+"""torch's part of `python -m pallas_norm`."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+import torch
+
+from pallas_norm import __main__ as program
+from pallas_norm import _compat, _selfcheck, reference
+from pallas_norm import _doctor as of_jax
+from pallas_norm.regimes import plan_for
+from pallas_norm_torch import _doctor, cache, direct, explain, ops, through_jax
+
+ROOT = Path(__file__).parents[2]
+CASES = tuple(_selfcheck.Case(128, dtype, 5) for dtype in _selfcheck.DTYPES)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few cases on a CPU, and nothing but torch's; the environment is as it was afterwards."""
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    monkeypatch.setattr(_selfcheck, "XLA_CASES", CASES)
+    monkeypatch.setattr(of_jax, "checked_devices", list)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def fresh_programs() -> Iterator[None]:
+    def clear() -> None:
+        jax.clear_caches()
+        through_jax._forward.cache_clear()
+        through_jax._backward.cache_clear()
+
+    clear()
+    yield
+    clear()
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_report_has_torchs_version_way_and_checks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main([]) == 0
+    text = capsys.readouterr().out
+    assert f"torch {torch.__version__} sees " in text
+    assert f"pallas_norm_torch, n = 4096 on cpu: {explain(4096, torch.bfloat16, CPU)}\n" in text
+    assert "ok     torch on cpu, n = 128, through JAX: bits and gradients in bfloat16, float16, float32\n" in text
+    assert text.splitlines()[-1].startswith("Everything that was checked is right.")
+
+
+@pytest.mark.usefixtures("quick", "fresh_programs")
+def test_a_norm_that_rounds_once_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = reference.forward
+    monkeypatch.setattr(reference, "forward", lambda *a, **o: right(*a, **o | {"cast_before_scale": False}))
+    assert program.main([]) == 1
+    text = capsys.readouterr().out
+    for name in ("rms_norm", "rms_norm in place", "add_rms_norm"):
+        pattern = rf"^WRONG  torch on cpu, through JAX: {name}, 5 x 128 float16: y: .* before the weight is missing$"
+        assert re.search(pattern, text, re.MULTILINE)
+    assert text.splitlines()[-1].endswith(f"say WRONG. Next: {of_jax.REPORT}")
+
+
+def test_a_call_in_place_that_writes_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.rms_norm
+
+    def deaf(*operands: Any, out: torch.Tensor | None = None) -> torch.Tensor:
+        y = right(*operands)
+        return y if out is None else out
+
+    monkeypatch.setattr(ops, "rms_norm", deaf)
+    (wrong,) = _doctor.check_case(CASES[0], CPU)
+    assert wrong.startswith("rms_norm in place, 5 x 128 bfloat16: y: ")
+
+
+def test_a_wrong_gradient_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = through_jax.backward
+    monkeypatch.setattr(through_jax, "backward", lambda *a, **o: tuple(2 * gradient for gradient in right(*a, **o)))
+    wrong = _doctor.check_case(CASES[0], CPU)
+    assert [sentence.split(": ")[:2] for sentence in wrong] == [
+        [f"{name}, 5 x 128 bfloat16", gradient]
+        for name in ("rms_norm", "add_rms_norm")
+        for gradient in ("dx", "dweight")
+    ]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_check_that_raises_is_a_wrong_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("JAX has no cuda device here")
+
+    monkeypatch.setattr(ops, "add_rms_norm", fails)
+    assert program.main([]) == 1
+    text = capsys.readouterr().out
+    assert (
+        "WRONG  torch on cpu, through JAX: 5 x 128 bfloat16: NotImplementedError: JAX has no cuda device here\n" in text
+    )
+    assert "Traceback" not in text
+
+
+def test_a_kernel_that_turns_out_not_to_launch_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = iter([("", "direct launch"), ("", "DLPack and JAX, because of this")])
+    monkeypatch.setattr(_doctor, "_ways", lambda device: [of_jax.Line(*next(ways))])
+    monkeypatch.setattr(_selfcheck, "XLA_CASES", CASES[:1])
+    first, right, last = _doctor.self_check(CPU)
+    assert (first.text, right.mark) == ("direct launch", "ok")
+    assert last == ("note", "DLPack and JAX, because of this (found out by the check)", of_jax.REPORT)
+
+
+def test_an_older_torch_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.10.1")
+    _, line = _doctor.version()
+    assert line == ("note", "torch 2.10.1 is older than 2.11, the oldest tested", "pip install 'torch>=2.11'")
+
+
+@pytest.mark.parametrize(("preallocates", "notes"), [(True, 1), (False, 0)])
+def test_memory_that_jax_would_take_is_a_note(
+    *, preallocates: bool, notes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_compat, "cuda_capabilities", lambda: [(9, 0)])
+    lines = list(_doctor.memory(preallocates=preallocates))
+    assert [line.mark for line in lines] == ["note"] * notes
+
+
+def test_the_disk_cache_is_tried_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert list(_doctor.disk()) == []
+    assert list(cache.folder().iterdir()) == []
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (line,) = _doctor.disk()
+    assert line.mark == "note"
+    assert str(cache.folder()) in line.text
+
+
+def test_the_cases_reach_a_warp_one_warpgroup_several_and_a_cluster() -> None:
+    for dtype in _selfcheck.DTYPES:
+        plans = [plan_for(case.n, dtype) for case in _doctor.KERNEL_CASES if case.dtype == dtype]
+        shapes = [(plan.regime.value, plan.warpgroups > 1, plan.cluster > 1) for plan in plans]
+        assert shapes == [("warp", False, False), ("cta", False, False), ("cta", True, False), ("cta", True, True)]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_kind_of_kernel_is_launched_and_right(tmp_path: Path) -> None:
+    if (reason := direct.unavailable(4096, 0)) is not None:
+        pytest.skip(f"needs a direct launch: {reason}")
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "interop")))
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": paths}
+    command = [sys.executable, "-m", "pallas_norm"]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    for case in _doctor.KERNEL_CASES:
+        kind = re.escape(_selfcheck.kind(plan_for(case.n, case.dtype)))
+        pattern = rf"^ok     torch on cuda:0, n = {case.n}, direct launch \({kind}\): bits and .*{case.dtype}"
+        assert re.search(pattern, shown.stdout, re.MULTILINE), shown.stdout
