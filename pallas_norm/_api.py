@@ -1,10 +1,15 @@
 """The public functions: validate, then call what can be differentiated, batched and sharded."""
 
+# pyright: reportPrivateUsage=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+# (It takes _autodiff and _dispatch, from which __init__.py imports, for private names of that file; jax.jit has few
+# types.)
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.core
 import numpy as np
 from jax import lax
 
@@ -51,6 +56,7 @@ def rms_norm(
         overflow of the sum of squares. A row of zeros gives signed zeros for eps > 0 and NaN for eps = 0.
 
     Differentiation: reverse mode, also of second order, under jit, vmap, scan and remat; forward mode raises TypeError.
+        rstd is kept in float32 between the passes, under the name `RSTD` for checkpoint policies.
 
     Raises:
         TypeError: an operand is no array, or of another dtype; eps or weight_offset is traced or no real number.
@@ -77,13 +83,18 @@ def add_rms_norm(
 ) -> Any:
     """s = round(x + residual); y = rms_norm(s): the residual form of every decoder layer, in one kernel.
 
-    Arguments: as for `rms_norm`; `residual` has the shape and dtype of x.
+    Arguments:
+        x: `[..., n]`, bfloat16, float16 or float32.
+        residual: `[..., n]`, of the dtype of x.
+        weight, eps, cast_before_scale, weight_offset, implementation, return_rstd: as for `rms_norm`.
 
     Returns: (y, s), with return_rstd (y, s, rstd). s has the dtype of x and is rounded before it is normalised, so the
         bits are those of `s = x + residual; y = rms_norm(s, weight)`, forward, and backward in bfloat16 and float16. In
         float32 the compiler fuses the last product of the backward pass with the addition of the gradient of s.
 
-    Raises: as `rms_norm`.
+    Raises: as `rms_norm`; TypeError also where residual is None.
+
+    Source: `LlamaDecoderLayer` in Hugging Face's transformers, where the addition and the norm are two steps.
     """
     _validate.given("residual", residual)
     return _norm(x, residual, weight, eps, cast_before_scale, weight_offset, implementation, return_rstd)
@@ -124,7 +135,14 @@ def explain(
 ) -> _dispatch.Explanation:
     """Which path rms_norm(x, implementation=implementation) takes on each platform, and why; str() of it is a sentence.
 
-    x may be an array or a jax.ShapeDtypeStruct. Nothing is computed.
+    Arguments:
+        x: `[..., n]`, bfloat16, float16 or float32: an array or a jax.ShapeDtypeStruct. Nothing is computed.
+        implementation: as for `rms_norm`.
+
+    Raises:
+        TypeError: x is no array, or of another dtype.
+        ValueError: x has no last axis or an empty one, or implementation is none of the names.
+        NotImplementedError: a forced implementation has no kernel for n, or none with this JAX.
     """
     _validate.rows("x", x)
     return _dispatch.explain(x.shape[-1], np.dtype(x.dtype), _validate.implementation(implementation))

@@ -1,14 +1,18 @@
 """Reverse-mode differentiation.
 
 rstd is kept in float32 from the forward pass, whatever the dtype of x, under the checkpoint name RSTD. Forward mode
-raises JAX's own
-TypeError for a custom_vjp: tangents are never silently zero. The second derivative is that of the backward formula,
-by JAX.
+raises JAX's own TypeError for a custom_vjp: tangents are never silently zero. The second derivative is that of the
+backward formula, by JAX.
 """
+
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+# (jax.custom_vjp and jax.vjp have few types.)
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +27,18 @@ Arrays = dict[str, jax.Array]
 RSTD = "pallas_norm_rstd"  # for jax.checkpoint_policies.save_only_these_names
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _custom_vjp(*static: int) -> Callable[[Callable[..., Arrays]], Any]:
+    return functools.partial(jax.custom_vjp, nondiff_argnums=static)
+
+
+@_custom_vjp(1, 2)
 def norm(operands: Arrays, spec: Spec, with_rstd: bool) -> Arrays:  # noqa: FBT001 (custom_vjp knows no keywords)
     """y, with a residual also s, on request rstd, through which no gradient flows."""
     return _transforms.forward(operands, spec, with_rstd=with_rstd)
 
 
 def _norm_forward(operands: Arrays, spec: Spec, with_rstd: bool) -> tuple[Arrays, Arrays]:  # noqa: FBT001
-    results = norm(operands, spec, True)  # noqa: FBT003  through `norm`, so that it can be differentiated again
+    results: Arrays = norm(operands, spec, True)  # noqa: FBT003  through `norm`, so that it can be differentiated again
     saved = {"x": results.get("s", operands["x"]), "rstd": checkpoint_name(results["rstd"], RSTD)}
     if "weight" in operands:
         saved["weight"] = operands["weight"]
@@ -52,7 +60,7 @@ def _norm_backward(spec: Spec, with_rstd: bool, saved: Arrays, cotangents: Array
 norm.defvjp(_norm_forward, _norm_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+@_custom_vjp(1)
 def gradient(operands: Arrays, spec: Spec) -> Arrays:
     """dx, with a weight also dweight in its dtype; of x, rstd, dy, and where given weight and ds."""
     return _transforms.backward(operands, spec)

@@ -6,6 +6,10 @@ gathered first, because every element of y depends on the whole row. dweight is 
 before it is rounded.
 """
 
+# pyright: reportPrivateUsage=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+# (It takes _dispatch, from which __init__.py imports, for a private name of that file; lax.map and lax.psum have few
+# types.)
+
 from __future__ import annotations
 
 import functools

@@ -7,8 +7,11 @@ import numbers
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
+
+from ._spec import Implementation
 
 IMPLEMENTATIONS = (None, "mosaic_gpu", "xla", "interpret")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -16,47 +19,71 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def describe(value: Any) -> str:
     """An array as dtype[shape], anything else by its type."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    if isinstance(getattr(value, "shape", None), tuple) and hasattr(value, "dtype"):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     return type(value).__name__
 
 
+def _shown(value: Any) -> str:
+    """repr(value), or its type where it has none: Python writes no int of 5000 digits."""
+    try:
+        return repr(value)
+    except Exception:
+        return describe(value)
+
+
+def _numpy_dtype(dtype: Any) -> np.dtype[Any] | None:
+    """None for JAX's own extended dtypes, another library's, and what is no dtype at all."""
+    if isinstance(dtype, jax.Array):  # JAX would tell that of the array, with a warning that it will not for long
+        return None
+    try:
+        return np.dtype(dtype)
+    except Exception:  # NumPy parses "f4,(" as Python, and asks an object for its dtype and its repr
+        return None
+
+
 def dtype_name(name: str, dtype: Any) -> str:
     """ "bfloat16", "float16" or "float32"; `name` is what has the dtype."""
-    try:
-        found = np.dtype(dtype).name if dtype is not None else "None"
-    except TypeError:  # JAX's own extended dtypes, another library's, or no dtype at all
-        found = str(dtype)
+    known = None if dtype is None else _numpy_dtype(dtype)  # None would be float64
+    found = _shown(dtype) if known is None else known.name
     if found not in DTYPES:
         raise TypeError(f"{name} is {found}; needed one of {', '.join(DTYPES)}")
     return found
 
 
+def is_int(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.timedelta64))
+
+
 def row_length(n: Any) -> int:
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
-        raise TypeError(f"n is {n!r}; needed an int: the length of a row")
-    return int(n)
+    if not is_int(n):
+        raise TypeError(f"n is {_shown(n)}; needed an int: the length of a row")
+    n = int(n)
+    if n.bit_length() > 64:
+        raise ValueError(f"n is an int of {n.bit_length()} bits; needed the length of a row")
+    return n
 
 
 def _known_dtype(name: str, value: Any) -> None:
-    try:
-        known = np.dtype(value.dtype).name in DTYPES
-    except TypeError:
-        known = False
-    if not known:
+    dtype = _numpy_dtype(value.dtype)
+    # JAX takes arrays of this machine's byte order only.
+    if dtype is None or dtype.name not in DTYPES or not dtype.isnative:
         raise TypeError(f"{name} is {describe(value)}; needed one of {', '.join(DTYPES)}: cast it with astype first")
 
 
 def rows(name: str, value: Any) -> None:
     """For arrays and jax.ShapeDtypeStruct alike."""
-    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+    if not isinstance(getattr(value, "shape", None), tuple) or not hasattr(value, "dtype"):
         raise TypeError(f"{name} is a {type(value).__name__}; needed an array or a jax.ShapeDtypeStruct")
     _known_dtype(name, value)
     if len(value.shape) == 0:
         raise ValueError(
             f"{name} is {describe(value)}; needed at least one axis, the row to normalise: pass {name}[None]"
         )
-    if value.shape[-1] == 0:
+    n = value.shape[-1]
+    if not is_int(n):  # a symbolic dimension of jax.export, say
+        raise TypeError(f"{name} is {describe(value)}; needed an int as its last axis: a kernel is compiled for it")
+    if n < 1:
         raise ValueError(
             f"{name} is {describe(value)}: the last axis is empty, and a mean over no elements is not defined; "
             "drop the call, or pass a longer last axis"
@@ -69,6 +96,8 @@ def _array(name: str, value: Any) -> jax.Array:
             f"{name} is a {type(value).__name__}; needed a JAX or NumPy array: wrap it with jnp.asarray "
             "(a torch tensor: use pallas_norm_torch)"
         )
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; needed a plain one: pass {name}.filled(0), say")
     _known_dtype(name, value)
     return jnp.asarray(value)
 
@@ -114,7 +143,8 @@ def number(name: str, value: Any) -> float:
     _not_traced(name, value, "a Python float")
     if getattr(value, "ndim", 0):
         raise TypeError(f"{name} is {describe(value)}; needed one Python float")
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, np.floating, np.integer)):
+    # To NumPy a timedelta64 is an integer, and NaT has no float.
+    if isinstance(value, (bool, np.timedelta64)) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {describe(value)}; needed a Python float: pass float({name})")
     try:
         value = float(value)
@@ -134,7 +164,7 @@ def eps(value: Any) -> float:
 
 def flag(name: str, value: Any) -> bool:
     _not_traced(name, value, "True or False")
-    if not isinstance(value, (bool, np.bool_)):
+    if type(value) not in (bool, np.bool_):
         raise TypeError(f"{name} is {describe(value)}; needed True or False")
     return bool(value)
 
@@ -146,10 +176,10 @@ def weight_offset(value: Any, weight: Any) -> float:
     return value
 
 
-def implementation(value: Any) -> str | None:
+def implementation(value: Any) -> Implementation | None:
     if not (value is None or isinstance(value, str)) or value not in IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation is {value!r}; needed None (the kernel where it runs, XLA elsewhere), "
+            f"implementation is {_shown(value)}; needed None (the kernel where it runs, XLA elsewhere), "
             '"mosaic_gpu", "xla" or "interpret"'
         )
     return value

@@ -1,5 +1,9 @@
 """RMSNorm for arrays of any framework that speaks DLPack: NumPy, CuPy, tvm-ffi, PyTorch, JAX."""
 
+# pyright: reportPrivateUsage=false, reportUnknownVariableType=false
+# (It takes _api, from which __init__.py imports, for a private name of that file; what isinstance says is a NumPy array
+# has elements of an unknown type.)
+
 from __future__ import annotations
 
 import sys
@@ -21,7 +25,7 @@ def rms_norm(
     cast_before_scale: bool = True,
     weight_offset: float = 0.0,
 ) -> Any:
-    """`pallas_norm.rms_norm` of arrays of any kind; returns an array of the kind of x.
+    """y = weight * round(x / sqrt(mean(x^2) + eps)): `pallas_norm.rms_norm` of arrays of any kind, y of the kind of x.
 
     Arguments:
         x: `[..., n]`, bfloat16, float16 or float32: anything with `__dlpack__`, on a CPU or a CUDA device.
@@ -36,7 +40,11 @@ def rms_norm(
     Memory: x is read where it lies, unless JAX has to copy it: a CPU array that does not begin at a multiple of 64
         bytes. A torch tensor goes to `pallas_norm_torch.rms_norm`, which must be installed with torch.
 
-    Raises: as `pallas_norm.rms_norm`; TypeError also for an object without `__dlpack__`.
+    Raises: as `pallas_norm.rms_norm`; TypeError also for an object without `__dlpack__`; ValueError or TypeError for
+        one that JAX cannot take by DLPack: with gaps between its elements, read-only, or on a device that JAX does not
+        see.
+
+    Source: `pallas_norm.rms_norm`; the exchange is DLPack's, by the Python array API standard.
     """
     options: dict[str, Any] = {"eps": eps, "cast_before_scale": cast_before_scale, "weight_offset": weight_offset}
     if _package(x) == "torch":
@@ -45,7 +53,7 @@ def rms_norm(
         if weight is not None and _package(weight) != "torch":
             weight = pallas_norm_torch.to_torch(jnp.asarray(_to_jax("weight", weight)))
         return pallas_norm_torch.rms_norm(x, weight, **options)
-    arrays = [_to_jax(name, value) for name, value in (("x", x), ("weight", weight)) if value is not None]
+    arrays = _to_jax("x", x), None if weight is None else _to_jax("weight", weight)
     y = _api.rms_norm(*arrays, **options)
     if isinstance(x, np.ndarray):
         return np.array(y)  # its own memory, which may be written to
@@ -80,7 +88,14 @@ def _to_jax(name: str, value: Any) -> Any:
         raise TypeError(
             f"{name} is a {type(value).__name__} of {value.dtype}; needed bfloat16, float16 or float32: cast it first"
         )
-    return jnp.from_dlpack(value)
+    try:
+        return jnp.from_dlpack(value)
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"{name} is a {type(value).__name__} that JAX cannot take by DLPack ({error}); needed a writable array "
+            "without gaps, on a device of JAX's: pass a contiguous copy"
+        ) from error
 
 
 def _converter(value: Any) -> Callable[[Any], Any] | None:

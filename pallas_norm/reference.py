@@ -5,6 +5,8 @@
     y    = unit * (weight + weight_offset) one more rounding, to promote_types(x, weight)
 
 Every kernel computes these statements in this order. These functions are also the path that runs where no kernel does.
+They check nothing: the public functions have. Operands are bfloat16, float16 or float32, rstd is float32.
+
 Source: `LlamaRMSNorm.forward` in Hugging Face transformers; Zhang and Sennrich, "Root Mean Square Layer
 Normalization", 2019.
 """
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 F32 = jnp.float32
 
 
-def round_to(wide: Float[Array, ...], dtype: DTypeLike) -> Float[Array, ...]:
+def round_to(wide: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
     """`wide` (float32) rounded to nearest even in `dtype`: a rounding that XLA does not remove.
 
     XLA drops a round trip from float32 to a 16-bit dtype and back where its fusion allows it, so both roundings are
@@ -62,7 +64,7 @@ def forward(
     cast_before_scale: bool = True,
     weight_offset: float = 0.0,
 ) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch"]]:
-    """(y, rstd) of each row of x."""
+    """(y, rstd) of each row of x: y in the dtype of result_dtype, rstd in float32."""
     wide = x.astype(F32)
     rstd = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + F32(eps))
     unit = wide * rstd
@@ -93,6 +95,7 @@ def input_gradient(
         dx = round_to(rstd * (g - unit * mean(g * unit)), x.dtype)      with unit = x * rstd, not rounded
 
     In the residual form `x` is s, and `ds` the gradient that reaches s from elsewhere: dx = round_to(dx + ds, x.dtype).
+    `dy` has the dtype of y, `ds` and dx that of x.
     """
     unit = x.astype(F32) * rstd[..., None]
     g = dy.astype(F32) if weight is None else dy.astype(F32) * scale(weight, weight_offset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax import export
 
 from pallas_norm import add_rms_norm, explain, plan_for, rms_norm
 
@@ -22,6 +24,11 @@ class Tensor:
 
     shape = (8, 128)
     dtype = "torch.bfloat16"
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
 
 
 class Bad(NamedTuple):
@@ -100,6 +107,9 @@ BAD = (
     Bad("x bool", lambda: rms_norm(X > 0), TypeError, wrong_dtype("x is bool[8,128]")),
     Bad("x float8", lambda: rms_norm(jnp.asarray(X, "float8_e5m2")), TypeError, wrong_dtype("x is float8_e5m2[8,128]")),
     Bad("x objects", lambda: rms_norm(np.array([None, None])), TypeError, wrong_dtype("x is object[2]")),
+    # JAX's own error named a "stage", not x: it takes no foreign byte order
+    Bad("x big-endian", lambda: rms_norm(X.astype(">f4")), TypeError, wrong_dtype("x is >f4[8,128]")),
+    Bad("x masked", lambda: rms_norm(np.ma.array(X)), TypeError, "x is a masked array; needed a plain one: pass x.filled(0), say"),  # noqa: E501
     Bad("x a list", lambda: rms_norm([1.0, 2.0]), TypeError, no_array("x is a list")),
     Bad("x None", lambda: rms_norm(None), TypeError, no_array("x is a NoneType")),
     Bad("x of another library", lambda: rms_norm(Tensor()), TypeError, no_array("x is a Tensor")),
@@ -128,10 +138,21 @@ BAD = (
     Bad("eps a JAX scalar", lambda: rms_norm(X, eps=jnp.float32(1)), TypeError, no_float("eps", "float32[]")),
     Bad("eps an array", lambda: rms_norm(X, eps=np.ones(3, np.float32)), TypeError, "eps is float32[3]; needed one Python float"),  # noqa: E501
     Bad("eps beyond float64", lambda: rms_norm(X, eps=10**400), ValueError, "eps is inf; needed a finite float32 number"),  # noqa: E501
+    # to NumPy a timedelta64 is an integer: it was an eps of 3, and NaT ended in float()'s own error
+    Bad("eps a time", lambda: rms_norm(X, eps=np.timedelta64(3, "s")), TypeError, no_float("eps", "timedelta64[s][]")),
+    Bad("eps with a shape that is none", lambda: rms_norm(X, eps=SimpleNamespace(shape=None, dtype=None)), TypeError, no_float("eps", "SimpleNamespace")),  # noqa: E501
+    # Python writes no int of 5000 digits: the message itself raised
+    Bad("n too long to print", lambda: plan_for(10**5000, "float32"), ValueError, "n is an int of 16610 bits; needed the length of a row"),  # noqa: E501
+    Bad("implementation without a repr", lambda: rms_norm(X, implementation=Unprintable()), ValueError, unknown("Unprintable")),  # noqa: E501
+    # NumPy parses it as Python, which was a SyntaxError
+    Bad("a plan for half a dtype", lambda: plan_for(64, "f4,("), TypeError, "dtype is 'f4,('; needed one of bfloat16, float16, float32"),  # noqa: E501
+    Bad("a plan for the dtype of an array", lambda: plan_for(64, jnp.ones(1)), TypeError, "dtype is Array([1.], dtype=float32); needed one of bfloat16, float16, float32"),  # noqa: E501
     Bad("n a float", lambda: plan_for(64.0, "float32"), TypeError, "n is 64.0; needed an int: the length of a row"),
     Bad("n a flag", lambda: plan_for(True, "float32"), TypeError, "n is True; needed an int: the length of a row"),  # noqa: FBT003
     Bad("a plan for integers", lambda: plan_for(64, "int32"), TypeError, "dtype is int32; needed one of bfloat16, float16, float32"),  # noqa: E501
     Bad("a plan for no dtype", lambda: plan_for(64, None), TypeError, "dtype is None; needed one of bfloat16, float16, float32"),  # noqa: E501
+    Bad("explain a shape that is none", lambda: explain(SimpleNamespace(shape=3, dtype=np.float32)), TypeError, "x is a SimpleNamespace; needed an array or a jax.ShapeDtypeStruct"),  # noqa: E501
+    Bad("explain a symbolic n", lambda: explain(jax.ShapeDtypeStruct(export.symbolic_shape("8, n"), jnp.float32)), TypeError, "x is float32[8,n]; needed an int as its last axis: a kernel is compiled for it"),  # noqa: E501
     Bad("explain nothing", lambda: explain(None), TypeError, "x is a NoneType; needed an array or a jax.ShapeDtypeStruct"),  # noqa: E501
     Bad("a weight of rank 0", lambda: rms_norm(X, W[0]), TypeError, no_array("weight is a bfloat16")),
     Bad("eps traced", lambda: jax.jit(lambda eps: rms_norm(X, eps=eps))(1e-6), TypeError, traced("eps")),

@@ -110,6 +110,38 @@ def test_a_kind_that_cannot_take_the_result_gets_a_jax_array(error: type[Excepti
     oracle.assert_same(np.asarray(y), expected(x, weight))
 
 
+def test_an_absent_x_is_not_replaced_by_the_weight() -> None:
+    """None was left out of the operands before they were passed by position, so the weight came back normalised."""
+    missing = "x is a NoneType, which has no __dlpack__; needed an array that speaks DLPack"
+    with pytest.raises(TypeError, match=f"^{missing}"):
+        dlpack.rms_norm(None, np.ones(8, np.float32))
+
+
+class Refusing(Foreign):
+    """As NumPy where an array is read-only, or XLA where it has gaps."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __dlpack__(self, **options: Any) -> Any:
+        raise self.error
+
+    def __dlpack_device__(self) -> Any:
+        return 1, 0
+
+
+@pytest.mark.parametrize("name", ["x", "weight"])
+@pytest.mark.parametrize("error", [BufferError, RuntimeError, AttributeError, ValueError, TypeError])
+def test_what_jax_cannot_take_is_refused_by_name(name: str, error: type[Exception]) -> None:
+    """The exporter's error came through as it was, a BufferError among them, and named neither operand."""
+    x, weight = operands(F32)
+    given = {"x": x, "weight": weight, name: Refusing(error("no"))}
+    message = rf"^{name} is a Refusing that JAX cannot take by DLPack \(no\); .* pass a contiguous copy$"
+    with pytest.raises(TypeError if error is TypeError else ValueError, match=message) as caught:
+        dlpack.rms_norm(**given)
+    assert isinstance(caught.value.__cause__, error)
+
+
 def test_what_is_refused() -> None:
     x, weight = operands(F32)
     missing = (

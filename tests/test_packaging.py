@@ -55,6 +55,11 @@ def test_the_changelog_begins_with_this_version() -> None:
     assert pallas_norm.__version__ in versions[:2]  # the first may be Unreleased
 
 
+def test_the_tools_are_pinned() -> None:
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    assert [tool for name in ("lint", "docs") for tool in groups[name] if "==" not in tool] == []
+
+
 def test_the_core_depends_on_neither_torch_nor_transformers() -> None:
     names = {re.split(r"[^A-Za-z0-9_-]", requirement)[0] for requirement in project()["dependencies"]}
     assert names == {"absl-py", "jax", "jaxlib", "ml_dtypes", "numpy"}

@@ -15,6 +15,15 @@ def explain(n: int, dtype: torch.dtype, device: torch.device | str = "cuda") -> 
 
     Three ways, the same rounding on each: the kernel launched directly on torch's stream, the kernel inside a jitted
     JAX function through DLPack, and XLA's own code for the reference through DLPack.
+
+    Arguments:
+        n: the length of the last axis.
+        dtype: that of x: torch.bfloat16, torch.float16 or torch.float32.
+        device: that of x; "cuda" is the current one.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: n is 0.
     """
     device = torch.device(device)
     by_jax = pallas_norm.explain(jax.ShapeDtypeStruct((1, n), _validate.dtype_name(dtype)))

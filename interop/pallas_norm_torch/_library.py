@@ -1,7 +1,9 @@
 """The operators pallas_norm::rms_norm, add_rms_norm and rms_norm_backward: what torch.compile, torch.export, functorch
 and autograd see."""
 
-# pyright: basic, reportAttributeAccessIssue=false, reportReturnType=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportIncompatibleMethodOverride=false
+# pyright: reportReturnType=false, reportUntypedFunctionDecorator=false
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
 # (torch.library's decorators and autograd.Function's contexts have no types)
 
 from __future__ import annotations

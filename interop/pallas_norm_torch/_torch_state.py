@@ -1,6 +1,7 @@
 """What torch is doing at the moment, which only its private functions tell."""
 
-# pyright: basic, reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from pallas_norm import _validate as _numbers  # pyright: ignore[reportPrivateUs
 
 from . import _torch_state
 from ._overlap import may_overlap, overlaps_itself
+from .rows import ALIGNMENT
 
 Tensor = torch.Tensor
 DTYPES = tuple(getattr(torch, name) for name in _numbers.DTYPES)
@@ -36,6 +37,8 @@ def _tensor(name: str, value: Any) -> Tensor:
             f"{name} is a {type(value).__name__}; needed a torch.Tensor: wrap it with torch.as_tensor "
             "(a JAX or NumPy array: use pallas_norm.rms_norm)"
         )
+    if torch.nn.parameter.is_lazy(value):
+        raise TypeError(f"{name} is not initialised yet; needed its elements: run the module it belongs to once before")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} has the layout {value.layout}; needed torch.strided: pass {name}.to_dense()")
     if value.is_nested:
@@ -45,6 +48,8 @@ def _tensor(name: str, value: Any) -> Tensor:
             f"{name} is negated lazily, so its memory holds other values; needed them themselves: "
             f"pass {name}.resolve_neg()"
         )
+    if value._is_zerotensor():  # autograd's zeros, of which there is no memory
+        raise TypeError(f"{name} is a zero tensor without memory; needed one with: pass torch.zeros_like({name})")
     if value.is_quantized:
         raise TypeError(f"{name} is quantized ({value.dtype}); needed a plain tensor: pass {name}.dequantize()")
     if value.dtype not in DTYPES:
@@ -94,6 +99,20 @@ def _not_a_tensor(name: str, value: Any) -> Any:
     return value
 
 
+def hidden_size(value: Any) -> int:
+    if not _numbers.is_int(value):
+        raise TypeError(f"hidden_size is a {type(value).__name__}; needed an int: the length of the last axis")
+    if not 1 <= (size := int(value)) < 2**63:
+        raise ValueError(f"hidden_size is {'below 1' if size < 1 else 'beyond int64'}; needed the length of a row")
+    return size
+
+
+def parameter_dtype(value: Any) -> None:
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        shown = dtype_name(value) if isinstance(value, torch.dtype) else f"a {type(value).__name__}"
+        raise TypeError(f"dtype is {shown}; needed torch.bfloat16, torch.float16 or torch.float32")
+
+
 def eps(value: Any) -> float:
     return _numbers.eps(_not_a_tensor("eps", value))
 
@@ -106,10 +125,25 @@ def weight_offset(value: Any, weight: Any) -> float:
     return _numbers.weight_offset(_not_a_tensor("weight_offset", value), weight)
 
 
+def _out_kind(value: Tensor) -> None:
+    if torch.nn.parameter.is_lazy(value):
+        raise TypeError("out is not initialised yet; needed memory to write to: make it with torch.empty_like(x)")
+    if value.is_nested or value.is_neg() or value._is_zerotensor():
+        kind = "nested" if value.is_nested else "negated lazily" if value.is_neg() else "a zero tensor without memory"
+        raise TypeError(f"out is {kind}; needed plain memory to write to: make it with torch.empty_like(x)")
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            "out was made in torch.inference_mode, and torch allows no writing to it outside; "
+            "pass out.clone(), or call inside torch.inference_mode"
+        )
+
+
 def out_form(value: Any, x: Tensor, dtype: torch.dtype, *, differentiates: bool) -> None:
     """Everything about `out` but where it lies."""
     if not isinstance(value, Tensor):
         raise TypeError(f"out is a {type(value).__name__}; needed a torch.Tensor or None")
+    if not torch.compiler.is_compiling():
+        _out_kind(value)
     if value.layout is not torch.strided:
         raise TypeError(f"out has the layout {value.layout}; needed torch.strided")
     if value.device != x.device:

@@ -41,7 +41,8 @@ def load(key: str) -> bytes | None:
     try:
         if not path.is_absolute() or not _trusted(os.stat(path.parent)):  # not absolute: a user without a home
             return None
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+        # O_NONBLOCK: to open a pipe is to wait for its writer.
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not (stat.S_ISREG(status.st_mode) and _trusted(status)):
                 return None

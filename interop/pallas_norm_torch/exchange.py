@@ -1,6 +1,7 @@
 """Tensors and arrays that share their memory, through DLPack, and JAX functions called on tensors."""
 
-# pyright: basic, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportCallIssue=false, reportUnknownLambdaType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
 # (jax.tree and jax.jit have no complete types)
 
 from __future__ import annotations
@@ -20,8 +21,34 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # pyright: ignore[reportP
 from pallas_norm import _compat
 
 from . import _torch_state
-from ._validate import form
+from ._validate import dtype_name, form
 
+# What torch, JAX and DLPack call by the same name. DLPack knows others, which it refuses to the one or the other, or
+# hands over as something else: torch's int4 as int8, JAX's int1 as bool.
+DTYPES = frozenset(
+    [
+        "bool",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "float16",
+        "bfloat16",
+        "float32",
+        "float64",
+        "complex64",
+        "complex128",
+        "float8_e4m3fn",
+        "float8_e4m3fnuz",
+        "float8_e5m2",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+    ]
+)
 # What JAX narrows without a word unless jax_enable_x64 is set.
 NARROWED = {
     torch.float64: "float32",
@@ -42,6 +69,10 @@ def _check(tensor: Any) -> None:
         )
     if tensor.layout is not torch.strided:
         raise TypeError(f"tensor has the layout {tensor.layout}; needed torch.strided: pass tensor.to_dense()")
+    if tensor.is_nested:
+        raise TypeError("tensor is nested; needed a plain one: pass tensor.to_padded_tensor(0.0)")
+    if tensor._is_zerotensor():  # autograd's zeros: JAX would read at the address 0
+        raise TypeError("tensor is a zero tensor without memory; needed one with: pass torch.zeros_like(tensor)")
     if tensor.is_quantized:
         raise TypeError(f"tensor is quantized ({tensor.dtype}); needed a plain tensor: pass tensor.dequantize()")
     if tensor.device.type not in ALIGNMENT:
@@ -54,6 +85,8 @@ def _check(tensor: Any) -> None:
             f"tensor is {form(tensor)} and conjugated or negated lazily, so its memory holds other values; "
             "needed the values themselves: pass tensor.resolve_conj().resolve_neg()"
         )
+    if dtype_name(tensor.dtype) not in DTYPES:
+        raise TypeError(f"tensor is {form(tensor)}; needed a dtype that JAX has too: view it as one, or cast it")
     x64 = jax.config.jax_enable_x64  # pyright: ignore (jax.config gets its attributes at run time)
     if tensor.dtype in NARROWED and not x64:
         raise TypeError(
@@ -95,8 +128,11 @@ def to_jax(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
         until what JAX makes of it has been computed or exported; `call_jax` does that for a whole call.
 
     Raises:
-        TypeError: not a plain, dense tensor, or of a dtype that JAX would narrow.
+        TypeError: not a plain, dense tensor, or of a dtype that JAX does not have or would narrow.
         ValueError: on another device than a CPU or a CUDA device, requires grad, or cannot be shared without a copy.
+        NotImplementedError: JAX does not see the tensor's device.
+
+    Source: the exchange is DLPack's, by the Python array API standard.
     """
     _check(tensor)
     if copy:
@@ -145,12 +181,18 @@ def _wait_for_torch(address: int) -> None:
 def to_torch(array: jax.Array) -> torch.Tensor:
     """The same elements as a torch tensor on the same device, in the same memory.
 
-    Do not write to the tensor: JAX takes its arrays to be constant. On a GPU, torch's current stream waits, on the
-    device, for what JAX has queued.
+    Arguments:
+        array: of any shape and dtype that torch has too, on one CPU or CUDA device.
+
+    Memory: do not write to the tensor: JAX takes its arrays to be constant.
+
+    Streams: on a GPU, torch's current stream waits, on the device, for what JAX has queued.
 
     Raises:
-        TypeError: not a jax.Array, or one that is being traced.
+        TypeError: not a jax.Array, one that is being traced, or of a dtype that torch does not have.
         ValueError: lies on several devices.
+
+    Source: the exchange is DLPack's, by the Python array API standard.
     """
     if isinstance(array, jax.core.Tracer):
         raise TypeError(
@@ -159,6 +201,7 @@ def to_torch(array: jax.Array) -> torch.Tensor:
         )
     if not isinstance(array, jax.Array):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"array is a {type(array).__name__}; needed a jax.Array: wrap it with jnp.asarray")
+    _check_dtype(array)
     if len(devices := array.devices()) != 1:
         raise ValueError(
             f"array lies on {len(devices)} devices; needed one: gather it with jax.device_put(array, jax.devices()[0])"
@@ -168,6 +211,12 @@ def to_torch(array: jax.Array) -> torch.Tensor:
         return torch.from_dlpack(array)
     with torch.cuda.device(device.local_hardware_id):
         return torch.from_dlpack(array)
+
+
+def _check_dtype(array: jax.Array) -> jax.Array:
+    if str(array.dtype) not in DTYPES:  # a key has a dtype of JAX's own
+        raise TypeError(f"array is {array.aval.str_short()}; needed a dtype that torch has too: cast it with astype")
+    return array
 
 
 def call_jax(function: Callable[..., Any], *operands: Any) -> Any:
@@ -200,7 +249,7 @@ def call_jax(function: Callable[..., Any], *operands: Any) -> Any:
         results = function(*jax.tree.unflatten(tree, leaves))
         if kept and kept[0].is_cuda and _is_current(kept[0].device):
             stream = torch.cuda.current_stream().cuda_stream or 1  # DLPack's number for the default stream
-            return _each_array(results, lambda array: from_dlpack(array.__dlpack__(stream=stream)))
+            return _each_array(results, lambda array: from_dlpack(_check_dtype(array).__dlpack__(stream=stream)))
         jax.block_until_ready(results)
         return _each_array(results, to_torch)
     except BaseException:

@@ -39,6 +39,8 @@ def _forward_of(owner: type[Any]) -> Forward:
 
 
 class RMSNorm(nn.Module):
+    """y of `hidden_states`, `[..., n]`, with the rounding of the class that this is bound to."""
+
     can_torch_compile = True
     has_backward = True
 
@@ -47,6 +49,8 @@ class RMSNorm(nn.Module):
 
 
 class RMSNormZeroCentered(nn.Module):
+    """y of `x`, `[..., n]`, with the rounding of the class that this is bound to."""
+
     can_torch_compile = True
     has_backward = True
 
@@ -55,6 +59,8 @@ class RMSNormZeroCentered(nn.Module):
 
 
 class RMSNormGated(nn.Module):
+    """y of `hidden_states` and `gate`, `[..., n]`, with the rounding of the class that this is bound to."""
+
     can_torch_compile = True
     has_backward = True
 

@@ -33,10 +33,15 @@ class Report:
     """What `patch` or `unpatch` did, as numbers of modules by class. str() gives it in words."""
 
     replaced: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    """Norms that compute with `rms_norm` now."""
     fused: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    """Decoder layers that compute with `add_rms_norm` now."""
     restored: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    """Modules that have their own class back."""
     already: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    """Norms that an earlier call had replaced."""
     left: tuple[Left, ...] = ()
+    """Modules that look like an RMSNorm and stayed as they are: each with its name, class_name and reason."""
 
     def __str__(self) -> str:
         parts = [("replaced", self.replaced), ("fused", self.fused), ("restored", self.restored)]

@@ -11,7 +11,10 @@ Tensor = torch.Tensor
 
 
 class RMSNorm(torch.nn.Module):
-    """`rms_norm` with a weight of its own: Hugging Face's rounding, and the parameter's name, as in LlamaRMSNorm.
+    """y = weight * round(x / sqrt(mean(x^2) + eps)): `rms_norm` with a weight of its own, named as in LlamaRMSNorm.
+
+    Called with x, `[..., n]` in bfloat16, float16 or float32, it returns y, `[..., n]` of dtype
+    promote_types(x, weight).
 
     Arguments:
         hidden_size: n, the length of the last axis.
@@ -19,7 +22,10 @@ class RMSNorm(torch.nn.Module):
         with_weight: False leaves the weight out (`weight` is then None).
         device, dtype: of the weight, which starts as ones, or with a weight_offset as ones less that offset.
 
-    Raises: ValueError for a weight_offset without a weight; at the call, ValueError and TypeError as `rms_norm`.
+    Raises: TypeError for a hidden_size that is no int, or a dtype whose tensors have no gradients; ValueError for a
+        hidden_size below 1, or a weight_offset without a weight; at the call, what `rms_norm` raises.
+
+    Source: `LlamaRMSNorm` in Hugging Face's transformers.
     """
 
     weight: torch.nn.Parameter | None
@@ -36,7 +42,10 @@ class RMSNorm(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        hidden_size = _validate.hidden_size(hidden_size)
         _validate.weight_offset(weight_offset, True if with_weight else None)
+        if dtype is not None:
+            _validate.parameter_dtype(dtype)
         self.hidden_size, self.eps = hidden_size, eps
         self.cast_before_scale, self.weight_offset = cast_before_scale, weight_offset
         if with_weight:
@@ -51,6 +60,7 @@ class RMSNorm(torch.nn.Module):
             torch.nn.init.constant_(self.weight, 1.0 - self.weight_offset)
 
     def forward(self, x: Tensor) -> Tensor:
+        """y of x, as `rms_norm`."""
         return rms_norm(
             x,
             self.weight,
@@ -60,6 +70,7 @@ class RMSNorm(torch.nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """What print(module) shows between the brackets."""
         options = [f"{self.hidden_size}", f"eps={self.eps}"]
         if not self.cast_before_scale:
             options.append("cast_before_scale=False")

@@ -1,15 +1,17 @@
 """The public functions for torch: a short way for plain tensors, the registered operators for everything else."""
 
-# pyright: basic, reportOptionalMemberAccess=false
-# (type(weight) in TENSORS tells no checker that it is not None)
+# pyright: reportOptionalMemberAccess=false, reportPrivateUsage=false, reportUnknownVariableType=false
+# (type(weight) in TENSORS tells no checker that it is not None; operators of torch.ops have no types)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
+from pallas_norm._plan import Source
 from pallas_norm._spec import Spec
 from pallas_norm._strided import COUNT
 
@@ -87,18 +89,22 @@ def rms_norm(
         return y if out is None else out.copy_(y)
     # The short way, for a call like one that was checked before. The allocation and the launch take 5 us, so this is
     # flat, looks nothing up twice, and leaves whatever is unusual to what follows.
-    if (
-        type(x) in TENSORS
-        and type(weight) in TENSORS
-        and type(eps) is type(weight_offset) is float
-        and type(cast_before_scale) is bool
-        and not _dispatch_modes()
-        and _transformation() is None
-        and _tracing() is None
-        and forward_ad._current_level < 0
-        and x.is_contiguous()
-        and weight.is_contiguous()
-    ):
+    try:
+        usual = (
+            type(x) in TENSORS
+            and type(weight) in TENSORS
+            and type(eps) is type(weight_offset) is float
+            and type(cast_before_scale) is bool
+            and not _dispatch_modes()
+            and _transformation() is None
+            and _tracing() is None
+            and forward_ad._current_level < 0
+            and x.is_contiguous()
+            and weight.is_contiguous()
+        )
+    except RuntimeError:  # a compressed sparse tensor has no is_contiguous
+        usual = False
+    if usual:
         n, device = weight.numel(), x.get_device()
         found = _ready.get((x.dtype, n, weight.dtype, eps, cast_before_scale, weight_offset, device, False))
         if (
@@ -118,7 +124,8 @@ def rms_norm(
                 y = out
             else:
                 y = None
-            if y is not None and rows and not (x_at | weight_at) % ALIGNMENT:
+            # An address is 0 for autograd's zero tensors, which have no memory.
+            if y is not None and rows and x_at and weight_at and not (x_at | weight_at) % ALIGNMENT:
                 if not hasattr(_threads, "ready"):
                     launch.current_context()
                 blocks = rows // block * COUNT
@@ -154,13 +161,18 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """s = round(x + residual); y = rms_norm(s): the residual form of every decoder layer, in one kernel.
 
-    Arguments: as for `rms_norm`; `residual` has the shape, dtype and device of x.
+    Arguments:
+        x: `[..., n]`, bfloat16, float16 or float32, on a CPU or a CUDA device.
+        residual: `[..., n]`, of the dtype and device of x.
+        weight, eps, cast_before_scale, weight_offset: as for `rms_norm`.
 
     Returns: (y, s). s has the dtype of x and is rounded before it is normalised, so the bits are those of
         `s = x + residual; y = rms_norm(s, weight)`; in float32 the compiler fuses the last product of the backward pass
         with the addition of the gradient of s.
 
     Raises: as `rms_norm`.
+
+    Source: `LlamaDecoderLayer` in Hugging Face's transformers, where the addition and the norm are two steps.
     """
     if torch.compiler.is_compiling():
         _validate.flag("cast_before_scale", cast_before_scale)
@@ -234,8 +246,12 @@ def _operator(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: S
 def _short_add(x: Any, residual: Any, weight: Any, eps: Any, cast_before_scale: Any, weight_offset: Any) -> Any:
     """(y, s) of a call like one that was checked before, as in rms_norm; None where more must be looked at."""
     operands = x, residual, weight
+    try:
+        contiguous = all(type(tensor) in TENSORS and tensor.is_contiguous() for tensor in operands)
+    except RuntimeError:  # a compressed sparse tensor has no is_contiguous
+        contiguous = False
     if (
-        any(type(tensor) not in TENSORS or not tensor.is_contiguous() for tensor in operands)
+        not contiguous
         or not (type(eps) is type(weight_offset) is float and type(cast_before_scale) is bool)
         or _dispatch_modes()
         or _transformation() is not None
@@ -259,7 +275,7 @@ def _short_add(x: Any, residual: Any, weight: Any, eps: Any, cast_before_scale: 
         return None
     (run, pack), y_dtype, block, _ = found
     at, rows = [tensor.data_ptr() for tensor in operands], x.numel() // n
-    if (at[0] | at[1] | at[2]) % ALIGNMENT or not rows:
+    if (at[0] | at[1] | at[2]) % ALIGNMENT or not rows or not all(at):
         return None
     launch.current_context()
     y, s = _empty_like(x) if y_dtype is None else _empty_like(x, dtype=y_dtype), _empty_like(x)
@@ -281,4 +297,12 @@ def _remember(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: S
     dtype = direct.result_dtype(x, weight)
     plan, y_dtype = program.plan, None if dtype == x.dtype else dtype
     assert plan is not None
-    _ready[key] = launch.kernel(program, device), y_dtype, plan.block, not plan.rereads
+    run, pack = launch.kernel(program, device)
+    if plan.programs is not None:
+        pack = _clamped(pack, program.inputs.index("programs"), plan.programs * COUNT)
+    _ready[key] = (run, pack), y_dtype, plan.block, plan.source is not Source.MEMORY
+
+
+def _clamped(pack: Callable[..., bytes], index: int, most: int) -> Callable[..., bytes]:
+    """`pack` for a persistent grid, which has no more programs than `most`."""
+    return lambda *values: pack(*values[:index], min(values[index], most), *values[index + 1 :])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -12,8 +13,15 @@ Tensor = torch.Tensor
 
 
 def is_supported_rmsnorm_hf_hidden_size(hidden_size: Any) -> bool:
-    """Whether `rmsnorm_hf` takes rows of this length: every positive one (SGLang's own: multiples of 512)."""
-    return not isinstance(hidden_size, bool) and hasattr(hidden_size, "__index__") and hidden_size > 0
+    """Whether `rmsnorm_hf` takes rows of this length: every positive int (SGLang's own: multiples of 512). Raises
+    nothing.
+
+    Source: sglang.jit_kernel.rmsnorm_hf.
+    """
+    try:
+        return not isinstance(hidden_size, bool) and operator.index(hidden_size) > 0
+    except TypeError:  # no int, or an array: of several, > would be as many answers
+        return False
 
 
 def rmsnorm_hf(input: Tensor, weight: Tensor, eps: float = 1e-6, out: Tensor | None = None) -> Tensor:

@@ -21,9 +21,7 @@ Tensor = torch.Tensor
 
 @functools.cache
 def _forward(spec: Spec, *, with_rstd: bool) -> Callable[..., Any]:
-    return jax.jit(  # pyright: ignore[reportUnknownMemberType]
-        functools.partial(_autodiff.norm, spec=spec, with_rstd=with_rstd)
-    )
+    return jax.jit(functools.partial(_autodiff.norm, spec=spec, with_rstd=with_rstd))
 
 
 @functools.cache
@@ -32,7 +30,7 @@ def _backward(spec: Spec, *, with_dweight: bool) -> Callable[..., Any]:
         found: Any = _autodiff.gradient(operands, spec)
         return found if with_dweight else {"dx": found["dx"]}  # what is not asked for, XLA does not compute
 
-    return jax.jit(gradients)  # pyright: ignore[reportUnknownMemberType]
+    return jax.jit(gradients)
 
 
 def _call(function: Callable[..., Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

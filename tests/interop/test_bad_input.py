@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from pallas_norm_torch import RMSNorm, _library, add_rms_norm, call_jax, explain, rms_norm, rmsnorm_hf, to_jax
+from pallas_norm_torch import RMSNorm, _library, add_rms_norm, call_jax, explain, rms_norm, rmsnorm_hf, to_jax, to_torch
 from tests.interop.cases import bits
 
 X = torch.arange(8 * 64).reshape(8, 64).to(torch.bfloat16)
@@ -45,6 +47,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "x is quantized": (lambda: rms_norm(torch.quantize_per_tensor(torch.zeros(4, 64), 0.1, 0, torch.qint8)), TypeError, "x is quantized (torch.qint8); needed a plain tensor: pass x.dequantize()"),
     "x is nested": (lambda: rms_norm(torch.nested.nested_tensor([torch.zeros(64)])), TypeError, "x is a nested tensor; needed a plain one: pass x.to_padded_tensor(0.0)"),
     "x is negated lazily": (lambda: rms_norm(torch._neg_view(X)), TypeError, "x is negated lazily, so its memory holds other values; needed them themselves: pass x.resolve_neg()"),
+    "x is a zero tensor": (lambda: rms_norm(torch._efficientzerotensor(4, 64)), TypeError, "x is a zero tensor without memory; needed one with: pass torch.zeros_like(x)"),  # it was read at the address 0
+    "x is uninitialised": (lambda: rms_norm(nn.UninitializedParameter()), TypeError, "x is not initialised yet; needed its elements: run the module it belongs to once before"),
+    "x is compressed": (lambda: rms_norm(torch.eye(64).to_sparse_csr(), torch.ones(64)), TypeError, "x has the layout torch.sparse_csr; needed torch.strided: pass x.to_dense()"),  # which has no is_contiguous
     # weight
     "weight is a list": (lambda: rms_norm(X, [1.0] * 64), TypeError, "weight is a list; needed a torch.Tensor: wrap it with torch.as_tensor (a JAX or NumPy array: use pallas_norm.rms_norm)"),
     "weight is a number": (lambda: rms_norm(X, 1e-6), TypeError, "weight is a float; needed a torch.Tensor: wrap it with torch.as_tensor (a JAX or NumPy array: use pallas_norm.rms_norm)"),
@@ -91,6 +96,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "out contains the weight": (lambda: rms_norm(X, FLAT[:64], out=FLAT[:512].view(8, 64)), ValueError, "out overlaps weight, which every row reads; pass memory of its own"),
     "out while x requires grad": (lambda: rms_norm(X.clone().requires_grad_(), W, out=out(8, 64)), ValueError, "out= was given while an operand requires grad, and autograd cannot record that; needed torch.no_grad(), detached operands, or a call without out="),
     "out requires grad": (lambda: rms_norm(X, W, out=nn.Parameter(out(8, 64))), ValueError, "out requires grad, and autograd cannot record what is written to it; pass out.detach()"),
+    "out is nested": (lambda: rms_norm(X, W, out=torch.nested.nested_tensor([W])), TypeError, "out is nested; needed plain memory to write to: make it with torch.empty_like(x)"),
+    "out is negated lazily": (lambda: rms_norm(X, W, out=torch._neg_view(X)), TypeError, "out is negated lazily; needed plain memory to write to: make it with torch.empty_like(x)"),
+    "out is a zero tensor": (lambda: rms_norm(X, W, out=torch._efficientzerotensor(8, 64)), TypeError, "out is a zero tensor without memory; needed plain memory to write to: make it with torch.empty_like(x)"),
+    "out is uninitialised": (lambda: rms_norm(X, W, out=nn.UninitializedParameter()), TypeError, "out is not initialised yet; needed memory to write to: make it with torch.empty_like(x)"),
+    "out of inference mode": (lambda: rms_norm(X, W, out=torch.inference_mode()(lambda: out(8, 64))()), ValueError, "out was made in torch.inference_mode, and torch allows no writing to it outside; pass out.clone(), or call inside torch.inference_mode"),
     # SGLang's function
     "rmsnorm_hf of three axes": (lambda: rmsnorm_hf(X.view(2, 4, 64), W), ValueError, "input has shape (2, 4, 64); needed (rows, n): pass input.reshape(-1, input.shape[-1])"),
     "rmsnorm_hf of float32": (lambda: rmsnorm_hf(X.float(), W.float()), RuntimeError, "rmsnorm_hf: input must be fp16 or bf16, got torch.float32; for float32 call rms_norm"),
@@ -102,6 +112,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "operator with a short dy": (lambda: torch.ops.pallas_norm.rms_norm_backward(X, W, torch.ones(8), X[:4], None, 1e-6, True, 0.0, True), ValueError, "dy has shape (4, 64); needed (8, 64), which belongs to x"),  # noqa: FBT003
     # the others
     "module with an offset alone": (lambda: RMSNorm(64, with_weight=False, weight_offset=1.0), ValueError, "weight_offset is 1.0 but weight is None: there is nothing to add it to; pass a weight"),
+    "module of no size": (lambda: RMSNorm(-1), ValueError, "hidden_size is below 1; needed the length of a row"),
+    "module of a huge size": (lambda: RMSNorm(2**70), ValueError, "hidden_size is beyond int64; needed the length of a row"),
+    "module of two axes": (lambda: RMSNorm((8, 64)), TypeError, "hidden_size is a tuple; needed an int: the length of the last axis"),
+    "module of integers": (lambda: RMSNorm(64, dtype=torch.int32), TypeError, "dtype is int32; needed torch.bfloat16, torch.float16 or torch.float32"),
+    "to_jax of four bits": (lambda: to_jax(torch.empty(4, dtype=torch.int4)), TypeError, "tensor is int4[4]; needed a dtype that JAX has too: view it as one, or cast it"),  # they came as int8
+    "to_jax of a zero tensor": (lambda: to_jax(torch._efficientzerotensor(4)), TypeError, "tensor is a zero tensor without memory; needed one with: pass torch.zeros_like(tensor)"),
+    "to_jax of a nested tensor": (lambda: to_jax(torch.nested.nested_tensor([W])), TypeError, "tensor is nested; needed a plain one: pass tensor.to_padded_tensor(0.0)"),
+    "to_torch of four bits": (lambda: to_torch(jnp.ones(4, "int4")), TypeError, "array is int4[4]; needed a dtype that torch has too: cast it with astype"),
+    "to_torch of a key": (lambda: to_torch(jax.random.key(0)), TypeError, "array is key<fry>[]; needed a dtype that torch has too: cast it with astype"),
     "to_jax of a quantized tensor": (lambda: to_jax(torch.quantize_per_tensor(torch.zeros(4, 64), 0.1, 0, torch.qint8)), TypeError, "tensor is quantized (torch.qint8); needed a plain tensor: pass tensor.dequantize()"),
     "explain of float64": (lambda: explain(64, torch.float64, "cpu"), TypeError, "x is float64[1,64]; needed one of bfloat16, float16, float32: cast it with astype first"),
     "to_jax of a view": (lambda: to_jax(X[:, :32]), ValueError, "tensor is bfloat16[8,32] and has strides (64, 1), which is not contiguous, so JAX would copy it; needed memory that can be shared: pass copy=True, or tensor.clone(memory_format=torch.contiguous_format)"),
@@ -109,7 +128,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*(nested|quantize).*:UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*(nested|quantize|Sparse).*:UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(("call", "error", "message"), REFUSED.values(), ids=REFUSED)
 def test_bad_input_is_refused_with_this_message(
     call: Callable[[], Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_norm_torch._overlap import may_overlap, overlaps_itself
+from pallas_norm_torch._validate import takes_y
 
 MEMORY = np.zeros(4096, dtype=np.float32)
 
@@ -57,3 +58,16 @@ def test_windows_over_one_another_overlap_themselves() -> None:
     assert overlaps_itself(torch.zeros(128).unfold(0, 64, 1))
     assert overlaps_itself(torch.zeros(64).expand(3, 64))
     assert not overlaps_itself(torch.zeros(4, 64).T)
+
+
+def test_the_short_way_writes_to_aligned_memory_apart_from_the_operands_and_no_other() -> None:
+    # takes_y named a constant that its file had not imported: on a GPU, out= raised NameError.
+    memory = torch.zeros(1024)
+    start = -memory.data_ptr() % 256 // 4
+    x, weight, out, odd = (memory[start + at : start + at + 64] for at in (0, 64, 128, 208))
+    assert takes_y(out, x, weight, torch.float32)
+    assert takes_y(out, x, None, torch.float32)
+    assert not takes_y(odd, x, weight, torch.float32)
+    assert not takes_y(x, x, weight, torch.float32)
+    assert not takes_y(weight, x, weight, torch.float32)
+    assert not takes_y(out, x, weight, torch.bfloat16)
