@@ -4,17 +4,21 @@
 # the CPU build instead: make demo TORCH='--index-url <the index that pytorch.org gives for CPU> torch==2.13.0'
 TORCH ?= torch==2.13.0
 MINIMUM := 3.11
+TESTS := .venv/bin/python -m pytest -n 2 -m 'not gpu and not nightly'
 export PYTHON
 
-.PHONY: help demo test test-nightly test-gpu test-newest lint install install-lint install-gpu clean
+.PHONY: help demo test coverage test-nightly test-gpu test-newest lint docs smoke install install-docs install-lint install-gpu clean
 
 help:
 	@echo 'make demo          compare the norms bit by bit on real-sized activations; writes demo/out/bits.png'
 	@echo 'make test          every test that needs no GPU'
+	@echo 'make coverage      the same tests, and which lines and branches they leave out'
 	@echo 'make test-nightly  the tests that are too long for every push'
 	@echo 'make test-gpu      the tests that need an NVIDIA GPU of compute capability 9.0 or newer'
 	@echo 'make test-newest   the tests that need no torch, with the newest supported JAX (needs Python >= 3.12)'
 	@echo 'make lint          ruff and pyright'
+	@echo 'make docs          the API pages, in docs/site; a warning is an error'
+	@echo 'make smoke         the wheel and the sdist, each in an environment of its own'
 
 install:
 	@scripts/bootstrap .venv $(MINIMUM) demo,test -- $(TORCH)
@@ -23,7 +27,10 @@ demo: install
 	@.venv/bin/python -m demo
 
 test: install
-	.venv/bin/python -m pytest -n 2 -m 'not gpu and not nightly'
+	$(TESTS)
+
+coverage: install
+	$(TESTS) --cov --cov-report=term-missing:skip-covered
 
 test-nightly: install
 	.venv/bin/python -m pytest -n 2 -m 'nightly and not gpu'
@@ -51,5 +58,14 @@ lint: install-lint
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
 
+install-docs: install
+	@scripts/install-group .venv docs
+
+docs: install-docs
+	.venv/bin/python scripts/build-docs docs/site
+
+smoke:
+	scripts/smoke-dist
+
 clean:
-	rm -rf .venv .venv-gpu .venv-newest dist demo/out
+	rm -rf .venv .venv-gpu .venv-newest dist demo/out docs/site
