@@ -103,10 +103,23 @@ QUICK = (
     Case("forward", 131072, 128, heads=32),
 )
 
+README = (  # the table in README.md, from a run's file
+    *_cases("forward", *((rows, 4096) for rows in (1, 64, 256, 4096, 16384))),
+    *_cases("forward", *((16384, n) for n in (896, 1536, 2560, 5120, 7168, 8192, 16384))),
+    *_cases("forward", (65536, 128), (MANY_ROWS, 128), *((1024, n) for n in LONG)),
+    *_cases("forward", (16384, 4096), (MANY_ROWS, 128), dtype="float32"),
+    Case("forward", 131072, 128, heads=32),
+    *_cases("add", (64, 4096), (16384, 4096), (16384, 8192), (MANY_ROWS, 128)),
+    *_cases("backward", *((16384, n) for n in (896, 2048, 4096, 5120, 8192, 16384))),
+    *_cases("backward", (65536, 128), (MANY_ROWS, 128), (65536, 512)),
+    *_cases("backward", (4096, 4096), dtype="float32"),
+)
+
 FULL = tuple(
     dict.fromkeys(
         (
             *QUICK,
+            *README,
             # Every width with many rows, then with few: what training and decoding see.
             *_within(Case("forward", 16384, n) for n in HIDDEN),
             *_cases("forward", *itertools.product((1, 8, 64, 256), (896, 2880, 4096, 7168, 8192, 16384))),
@@ -139,18 +152,6 @@ FULL = tuple(
 )
 
 SUITES = {"smoke": SMOKE, "quick": QUICK, "full": FULL}
-
-README = (  # of FULL: the table in README.md, from a run's file
-    *_cases("forward", *((rows, 4096) for rows in (1, 64, 256, 4096, 16384))),
-    *_cases("forward", *((16384, n) for n in (896, 1536, 2560, 5120, 7168, 8192, 16384))),
-    *_cases("forward", (65536, 128), (MANY_ROWS, 128), *((1024, n) for n in LONG)),
-    *_cases("forward", (16384, 4096), (MANY_ROWS, 128), dtype="float32"),
-    Case("forward", 131072, 128, heads=32),
-    *_cases("add", (64, 4096), (16384, 4096), (16384, 8192), (MANY_ROWS, 128)),
-    *_cases("backward", *((16384, n) for n in (896, 2048, 4096, 5120, 8192, 16384))),
-    *_cases("backward", (65536, 128), (MANY_ROWS, 128), (65536, 512)),
-    *_cases("backward", (4096, 4096), dtype="float32"),
-)
 
 TIMES = (  # of the table in README.md, from a file of `times`
     *_cases("forward", *((16384, n) for n in (1536, 2048, 2560, 4096, 5120, 8192, 16384))),

@@ -122,8 +122,8 @@ SUM = "write arrive wait read"
 # CTA is gone while another reads.
 CLUSTER = "write arrive wait write cluster_arrive cluster_wait read_of_another_cta cluster_arrive cluster_wait"
 # In a pipeline the total is written, and the CTA arrives, when a row has been read; it waits for the others before it
-# arrives for another row. With its sums ahead it reads the next row, and has the last one's stage filled, before it reads
-# the row again for its results.
+# arrives for another row. With its sums ahead it reads the next row, and has the last one's stage filled, before it
+# reads the row again for its results.
 BEGIN = "copy wait write arrive wait write cluster_arrive"
 END = "cluster_wait read_of_another_cta"
 AHEAD_OF_RESULTS = "wait write arrive wait write cluster_arrive copy read"

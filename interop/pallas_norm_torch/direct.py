@@ -121,7 +121,10 @@ def forward(
     plan = program.plan
     assert plan is not None
     if target is not None and plan.source is Source.MEMORY and may_overlap(target, x):
-        target = None  # a row is read twice: other warps may still read what this one would write
+        # A row is read twice: other warps may still read what this one would write. y is a tensor of its own then, and
+        # does not lie where `out` does: with the strides of `out` it was written past its end.
+        target = None
+        places = None if places is None else places.without("y")
     y = torch.empty(x.shape, dtype=result_dtype(x, weight), device=x.device) if target is None else target
     s = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if with_rstd else None

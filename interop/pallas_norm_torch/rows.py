@@ -23,6 +23,9 @@ class Places(NamedTuple):
     group: int
     of: dict[str, Strides]  # by name
 
+    def without(self, name: str) -> Places:
+        return self._replace(of={other: strides for other, strides in self.of.items() if other != name})
+
 
 def aligned(tensor: Tensor) -> bool:
     return tensor.data_ptr() % ALIGNMENT == 0

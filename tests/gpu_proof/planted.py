@@ -31,28 +31,30 @@ def _kernel(body: Callable[..., None], grid: int, **options: Any) -> Callable[..
 
 
 def read_past_the_end(x: jax.Array) -> jax.Array:
-    """The last program of one too many reads the 512 bytes behind x."""
+    """The last program of one too many reads a GB behind x: right behind it another array may lie."""
     grid = len(x) // CHUNK + 1
 
     def kernel(x_ref: Any, y_ref: Any) -> None:
         start = lax.axis_index("program") * CHUNK
-        value = _compat.load(x_ref.at[pl.ds(start, CHUNK)], _layout(), shape=(CHUNK,), interpret=False)
+        far = jnp.where(start < len(x), start, start + (1 << 28))
+        value = _compat.load(x_ref.at[pl.ds(far, CHUNK)], _layout(), shape=(CHUNK,), interpret=False)
         _compat.store(y_ref.at[pl.ds(start, CHUNK)], value, interpret=False)
 
     return _kernel(kernel, grid, out_type=jax.ShapeDtypeStruct((grid * CHUNK,), F32))(x)
 
 
 def race_in_shared_memory(x: jax.Array) -> jax.Array:
-    """Two warpgroups write the same shared memory, other values, and read it with no barrier between."""
+    """Each of two warpgroups writes its half of shared memory and reads the other's, with no barrier between."""
 
     def kernel(x_ref: Any, y_ref: Any, shared: Any) -> None:
         warpgroup = lax.axis_index("warpgroup")
         value = _compat.load(x_ref.at[pl.ds(0, CHUNK)], _layout(), shape=(CHUNK,), interpret=False)
-        _compat.store(shared, value + warpgroup.astype(F32), interpret=False)
-        found = _compat.load(shared, _layout(), shape=(CHUNK,), interpret=False)
+        own, other = (pl.ds(half * CHUNK, CHUNK) for half in (warpgroup, 1 - warpgroup))
+        _compat.store(shared.at[own], value + warpgroup.astype(F32), interpret=False)
+        found = _compat.load(shared.at[other], _layout(), shape=(CHUNK,), interpret=False)
         _compat.store(y_ref.at[pl.ds(warpgroup * CHUNK, CHUNK)], found, interpret=False)
 
-    options = {"num_threads": 2, "thread_name": "warpgroup", "scratch_types": (_compat.smem((CHUNK,), F32),)}
+    options = {"num_threads": 2, "thread_name": "warpgroup", "scratch_types": (_compat.smem((2 * CHUNK,), F32),)}
     return _kernel(kernel, 1, out_type=jax.ShapeDtypeStruct((2 * CHUNK,), F32), **options)(x)
 
 
@@ -68,15 +70,15 @@ def read_what_nobody_wrote(x: jax.Array) -> jax.Array:
     return _kernel(kernel, 1, out_type=VECTOR)(x)
 
 
-def barrier_of_half_a_warp(x: jax.Array) -> jax.Array:
-    """16 threads of 128 come to a barrier of all; the others end, which lets it pass."""
+def barrier_of_half_a_warpgroup(x: jax.Array) -> jax.Array:
+    """64 threads of 128 come to a barrier of all; the others end, which lets it pass."""
 
     def kernel(x_ref: Any, y_ref: Any) -> None:
         value = _compat.load(x_ref.at[pl.ds(0, CHUNK)], _layout(), shape=(CHUNK,), interpret=False)
         _compat.store(y_ref, value, interpret=False)
         _compat._inline_ptx(
             "{ .reg .pred few; .reg .u32 thread; mov.u32 thread, %tid.x; "
-            "setp.lt.u32 few, thread, 16; @few bar.sync 0; }"
+            "setp.lt.u32 few, thread, 64; @few bar.sync 0; }"
         )
 
     return _kernel(kernel, 1, out_type=VECTOR)(x)
@@ -86,7 +88,7 @@ DEFECTS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "memcheck": read_past_the_end,
     "racecheck": race_in_shared_memory,
     "initcheck": read_what_nobody_wrote,
-    "synccheck": barrier_of_half_a_warp,
+    "synccheck": barrier_of_half_a_warpgroup,
 }
 
 if __name__ == "__main__":

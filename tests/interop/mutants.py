@@ -79,6 +79,8 @@ MUTANTS = {
     "rows at any address": Mutant("rows", "if (offset | o * size | i * size) % (vec * size):", "if False:", "test_rows.py"),
     "axes merged that do not follow each other": Mutant("rows", "all(outer == inner * size", "all(outer >= inner * 1", "test_rows.py"),
     "fresh results at the strides of the operands": Mutant("rows", "return Strides(0, group * row_bytes, row_bytes if group > 1 else 0)", "return Strides(0, row_bytes, row_bytes)", "test_rows.py"),
+    "a result apart from out at the strides of out": Mutant("direct", '        places = None if places is None else places.without("y")\n', "", "test_rows.py"),
+    "a persistent grid of as many programs as rows": Mutant("ops", "min(values[index], most)", "values[index]", "test_launch.py::test_a_persistent_grid"),
     "the grid stays that of the trace": Mutant("launch", "        launch.operands[1] = grid\n", "", "test_launch.py::test_a_program_lowers"),
     "another number as the grid": Mutant("launch", 'program.inputs.index("programs")', 'program.inputs.index("blocks")', "test_launch.py::test_a_program_lowers"),
     "an unknown JAX is launched": Mutant("launch", "if not KNOWN_JAX[0] <= version < KNOWN_JAX[1]:", "if False:", "test_launch.py::test_an_unknown_jax"),

@@ -16,6 +16,10 @@ from tests.interop.cases import assert_same, bits, draw
 
 pytestmark = pytest.mark.gpu
 
+# Of torch.cuda.graph. By default a capture is invalidated by what any other thread asks of CUDA meanwhile, and JAX's
+# threads do when its client has just been started: one of many captures was, on a busy machine.
+OF_THIS_THREAD = "thread_local"
+
 
 def operands(rows: int, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return draw(rows, n, dtype=torch.bfloat16, device="cuda", seed=seed), draw(n, dtype=torch.bfloat16, device="cuda")
@@ -55,7 +59,7 @@ def test_a_captured_call_sees_changed_input(n: int) -> None:
     add_rms_norm(x, residual, weight)
     rms_norm(x, weight, out=torch.empty_like(x))
     graph, into = torch.cuda.CUDAGraph(), torch.empty_like(x)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode=OF_THIS_THREAD):
         y = rms_norm(x, weight)
         total, s = add_rms_norm(y, residual, weight)
         rms_norm(s, weight, out=into)
@@ -84,7 +88,7 @@ def test_a_captured_training_step() -> None:
         step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode=OF_THIS_THREAD):
         captured = step()
     dy.copy_(draw(300, 2048, dtype=torch.bfloat16, device="cuda", seed=6))
     graph.replay()
@@ -193,10 +197,12 @@ def test_a_new_thread_may_launch_before_it_calls_anything_else_of_cuda() -> None
     assert_same(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # of torch, if it has not said so before
 def test_a_first_call_inside_a_capture_is_refused() -> None:
     x, weight = operands(3, 736)
     message = r"the kernel for n = 736 is not compiled yet, and a CUDA graph is being captured"
-    with pytest.raises(RuntimeError, match=message), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match=message), torch.cuda.graph(graph, capture_error_mode=OF_THIS_THREAD):
         rms_norm(x, weight)
     torch.cuda.synchronize()
     assert rms_norm(x, weight).shape == x.shape

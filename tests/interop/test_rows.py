@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_norm_torch import rows
+from pallas_norm._spec import Spec
+from pallas_norm_torch import direct, rows
 
 N = 16
 
@@ -76,3 +77,23 @@ def test_tensors_of_one_call_share_their_axes() -> None:
     assert flat is not None
     assert (flat.group, flat.of["x"].outer) == (1, N * 4)
     assert rows.fresh(torch.empty(8, N), 1) == (0, N * 4, 0)
+
+
+@pytest.mark.parametrize("n", [40000, 65536, 131072])
+def test_a_row_that_is_read_twice_is_not_written_where_out_lies(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place at strides, y is a tensor of its own, without gaps: with the strides of `out` a launch wrote past its
+    end, which memcheck found."""
+    launches: list[tuple[dict[str, torch.Tensor], dict[str, int]]] = []
+
+    def record(program: object, device: torch.device, arrays: dict[str, torch.Tensor], numbers: dict[str, int]) -> None:
+        launches.append((arrays, numbers))
+
+    monkeypatch.setattr(direct, "_run", record)
+    heads = memory(4 * 5 * n).view(4, 5, n)[:, 1:4]
+    direct.forward(heads, None, None, Spec(), with_rstd=False, out=heads)
+    ((arrays, numbers),) = launches
+    assert arrays["y"] is not heads
+    for name in ("x", "y"):
+        outer, inner, group = numbers[f"{name}_outer"], numbers[f"{name}_inner"], numbers["group"]
+        token, head, _ = arrays[name].stride()
+        assert (11 // group) * outer + (11 % group) * inner == 4 * (3 * token + 2 * head), name
