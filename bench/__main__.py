@@ -7,7 +7,7 @@ overhead    host time of one call, by the ways to call
 tune        candidates for the tables of plans
 parity      how far each way to compute a model's norms is from Hugging Face's rounding
 model       tokens per second of a Llama-3-8B-shaped model
-times, accuracy, training       the figures of README.md; `readme` renders them
+accuracy, training              the figures of README.md; `readme` renders them
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from . import (
     results,
     run,
     suite,
-    times,
     training,
     tune,
 )
 
 OF_MODELS = {"parity": "parity", "model": "model_speed"}  # imported when asked for: they need torch
-README_FIGURES = {"times": times.run, "accuracy": accuracy.run, "training": training.run}
+README_FIGURES = {"accuracy": accuracy.run, "training": training.run}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,6 +113,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         compare.run(arguments.before, arguments.after)
     elif command == "plot":
         plots.run(arguments.files, arguments.folder, png=arguments.png)
+        readme.follow(arguments.files)
     elif command == "overhead":
         return overhead.run(arguments.out or results.default_path("overhead"), commit=arguments.commit)
     elif command == "tune":

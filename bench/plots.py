@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import readme, record
+from . import record
 from .baselines import BASELINES, COPY, OURS
 from .results import FOLDER
 from .table import by_case, share_of_copy
@@ -228,10 +228,7 @@ def draw(file: dict[str, Any], folder: Path, *, suffixes: Sequence[str] = (".svg
 
 
 def run(files: Sequence[Path], folder: Path, *, png: bool) -> None:
-    """Draws each file; README.md's section of times follows where bench/results/run.json is among them."""
+    """Draws each file."""
     for path in files:
         for picture in draw(record.read(path), folder, suffixes=(".svg", ".png") if png else (".svg",)):
             print(f"drew {picture}")
-    if (FOLDER / f"{readme.RUN}.json").resolve() in [path.resolve() for path in files]:
-        readme.fill_readme()
-        print(f"filled {readme.README}")

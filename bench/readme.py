@@ -1,7 +1,6 @@
 """Fills the marked sections of README.md, and draws the figure, from the committed result files.
 
-The times are those of bench/results/run.json, which `python -m bench run --out` wrote, or where there is no such file
-of times.json.
+The times are those of bench/results/run.json, which `python -m bench run --out` wrote.
 """
 
 from __future__ import annotations
@@ -10,45 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import record, results
+from . import parity_report, readme_models, record, results
 from .suite import README as CASES
-from .table import by_case, cell, share_of_copy
+from .table import by_case, cell, markdown, measured_on, share_of_copy
 
 README = Path(__file__).parent.parent / "README.md"
 FIGURE = Path(__file__).parent.parent / "docs" / "accuracy.svg"
-PEERS = ("XLA", "F.rms_norm", "HF eager")
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    header = list(header)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _measured_on(file: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in file["versions"].items() if version)
-    return f"{file['device']}, {versions}, commit {file['commit'][:9]}, {file['date'][:10]}."
-
-
-def performance(file: dict[str, Any]) -> str:
-    cases: dict[tuple[str, ...], dict[str, float]] = {}
-    for row in file["rows"]:
-        case = row["operation"], f"{row['rows']} x {row['n']}", row["dtype"]
-        cases.setdefault(case, {})[row["provider"]] = row["median_us"]
-
-    def cells(case: tuple[str, ...], times: dict[str, float]) -> list[str]:
-        ours = times["pallas-norm"]
-        shown = [f"{times[peer]:.1f}" if peer in times else "" for peer in PEERS]
-        return [case[0], *case[1:], f"{times['copy']:.1f}", f"{ours:.1f}", f"{times['copy'] / ours:.2f}", *shown]
-
-    header = ["pass", "rows x n", "dtype", "copy", "pallas-norm", "share of copy", *PEERS]
-    return (
-        "Kernel times in microseconds, L2 cold, medians of one interleaved run; *copy* is a kernel that moves the same "
-        "bytes and does nothing else, *XLA* this library's reference compiled by XLA, with the same rounding. The "
-        "backward pass counts both its kernels.\n\n"
-        + _table(header, (cells(case, times) for case, times in cases.items()))
-        + f"\n\n{_measured_on(file)} All samples: `bench/results/times.json`.\n"
-    )
 
 
 RUN = "run"  # bench/results/run.json
@@ -72,10 +38,12 @@ def performance_of_run(file: dict[str, Any]) -> str:
         "Kernel times in microseconds, L2 cold, medians of one interleaved run; *copy* is a kernel that moves the same "
         "bytes and does nothing else, and *share* its time over that of pallas-norm. *XLA* is this library's reference "
         f"compiled by XLA, *plain jit* the formula as a JAX program writes it. {MARKS_EXPLAINED}\n\n"
-        + _table(["case", *providers, "share"], (cells(key, case) for key, case in cases.items()))
+        + markdown(["case", *providers, "share"], (cells(key, case) for key, case in cases.items()))
         + "\n\n![Share of the copy kernel's throughput](docs/roofline.svg)\n\n"
-        + f"{_measured_on(file)} All {len(found)} cases with all samples: `bench/results/{RUN}.json`; "
-        + "[speed-up over every provider](docs/speedup.svg).\n"
+        + f"{measured_on(file)} All {len(found)} cases with all samples: `bench/results/{RUN}.json`; "
+        + "[speed-up over every provider](docs/speedup.svg)."
+        + (f" {len(file['left'])} cases of the suite were not reached." if file["left"] else "")
+        + "\n"
     )
 
 
@@ -93,11 +61,11 @@ def overhead(file: dict[str, Any]) -> str:
     return (
         f"Host time of one call, {file['options']['case']}, in microseconds: medians and spreads of interleaved "
         "batches.\n\n"
-        + _table(["provider", "median", "spread", "rounding, or what the call is"], rows)
+        + markdown(["provider", "median", "spread", "rounding, or what the call is"], rows)
         + "\n\n![Host time of one call](docs/overhead.svg)\n\n"
         + f"The first call of a process takes {first['empty']:.0f} ms, and {first['filled']:.0f} ms with the kernel in "
         f"the disk cache (medians of {len(file['first_call_of_a_process_ms']['empty'])}). "
-        + f"{_measured_on(file)} All samples: `bench/results/overhead_h200.json`.\n"
+        + f"{measured_on(file)} All samples: `bench/results/overhead_h200.json`.\n"
     )
 
 
@@ -133,9 +101,9 @@ def accuracy(file: dict[str, Any]) -> str:
         "Share of outputs that differ from Hugging Face's rounding with exact (float64) statistics, and from Hugging "
         "Face eager on the same GPU. *Replay* counts outputs that differ from Hugging Face's steps applied to the "
         "provider's own rstd.\n\n"
-        + _table(header, rows)
+        + markdown(header, rows)
         + "\n\n![Outputs that differ from Hugging Face's rounding](docs/accuracy.svg)\n\n"
-        + f"{_measured_on(file)} Every width and float32: `bench/results/accuracy.json`.\n"
+        + f"{measured_on(file)} Every width and float32: `bench/results/accuracy.json`.\n"
     )
 
 
@@ -180,16 +148,23 @@ def fill(text: str, section: str, content: str) -> str:
 
 
 def rendered(text: str) -> str:
-    path = results.FOLDER / f"{RUN}.json"
-    times = performance_of_run(record.read(path)) if path.exists() else performance(results.read("times"))
-    text = fill(text, "performance", times)
+    text = fill(text, "performance", performance_of_run(record.read(results.FOLDER / f"{RUN}.json")))
     text = fill(text, "overhead", overhead(results.read("overhead_h200")))
+    text = fill(text, "parity", readme_models.parity(parity_report.read(results.FOLDER / "parity.json")))
+    text = fill(text, "model", readme_models.speeds(parity_report.read(results.FOLDER / "model.json")))
     return fill(text, "accuracy", accuracy(results.read("accuracy")))
 
 
 def run() -> None:
     draw(results.read("accuracy"))
     fill_readme()
+
+
+def follow(drawn: Iterable[Path]) -> None:
+    """README.md's section of times follows where bench/results/run.json is among the files that were drawn."""
+    if (results.FOLDER / f"{RUN}.json").resolve() in [path.resolve() for path in drawn]:
+        fill_readme()
+        print(f"filled {README}")
 
 
 def fill_readme() -> None:

@@ -153,17 +153,6 @@ FULL = tuple(
 
 SUITES = {"smoke": SMOKE, "quick": QUICK, "full": FULL}
 
-TIMES = (  # of the table in README.md, from a file of `times`
-    *_cases("forward", *((16384, n) for n in (1536, 2048, 2560, 4096, 5120, 8192, 16384))),
-    *_cases("forward", *((rows, 4096) for rows in (1, 64, 4096))),
-    *_cases("forward", (524288, 128), (65536, 128), (2048, 32768), (1024, 65536), (512, 131072)),
-    *_cases("forward", (8192, 4096), (262144, 128), dtype="float32"),
-    *_cases("add", (16384, 4096), (8192, 8192), (524288, 128)),
-    *_cases("backward", (16384, 2048), (16384, 4096), (8192, 8192), (4096, 16384), (65536, 128), (524288, 128)),
-    *_cases("backward", (32768, 896), (65536, 512), (16384, 5120)),
-    *_cases("backward", (8192, 4096), dtype="float32"),
-)
-
 ACCURACY = (64, 128, 896, 2048, 4096, 5120, 8192, 16384)
 ACCURACY_ELEMENTS = (
     10_000_000  # a rstd that is one ULP off changes 0.01 % of the outputs of its row: fewer elements see nothing

@@ -24,6 +24,18 @@ def by_case(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any
     return cases
 
 
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """As columns, for README.md."""
+    header = list(header)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def measured_on(file: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in file["versions"].items() if version)
+    return f"{file['device']}, {versions}, commit {file['commit'][:9]}, {file['date'][:10]}."
+
+
 def columns(lines: Sequence[Sequence[str]]) -> str:
     """The first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

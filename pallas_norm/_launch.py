@@ -172,8 +172,8 @@ def for_each_program(
 ) -> None:
     """`full(program)` in the programs of the full blocks, then one program for each row that fills none.
 
-    No row is written by two programs, so an output may be an input. The rows left over have the lanes and vectors of
-    the others.
+    No row is written by two programs, so an output may be an input where there are no rows left over: those are held by
+    every warp, which do not wait for each other. They have the lanes and vectors of the others.
     """
     program = lax.axis_index("program")
 

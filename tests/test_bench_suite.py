@@ -25,7 +25,7 @@ def test_suites_are_parts_of_the_product() -> None:
     assert set(suite.README) <= set(suite.FULL)
     assert suite.FULL[: len(suite.QUICK)] == suite.QUICK  # first, should time run out
     assert all(case.bytes <= suite.LARGEST_BYTES for case in product)
-    for cases in (*suite.SUITES.values(), suite.README, suite.TIMES):
+    for cases in (*suite.SUITES.values(), suite.README):
         assert len({case.label for case in cases}) == len(cases)
 
 

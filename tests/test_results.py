@@ -18,7 +18,7 @@ def test_the_readme_shows_the_committed_results() -> None:
 
 
 def test_every_result_file_names_its_device_its_versions_and_its_commit() -> None:
-    for name in ("times", "accuracy", "training"):
+    for name in ("run", "overhead_h200", "accuracy", "parity", "model", "training", "counters"):
         file = results.read(name)
         assert file["device"]
         assert file["commit"]

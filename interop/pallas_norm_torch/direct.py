@@ -120,15 +120,16 @@ def forward(
             program = program_of(kernel._replace(strided=True))
     plan = program.plan
     assert plan is not None
-    if target is not None and plan.source is Source.MEMORY and may_overlap(target, x):
-        # A row is read twice: other warps may still read what this one would write. y is a tensor of its own then, and
-        # does not lie where `out` does: with the strides of `out` it was written past its end.
+    count = x.numel() // n
+    if target is not None and not may_be_in_place(plan, count) and may_overlap(target, x):
+        # y is a tensor of its own then, and does not lie where `out` does: with the strides of `out` it was written
+        # past its end.
         target = None
         places = None if places is None else places.without("y")
     y = torch.empty(x.shape, dtype=result_dtype(x, weight), device=x.device) if target is None else target
     s = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if with_rstd else None
-    if count := x.numel() // n:
+    if count:
         arrays = {"x": x, "residual": residual, "weight": weight, "y": y, "s": s, "rstd": rstd}
         numbers = _counts(plan, count)
         if places is not None:
@@ -141,6 +142,15 @@ def forward(
     else:
         torch.autograd.graph.increment_version(out)  # autograd must notice that what it may have saved has changed
     return out, s, rstd
+
+
+def may_be_in_place(plan: Plan, count: int) -> bool:
+    """Whether no warp of a kernel reads a row of `count` that another one may have written.
+
+    Rows that are read twice are such rows, and those that fill no block: every warp holds them, and one may have
+    written before another has read. racecheck, which slows warps down, showed the norm of a norm.
+    """
+    return plan.source is not Source.MEMORY and not count % plan.block
 
 
 def _counts(plan: Plan, rows: int) -> dict[str, int]:
@@ -185,7 +195,9 @@ def backward(
         return dx, None
     assert weight is not None
     parts_count = _backward.parts_of(plan, count)
-    parts = torch.empty(max(parts_count, TILE), n, dtype=torch.float32, device=x.device)
+    # The sum reads whole tiles, and leaves out what no program wrote.
+    new = torch.empty if parts_count >= TILE else torch.zeros
+    parts = new(max(parts_count, TILE), n, dtype=torch.float32, device=x.device)
     _run(program, x.device, arrays | {"dweight": parts}, _counts(plan, count))
     dweight = torch.empty_like(weight)
     _run(program_of(ColumnSum(n, weight.dtype)), x.device, {"parts": parts, "dweight": dweight}, {"rows": parts_count})

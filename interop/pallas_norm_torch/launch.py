@@ -209,6 +209,11 @@ def _loaded(module: bytes, addresses: int, device: int) -> Kernel:
     return Kernel(functools.partial(entry, function), pack)
 
 
+def clamped(pack: Callable[..., bytes], index: int, most: int) -> Callable[..., bytes]:
+    """`pack` for a persistent grid, which has no more programs than `most`."""
+    return lambda *values: pack(*values[:index], min(values[index], most), *values[index + 1 :])
+
+
 _kernels: dict[tuple[Program, int], Kernel] = {}
 _lock = threading.Lock()
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from pallas_norm._plan import Source
 from pallas_norm._spec import Spec
 from pallas_norm._strided import COUNT
 
-from . import _library, _torch_state, _validate, direct, launch
+from . import _library, _options, _torch_state, _validate, direct, launch
 from .rows import ALIGNMENT
 
 Tensor = torch.Tensor
@@ -32,7 +31,6 @@ _stream = _torch_state.stream
 _takes_y = _validate.takes_y
 
 _threads = launch.threads
-_specs: dict[tuple[float, bool, float], Spec] = {}  # those that were checked
 
 # What decides how a call that was checked is launched -> (kernel, dtype of y unless that of x, rows of a
 # block, may y be x).
@@ -120,7 +118,9 @@ def rms_norm(
             x_at, weight_at, rows = x.data_ptr(), weight.data_ptr(), x.numel() // n
             if out is None:
                 y = _empty_like(x) if y_dtype is None else _empty_like(x, dtype=y_dtype)
-            elif (out is x and y_dtype is None and may_alias) or _takes_y(out, x, weight, y_dtype or x.dtype):
+            elif (out is x and y_dtype is None and may_alias and not rows % block) or _takes_y(
+                out, x, weight, y_dtype or x.dtype
+            ):
                 y = out
             else:
                 y = None
@@ -134,7 +134,7 @@ def rms_norm(
                 if out is not None:
                     torch.autograd.graph.increment_version(out)
                 return y
-    spec = _spec(x, None, weight, eps, cast_before_scale, weight_offset, with_residual=False)
+    spec = _options.spec(x, None, weight, eps, cast_before_scale, weight_offset, with_residual=False)
     differentiates = torch.is_grad_enabled() and _requires_grad(x, weight)
     if out is not None:
         _validate.out_form(out, x, direct.result_dtype(x, weight), differentiates=differentiates)
@@ -180,7 +180,7 @@ def add_rms_norm(
         return y, s
     if (results := _short_add(x, residual, weight, eps, cast_before_scale, weight_offset)) is not None:
         return results
-    spec = _spec(x, residual, weight, eps, cast_before_scale, weight_offset, with_residual=True)
+    spec = _options.spec(x, residual, weight, eps, cast_before_scale, weight_offset, with_residual=True)
     if not _plain(x, residual, weight):
         y, s, _ = _operator(x, residual, weight, spec)
         return y, s
@@ -190,31 +190,6 @@ def add_rms_norm(
     assert s is not None
     _remember(x, residual, weight, spec)
     return y, s
-
-
-def _spec(
-    x: Any,
-    residual: Any,
-    weight: Any,
-    eps: Any,
-    cast_before_scale: Any,
-    weight_offset: Any,
-    *,
-    with_residual: bool,
-) -> Spec:
-    """The call's options, everything checked."""
-    _validate.operands(x, residual, weight, with_residual=with_residual)
-    _validate.no_tangents(x, residual, weight)
-    if type(eps) is float and type(weight_offset) is float and type(cast_before_scale) is bool:
-        spec = _specs.get((eps, cast_before_scale, weight_offset))
-        if spec is not None and not (weight_offset and weight is None):
-            return spec
-    spec = Spec(
-        eps=_validate.eps(eps),
-        cast_before_scale=_validate.flag("cast_before_scale", cast_before_scale),
-        weight_offset=_validate.weight_offset(weight_offset, weight),
-    )
-    return _specs.setdefault((spec.eps, spec.cast_before_scale, spec.weight_offset), spec)
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
@@ -299,10 +274,5 @@ def _remember(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: S
     assert plan is not None
     run, pack = launch.kernel(program, device)
     if plan.programs is not None:
-        pack = _clamped(pack, program.inputs.index("programs"), plan.programs * COUNT)
+        pack = launch.clamped(pack, program.inputs.index("programs"), plan.programs * COUNT)
     _ready[key] = (run, pack), y_dtype, plan.block, plan.source is not Source.MEMORY
-
-
-def _clamped(pack: Callable[..., bytes], index: int, most: int) -> Callable[..., bytes]:
-    """`pack` for a persistent grid, which has no more programs than `most`."""
-    return lambda *values: pack(*values[:index], min(values[index], most), *values[index + 1 :])

@@ -84,8 +84,10 @@ def places(case: Forward) -> None:
     oracle.assert_same(array(heads), expected.reshape(4, 3, case.n))
 
 
-def rows_with_parts(plan: Any, parts: int = _columns.TILE) -> int:
-    """So many that the direct launch's column sum has `parts` parts to add, some of them of rows left over."""
+def rows_with_parts(plan: Any) -> int:
+    """So many that the direct launch's column sum has a tile of parts to add, or all that there ever are of long rows;
+    some of rows left over."""
+    parts = min(_columns.TILE, plan.programs)
     left = min(plan.block - 1, parts - 1)
     rows = plan.block * max(1, parts - left) + left
     assert counts_of(plan, rows)[2] >= parts

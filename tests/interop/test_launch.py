@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pallas_norm._spec import Spec
-from pallas_norm_torch import _library, direct, explain, launch, ops, through_jax
+from pallas_norm_torch import _library, direct, explain, launch, through_jax
 from pallas_norm_torch.programs import Program
 
 BF16 = "bfloat16"
@@ -186,7 +186,7 @@ def test_a_persistent_grid_has_no_more_programs_than_the_plan() -> None:
     def pack(*values: int) -> bytes:
         return bytes(values)
 
-    clamped = ops._clamped(pack, 2, 50)
+    clamped = launch.clamped(pack, 2, 50)
     assert clamped(60, 70, 40, 80) == pack(60, 70, 40, 80)
     assert clamped(60, 70, 90, 80) == pack(60, 70, 50, 80)
 

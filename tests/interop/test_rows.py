@@ -97,3 +97,18 @@ def test_a_row_that_is_read_twice_is_not_written_where_out_lies(n: int, monkeypa
         outer, inner, group = numbers[f"{name}_outer"], numbers[f"{name}_inner"], numbers["group"]
         token, head, _ = arrays[name].stride()
         assert (11 // group) * outer + (11 % group) * inner == 4 * (3 * token + 2 * head), name
+
+
+@pytest.mark.parametrize(
+    ("n", "count", "in_place"), [(128, 64, True), (128, 65, False), (4096, 65, True), (32, 12, False)]
+)
+def test_rows_that_every_warp_holds_are_not_written_in_place(
+    n: int, count: int, *, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that fill no block: the four warps do not wait for each other, and one that came late read what another had
+    written. racecheck, which slows them down, showed the norm of a norm."""
+    launches: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(direct, "_run", lambda program, device, arrays, numbers: launches.append(arrays))
+    x = memory(n * count).view(count, n)
+    direct.forward(x, None, None, Spec(), with_rstd=False, out=x)
+    assert (launches[0]["y"] is x) == in_place
