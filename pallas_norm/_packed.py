@@ -48,8 +48,8 @@ def _pairs(values: list[Any], instructions: str) -> Iterator[Any]:
 def rounded(value: jax.Array, dtype: Any, layout: Any, *, interpret: bool) -> jax.Array:
     """`value`, float32 in this layout, rounded to `dtype`; as float32.
 
-    A value that is widened at once the compiler rounds alone, with an instruction (F2F) of a sixteenth of the
-    throughput of the one that rounds two and packs them (F2FP).
+    A value that is widened at once the compiler rounds alone, with an instruction of the unit for special functions
+    (F2F), not with the one that rounds two and packs them (F2FP).
     """
     instructions = PAIR.get(jnp.dtype(dtype).name)
     if interpret or instructions is None:

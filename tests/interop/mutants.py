@@ -39,7 +39,7 @@ MUTANTS = {
     "vmap adds up the members' dweight": Mutant("_vmap", "weight_at=1, loop=with_dweight", "weight_at=1, loop=False", "test_compiled.py::test_per_sample_gradients"),
     "vmap along the wrong axis": Mutant("_vmap", "return value.movedim(in_dims[position], 0)", "return value", "test_compiled.py::test_vmap_is_a_loop"),
     # the public functions
-    "eps read with `or`": Mutant("ops", "eps=_validate.eps(eps),", "eps=_validate.eps(eps) or 1e-6,", "test_ops.py::test_eps_of_zero"),
+    "eps read with `or`": Mutant("_options", "eps=_validate.eps(eps),", "eps=_validate.eps(eps) or 1e-6,", "test_ops.py::test_eps_of_zero"),
     "options of an earlier call": Mutant("_options", "known = _specs.get((eps, cast_before_scale, weight_offset))", "known = next(iter(_specs.values()), None)", "test_ops.py::test_the_options_of_one_call"),
     "out returned unwritten": Mutant("through_jax", 'out.copy_(results["y"])', "out", "test_ops.py::test_out_receives_y[64-cpu]"),
     "the weight left out": Mutant("through_jax", 'given = {"x": x, "residual": residual, "weight": weight}', 'given = {"x": x, "residual": residual}', "test_ops.py::test_the_bits_are_jax_s[torch.bfloat16-33-cpu]"),
