@@ -13,7 +13,17 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 
-from pallas_norm._plan import WARPS, BackwardPlan, Plan, Regime, Source, staged_view, stages_of
+from pallas_norm._plan import (
+    FEWEST_AHEAD,
+    FEWEST_STAGES,
+    WARPS,
+    BackwardPlan,
+    Plan,
+    Regime,
+    Source,
+    staged_view,
+    stages_of,
+)
 from pallas_norm.regimes import HELD, SMS, backward_plan_for, plan_for
 
 LEAST = 16  # elements of a long row in a lane: fewer share it among so many warps that they mostly wait
@@ -77,7 +87,7 @@ def _forward_pipelines(plan: Plan, itemsize: int) -> Iterator[Plan]:
     if plan.n < SMALLEST_CLUSTER_N or plan.chunks * plan.vec < LEAST or not _fits(plan, KEPT):
         return
     stages = min(6, stages_of(plan, itemsize, per_sm=1))
-    if stages >= 3 and staged_view(plan, itemsize) is not None:
+    if stages >= FEWEST_AHEAD and staged_view(plan, itemsize) is not None:
         for fill in (1, 2):
             grid = {"programs": fill * HELD[plan.cluster], "ahead": plan.cluster > 1}
             yield dataclasses.replace(plan, source=Source.PIPELINE, stages=stages, **grid)
@@ -95,10 +105,10 @@ def _pipelines(plan: Plan, itemsize: int, per_sm: int) -> Iterator[BackwardPlan]
         return
     room = stages_of(plan, 2 * itemsize, per_sm=per_sm)
     for stages in sorted({min(room, most) for most in ((2, 3, 4, 6) if plan.cluster == 1 else (6,))}):
-        if stages >= 2:
+        if stages >= FEWEST_STAGES:
             found = _backward(plan, Source.PIPELINE, stages=stages, per_sm=per_sm, keeps_weight=True)
             yield found
-            if plan.cluster > 1 and stages >= 3:
+            if plan.cluster > 1 and stages >= FEWEST_AHEAD:
                 yield dataclasses.replace(found, ahead=True)
             if plan.chunks * plan.vec > KEPT // 2:
                 yield _backward(plan, Source.PIPELINE, stages=stages, per_sm=per_sm, keeps_weight=False)

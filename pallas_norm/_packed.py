@@ -1,6 +1,6 @@
 """Conversions of 16-bit values two at a time, with fewer and faster instructions than the compiler's own.
 
-The backward pass of many row lengths is bound by the instructions that it issues, and most of them convert.
+The backward pass of many row lengths is bound by the instructions that it issues, and many of them convert.
 """
 
 # pyright: reportUnknownVariableType=false

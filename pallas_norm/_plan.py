@@ -77,9 +77,13 @@ class BackwardPlan(Plan):
     keeps_weight: bool = True  # in registers; else it is read again for every row
 
 
+# The one that is read and the one that is filled; one more where the sums come ahead, which read a row before the stage
+# of the last one is free.
+FEWEST_STAGES, FEWEST_AHEAD = 2, 3
+
+
 def stages_of(plan: Plan, column_bytes: int, *, per_sm: int) -> int:
-    """Rows, or parts of rows, that fit in the shared memory of a program. Two are needed, the one that is read and the
-    one that is filled; three where the sums come ahead, which read a row before the stage of the last one is free."""
+    """Rows, or parts of rows, that fit in the shared memory of a program."""
     # Every array takes whole KB: up to three are staged; then barriers, and sums that cross warps. Without them the
     # residual form of n = 12736 was refused by the compiler.
     others = 5 << 10 if plan.workers == 1 else 8 << 10

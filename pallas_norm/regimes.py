@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax.numpy as jnp
 
 from . import _validate
-from ._plan import WARPS, BackwardPlan, Plan, Regime, Source, from_memory, staged_view, stages_of
+from ._plan import (
+    FEWEST_AHEAD,
+    FEWEST_STAGES,
+    WARPS,
+    BackwardPlan,
+    Plan,
+    Regime,
+    Source,
+    from_memory,
+    staged_view,
+    stages_of,
+)
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -31,6 +42,11 @@ class Row(NamedTuple):
     source: Source = Source.REGISTERS
     programs: int | None = None
 
+
+# Of an H100 or H200. Fixed, so that the grid, and with it the order in which dweight is added up, is too.
+SMS = 132
+# By CTAs of a cluster, clusters that an H200 holds at a time where a CTA fills an SM; more run after the others.
+HELD = {1: SMS, 2: 66, 4: 30, 8: 15}
 
 ANY = LARGEST_N * 4
 WARP, CTA, PIPELINE, MEMORY = Regime.WARP, Regime.CTA, Source.PIPELINE, Source.MEMORY
@@ -62,7 +78,7 @@ TABLE = (
         4,
         "1024 x 131072: 0.90 of a copy; 512 rows in a draft 0.85, 8 CTAs 0.77, read twice 0.71",
         PIPELINE,
-        30,
+        HELD[4],
     ),
     Row(LARGEST_N, 262144, CTA, 8, 2, "512 x 131072: 94.6 us, kept in a cluster of 8: 101.7", MEMORY),
     Row(LARGEST_N, ANY, CTA, 8, 4, "as the row above, for rows of twice the bytes; not measured", MEMORY),
@@ -133,8 +149,8 @@ def _plan(n: int, itemsize: int, inputs: int) -> Plan:
         if staged_view(plan, itemsize) is not None:
             stages = stages_of(plan, inputs * itemsize, per_sm=1)
             # Too few for the residual form: the same chunks, so that the bits are those of the form without.
-            grid = {"stages": min(3, stages), "programs": row.programs, "ahead": stages >= 3}
-            return dataclasses.replace(plan, **grid) if stages >= 2 else from_memory(plan)
+            grid = {"stages": min(FEWEST_AHEAD, stages), "programs": row.programs, "ahead": stages >= FEWEST_AHEAD}
+            return dataclasses.replace(plan, **grid) if stages >= FEWEST_STAGES else from_memory(plan)
     raise AssertionError(f"the table has no row for {n} elements")
 
 
@@ -181,11 +197,6 @@ class Stages(NamedTuple):
     ahead: bool = False
 
 
-# Of an H100 or H200. Fixed, so that the grid, and with it the order in which dweight is added up, is too.
-SMS = 132
-# By CTAs of a cluster, clusters that an H200 holds at a time where a CTA fills an SM; more run after the others.
-HELD = {1: SMS, 2: 66, 4: 30, 8: 15}
-
 SMALLEST_PIPELINE = 768  # of a CTA. 32768 x 896: 55.7 us, in warps 57.6; 65536 x 512: 68.2, in warps 57.6
 
 # Rows in warps, of 16-bit types: programs and stages. The others stay in registers (n <= 256), or are read twice.
@@ -198,19 +209,27 @@ WARP_PIPELINES = (
 PIPELINES = (
     Stages(2048, 4096, 1, 1, 4, 5 * SMS, "16384 x 2048: 0.904; 4 programs an SM 0.888, in warps 0.873"),
     Stages(3072, 8192, 1, 1, 3, 3 * SMS, "16384 x 3072: 0.944; 2 programs an SM 0.882"),
-    Stages(4096, 8192, 1, 1, 4, 2 * SMS, "16384 x 4096: 0.937; 3 programs need more registers than an SM has: 0.813"),
+    Stages(
+        4096,
+        8192,
+        1,
+        1,
+        4,
+        2 * SMS,
+        "16384 x 4096: 0.937; 3 programs, of 3 stages, need more than an SM's registers: 0.813",
+    ),
     Stages(7168, 16384, 1, 1, 3, 2 * SMS, "16384 x 5120: 0.954; 7168: 0.894, 2 warpgroups 0.862, 4 0.839"),
     Stages(8192, 16384, 4, 1, 4, SMS, "8192 x 8192: 0.899; 8 warpgroups 0.866, 2 0.885, one spills: 0.828"),
     Stages(16384, 32768, 4, 1, 3, SMS, "4096 x 16384: 0.890; 8 warpgroups 0.887, 2 CTAs 0.650"),
-    Stages(32768, 65536, 4, 2, 3, 66, "2048 x 32768: 0.846; sums ahead 0.783, 4 CTAs 0.683, read twice 0.640"),
-    Stages(65536, 131072, 4, 4, 3, 30, "1024 x 65536: 0.735; sums ahead 0.726, 8 CTAs 0.671, read twice 0.461"),
+    Stages(32768, 65536, 4, 2, 3, HELD[2], "2048 x 32768: 0.846; sums ahead 0.783, 4 CTAs 0.683, read twice 0.640"),
+    Stages(65536, 131072, 4, 4, 3, HELD[4], "1024 x 65536: 0.735; sums ahead 0.726, 8 CTAs 0.671, read twice 0.461"),
     Stages(
         LARGEST_N,
         262144,
         4,
         8,
         3,
-        15,
+        HELD[8],
         "512 x 131072, a draft: 0.707; sums not ahead 0.672, read twice 0.424",
         ahead=True,
     ),
@@ -220,7 +239,7 @@ PIPELINES = (
 def _staged(plan: BackwardPlan, row: Stages, itemsize: int, column_bytes: int) -> BackwardPlan | None:
     per_sm = max(1, row.programs * row.cluster // SMS)
     stages = min(row.stages, stages_of(plan, column_bytes, per_sm=per_sm))
-    if stages < (3 if row.ahead else 2) or staged_view(plan, itemsize) is None:
+    if stages < (FEWEST_AHEAD if row.ahead else FEWEST_STAGES) or staged_view(plan, itemsize) is None:
         return None
     return dataclasses.replace(plan, source=PIPELINE, stages=stages, programs=row.programs, ahead=row.ahead)
 
@@ -232,7 +251,7 @@ def _backward_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan:
     def fitting(table: Sequence[Stages]) -> Iterator[Stages]:
         return (row for row in table if n <= row.largest_n and n * itemsize <= row.largest_row_bytes)
 
-    if 256 < n <= 1024 and itemsize == 2:
+    if n > 256 and itemsize == 2:
         for row in fitting(WARP_PIPELINES):
             vec = vector(n, itemsize)
             vec = vec // 2 if -n % (32 * vec) > n // 8 else vec
