@@ -1,8 +1,8 @@
 """Plans worth measuring for a row length: the parameters of Plan and BackwardPlan, less what cannot run or cannot win.
 
 Names are those of bench/results/tuning_*.json: regime:v<vec>l<lanes>b<rows of a block>g<warpgroups>c<CTAs of the
-cluster>, r where a row is read twice, p<stages> of a pipeline, a where its sums come ahead, x<programs>; of a backward
-plan also the source, w where the weight is kept, x<programs on an SM>.
+cluster>, r where a row is read twice, p<stages> of a pipeline, k where it keeps rows, x<programs>; of a backward plan
+also the source, w where the weight is kept, x<programs on an SM>.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 
 from pallas_norm._plan import (
-    FEWEST_AHEAD,
     FEWEST_STAGES,
     WARPS,
     BackwardPlan,
@@ -37,10 +36,10 @@ def label(plan: Plan) -> str:
     name = f"{plan.regime.value}:v{plan.vec}l{plan.lanes}b{plan.block}g{plan.warpgroups}c{plan.cluster}"
     if not isinstance(plan, BackwardPlan):
         if plan.source is Source.PIPELINE:
-            return f"{name}p{plan.stages}{'a' if plan.ahead else ''}x{plan.programs}"
+            return f"{name}p{plan.stages}{'k' if plan.keeps_rows else ''}x{plan.programs}"
         return name + ("r" if plan.source is Source.MEMORY else "")
     source = {Source.PIPELINE: f"p{plan.stages}", Source.MEMORY: "m", Source.REGISTERS: "r"}[plan.source]
-    options = f"{'a' if plan.ahead else ''}{'w' if plan.keeps_weight else ''}"
+    options = f"{'k' if plan.keeps_rows else ''}{'w' if plan.keeps_weight else ''}"
     return f"{name}:{source}{options}x{-(-plan.programs * plan.cluster // SMS)}"
 
 
@@ -83,14 +82,16 @@ def forward(n: int, dtype: str) -> dict[str, Plan]:
 
 
 def _forward_pipelines(plan: Plan, itemsize: int) -> Iterator[Plan]:
-    """With the most stages that fit, and with grids that fill the GPU once and twice."""
+    """With the most stages that fit, with two, and with grids that fill the GPU once and twice."""
     if plan.n < SMALLEST_CLUSTER_N or plan.chunks * plan.vec < LEAST or not _fits(plan, KEPT):
         return
-    stages = min(6, stages_of(plan, itemsize, per_sm=1))
-    if stages >= FEWEST_AHEAD and staged_view(plan, itemsize) is not None:
-        for fill in (1, 2):
-            grid = {"programs": fill * HELD[plan.cluster], "ahead": plan.cluster > 1}
-            yield dataclasses.replace(plan, source=Source.PIPELINE, stages=stages, **grid)
+    if staged_view(plan, itemsize) is None:
+        return
+    room = min(6, stages_of(plan, itemsize, per_sm=1))
+    for stages, fill in itertools.product(sorted({room, min(room, FEWEST_STAGES)}), (1, 2)):
+        if stages >= FEWEST_STAGES:
+            grid = {"stages": stages, "programs": fill * HELD[plan.cluster], "keeps_rows": True}
+            yield dataclasses.replace(plan, source=Source.PIPELINE, **grid)
 
 
 def _backward(plan: Plan, source: Source, *, stages: int, per_sm: int, keeps_weight: bool) -> BackwardPlan:
@@ -108,8 +109,8 @@ def _pipelines(plan: Plan, itemsize: int, per_sm: int) -> Iterator[BackwardPlan]
         if stages >= FEWEST_STAGES:
             found = _backward(plan, Source.PIPELINE, stages=stages, per_sm=per_sm, keeps_weight=True)
             yield found
-            if plan.cluster > 1 and stages >= FEWEST_AHEAD:
-                yield dataclasses.replace(found, ahead=True)
+            if stages == min(room, 3) and plan.chunks * plan.vec <= KEPT // 2:  # a stage is free sooner: few do
+                yield dataclasses.replace(found, keeps_rows=True)
             if plan.chunks * plan.vec > KEPT // 2:
                 yield _backward(plan, Source.PIPELINE, stages=stages, per_sm=per_sm, keeps_weight=False)
 

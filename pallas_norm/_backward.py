@@ -103,21 +103,26 @@ def _every_row(
         pipeline = Pipeline(sources, buffers, scratch["arrived"], plan, share.at, share.steps)
         pipeline.start()
 
-        def begin(step: jax.Array, stage: dict[str, Any], partial: Chunks | None) -> tuple[Sums, Chunks | None]:
-            if plan.regime is Regime.WARP:
-                _compat.arrive_and_wait(scratch["read"])  # the warps share no sum: they meet here
-            return gradient.begin(block_of(step), staged_rows(step, stage), scales(), partial)
+        def row(
+            step: jax.Array, stage: dict[str, Any], met: Callable[[], None], partial: Chunks | None
+        ) -> Chunks | None:
+            block = block_of(step)
 
-        def end(step: jax.Array, begun: Sums) -> Sums:
-            return gradient.end(block_of(step), begun)
+            def read() -> Rows:
+                return {name: block.load_stage(ref) for name, ref in stage.items()}
 
-        def finish(step: jax.Array, stage: dict[str, Any], sums: Sums) -> None:
-            gradient.finish(block_of(step), staged_rows(step, stage), scales(), sums)
+            kept = read() if plan.keeps_rows else None
+            if plan.regime is Regime.WARP:  # the warps share no sum in which they meet
+                _compat.arrive_and_wait(scratch["read"])
+                met()
+            begun, partial = gradient.begin(block, read() if kept is None else kept, scales(), partial)
+            if plan.regime is Regime.CTA:
+                met()
+            sums = gradient.end(block, begun)
+            gradient.finish(block, read() if kept is None else kept, scales(), sums)
+            return partial
 
-        def staged_rows(step: jax.Array, stage: dict[str, Any]) -> Rows:
-            return {name: block_of(step).load_stage(ref) for name, ref in stage.items()}
-
-        return first, pipeline.each_row(begin, end, finish, zeros)
+        return first, pipeline.each_row(row, zeros)
 
     if plan.source is Source.MEMORY:
 

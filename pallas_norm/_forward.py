@@ -102,18 +102,17 @@ def _every_row(
     pipeline.start()
     weights = _scales(block_of(jnp.int32(0)), weight_ref, results["spec"])
 
-    def begin(step: jax.Array, stage: Mapping[str, Any], nothing: None) -> tuple[jax.Array, None]:
+    def row(step: jax.Array, stage: Mapping[str, Any], met: Callable[[], None], nothing: None) -> None:
         block = block_of(step)
-        return block.begin_sum(_squares(_rows(block.load_stage, stage))), nothing
+        read = functools.partial(_rows, block.load_stage, stage)
+        xs = read()
+        begun = block.begin_sum(_squares(xs))
+        met()
+        kept = (lambda: xs) if plan.keeps_rows else read
+        _write(block, block.end_sum(begun), kept, lambda: weights, **results)
+        return nothing
 
-    def end(step: jax.Array, begun: jax.Array) -> jax.Array:
-        return block_of(step).end_sum(begun)
-
-    def finish(step: jax.Array, stage: Mapping[str, Any], sum_sq: jax.Array) -> None:
-        block = block_of(step)
-        _write(block, sum_sq, lambda: _rows(block.load_stage, stage), lambda: weights, **results)
-
-    pipeline.each_row(begin, end, finish, None)
+    pipeline.each_row(row, None)
 
 
 def forward(

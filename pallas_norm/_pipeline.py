@@ -44,46 +44,19 @@ class Pipeline:
         return self.stage(step)
 
     def refill(self, step: jax.Array) -> None:
-        """Overwrites the stage of step - 1. To be called when all warps have met after they read it for the last
-        time."""
-        following = step - 1 + self.plan.stages
-        self._copy(following, (step > 0) & (following < self.steps))
+        """Overwrites the stage that is read no more: of this step where rows are kept, else of the one before. To be
+        called when all warps have met after they read it for the last time."""
+        read = step if self.plan.keeps_rows else step - 1
+        following = read + self.plan.stages
+        self._copy(following, (read >= 0) & (following < self.steps))
 
-    def each_row(
-        self,
-        begin: Callable[[jax.Array, dict[str, Any], Any], tuple[Any, Any]],
-        end: Callable[[jax.Array, Any], Any],
-        finish: Callable[[jax.Array, dict[str, Any], Any], None],
-        carry: Any,
-    ) -> Any:
-        """sums, carry = begin(step, stage, carry), in which all warps meet; sums = end(step, sums), for which they wait
-        for other CTAs; finish(step, stage, sums).
+    def each_row(self, row: Callable[[jax.Array, dict[str, Any], Callable[[], None], Any], Any], carry: Any) -> Any:
+        """carry = row(step, stage, met, carry), which calls met() once, where all warps have met."""
 
-        With plan.ahead, begin(step + 1) comes before finish(step): what the CTAs of a cluster tell each other is on its
-        way meanwhile. It comes behind end(step): a barrier of a cluster allows no second arrival before the wait.
-        """
+        def body(step: jax.Array, carry: Any) -> Any:
+            return row(step, self.wait(step), lambda: self.refill(step), carry)
 
-        def alone(step: jax.Array, carry: Any) -> Any:
-            stage = self.wait(step)
-            begun, carry = begin(step, stage, carry)
-            self.refill(step)
-            finish(step, stage, end(step, begun))
-            return carry
-
-        def overlapped(step: jax.Array, begun_and_carry: Any) -> Any:
-            begun, carry = begun_and_carry
-            sums = end(step, begun)
-            following, carry = begin(step + 1, self.wait(step + 1), carry)
-            self.refill(step)
-            finish(step, self.stage(step), sums)
-            return following, carry
-
-        if not self.plan.ahead:
-            return lax.fori_loop(0, self.steps, alone, carry)
-        first, last = jnp.int32(0), self.steps - 1
-        begun, carry = lax.fori_loop(0, last, overlapped, begin(first, self.wait(first), carry))
-        finish(last, self.stage(last), end(last, begun))
-        return carry
+        return lax.fori_loop(0, self.steps, body, carry)
 
     def _copy(self, step: Any, condition: jax.Array) -> None:
         if self.plan.warpgroups > 1:

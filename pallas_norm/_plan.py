@@ -40,7 +40,7 @@ class Plan:
     cluster: int = 1  # CTAs that share a row
     source: Source = Source.REGISTERS
     stages: int = 0  # rows in shared memory, of a PIPELINE
-    ahead: bool = False  # the sums of a row come before the results of the one before it
+    keeps_rows: bool = False  # of a PIPELINE, in registers for the second pass: the first one frees the stage
     programs: int | None = None  # of a persistent grid, at most; None: one a block
 
     @property
@@ -77,9 +77,7 @@ class BackwardPlan(Plan):
     keeps_weight: bool = True  # in registers; else it is read again for every row
 
 
-# The one that is read and the one that is filled; one more where the sums come ahead, which read a row before the stage
-# of the last one is free.
-FEWEST_STAGES, FEWEST_AHEAD = 2, 3
+FEWEST_STAGES = 2  # the one that is read and the one that is filled
 
 
 def stages_of(plan: Plan, column_bytes: int, *, per_sm: int) -> int:
@@ -100,7 +98,7 @@ def from_memory(plan: AnyPlan) -> AnyPlan:
     if plan.source is not Source.PIPELINE:
         return plan
     grid = {} if isinstance(plan, BackwardPlan) else {"programs": None}
-    return dataclasses.replace(plan, source=Source.MEMORY, stages=0, **grid)
+    return dataclasses.replace(plan, source=Source.MEMORY, stages=0, keeps_rows=False, **grid)
 
 
 def staged_view(plan: Plan, itemsize: int) -> tuple[int, ...] | None:

@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 # Row lengths of models; one that its last chunk overlaps, one that is odd, and two that no bulk copy moves.
-LENGTHS = (128, 512, 1000, 4096, 12289, 16384, 32768, 65528, 65536, 131064, 131072)
+LENGTHS = (128, 512, 1000, 4096, 12289, 16384, 32760, 32768, 65528, 65536, 131064, 131072)
 
 
 def kind(plan: Plan) -> str:

@@ -14,14 +14,12 @@ import jax.numpy as jnp
 
 from . import _validate
 from ._plan import (
-    FEWEST_AHEAD,
     FEWEST_STAGES,
     WARPS,
     BackwardPlan,
     Plan,
     Regime,
     Source,
-    from_memory,
     staged_view,
     stages_of,
 )
@@ -41,6 +39,8 @@ class Row(NamedTuple):
     why: str
     source: Source = Source.REGISTERS
     programs: int | None = None
+    stages: int = 0
+    unstaged: Source = Source.MEMORY  # of a PIPELINE, where too few stages fit: in the residual form
 
 
 # Of an H100 or H200. Fixed, so that the grid, and with it the order in which dweight is added up, is too.
@@ -58,16 +58,29 @@ TABLE = (
     Row(1023, ANY, WARP, 1, 1, "65536 x 896: 57.8 us, CTA 60.2; 65536 x 1024: 67.2 us, CTA 64.8"),
     Row(8192, ANY, CTA, 1, 1, "16384 x 4096: 66.8 us, 2 warpgroups 74.0; 8192 x 8192: 66.6, 66.6 with 2"),
     Row(16384, ANY, CTA, 2, 1, "4096 x 16384: 66.9 us, 4 warpgroups 90.7, read twice 69.8"),
-    Row(32768, 65536, CTA, 4, 1, "2048 x 32768: 70.8 us, 8 warpgroups 76.0, pipeline 71.0, 64 rows 4.9, pipeline 5.5"),
+    Row(
+        32768,
+        65536,
+        CTA,
+        4,
+        1,
+        "1024 x 32768: 34.1 us, without a pipeline 37.3; 64 rows 5.3, 4.9; read twice from shared memory 35.9",
+        PIPELINE,
+        SMS,
+        3,
+        unstaged=Source.REGISTERS,
+    ),
+    Row(32768, 65536, CTA, 4, 1, "rows that no bulk copy moves; 2048 x 32768: 70.8 us, 8 warpgroups 76.0"),
     Row(
         65536,
         131072,
         CTA,
         4,
         2,
-        "1024 x 65536: 74.0 to 77.3 us, a draft 72.4 and with 4 CTAs 75.3, read twice 77.6",
+        "1024 x 65536: 72.3 us, 3 stages 72.8, read twice from shared memory 73.6, 4 CTAs 77.9",
         PIPELINE,
-        64,
+        HELD[2],
+        2,
     ),
     Row(65536, 131072, CTA, 8, 1, "1024 x 65536: 77.6 us, kept in a cluster of 4: 93.2", MEMORY),
     Row(
@@ -76,9 +89,10 @@ TABLE = (
         CTA,
         4,
         4,
-        "1024 x 131072: 0.90 of a copy; 512 rows in a draft 0.85, 8 CTAs 0.77, read twice 0.71",
+        "1024 x 131072: 141.6 us, 3 stages 142.4, read twice from shared memory 145.3, 8 CTAs 160.8",
         PIPELINE,
         HELD[4],
+        2,
     ),
     Row(LARGEST_N, 262144, CTA, 8, 2, "512 x 131072: 94.6 us, kept in a cluster of 8: 101.7", MEMORY),
     Row(LARGEST_N, ANY, CTA, 8, 4, "as the row above, for rows of twice the bytes; not measured", MEMORY),
@@ -107,6 +121,13 @@ def vector(n: int, itemsize: int) -> int:
     while n % vec:
         vec //= 2
     return vec
+
+
+def _warp_vector(n: int, itemsize: int) -> int:
+    """8 bytes for 16-bit rows that are long and a multiple of what 32 lanes read so. 8 rows of 896: 1.41 us, with 16
+    bytes 1.79; of 640 1.28, 1.70; of 768 1.28, 1.41; with 65536 rows no slower. 512 and 1000 gain nothing."""
+    vec = vector(n, itemsize)
+    return 4 if itemsize == 2 and n > 512 and n % (32 * 4) == 0 else vec
 
 
 def _lanes(n: int, vec: int) -> int:
@@ -140,17 +161,17 @@ def _plan(n: int, itemsize: int, inputs: int) -> Plan:
     """inputs: arrays of rows that are read."""
     for row in (row for row in TABLE if n <= row.largest_n and n * itemsize <= row.largest_row_bytes):
         if row.regime is WARP:
-            vec = vector(n, itemsize)
+            vec = _warp_vector(n, itemsize)
             lanes = _lanes(n, vec)
             return Plan(n, WARP, vec, lanes, WARPS * (32 // lanes))
         plan = _cta_plan(n, itemsize, row)
         if plan.source is not PIPELINE:
             return plan
         if staged_view(plan, itemsize) is not None:
-            stages = stages_of(plan, inputs * itemsize, per_sm=1)
-            # Too few for the residual form: the same chunks, so that the bits are those of the form without.
-            grid = {"stages": min(FEWEST_AHEAD, stages), "programs": row.programs, "ahead": stages >= FEWEST_AHEAD}
-            return dataclasses.replace(plan, **grid) if stages >= FEWEST_STAGES else from_memory(plan)
+            stages = min(row.stages, stages_of(plan, inputs * itemsize, per_sm=1))
+            if stages < FEWEST_STAGES:  # the same chunks, so that the bits are those of the form without a residual
+                return dataclasses.replace(plan, source=row.unstaged)
+            return dataclasses.replace(plan, stages=stages, programs=row.programs, keeps_rows=True)
     raise AssertionError(f"the table has no row for {n} elements")
 
 
@@ -194,54 +215,41 @@ class Stages(NamedTuple):
     stages: int
     programs: int
     why: str
-    ahead: bool = False
+    keeps_rows: bool = False
 
 
-SMALLEST_PIPELINE = 768  # of a CTA. 32768 x 896: 55.7 us, in warps 57.6; 65536 x 512: 68.2, in warps 57.6
+SMALLEST_PIPELINE = 768  # of a CTA
 
 # Rows in warps, of 16-bit types: programs and stages. The others stay in registers (n <= 256), or are read twice.
 WARP_PIPELINES = (
-    Stages(640, 1280, 1, 1, 3, 4 * SMS, "65536 x 512: 55.2 us, read twice 56.4; 65536 x 576: 61.8, 64.0"),
-    Stages(1024, 2048, 1, 1, 4, 3 * SMS, "32768 x 768: 43.9 us, CTA 50.0; 896: 49.3, 53.8; 1024: 55.7, 57.5"),
+    Stages(640, 1280, 1, 1, 3, 4 * SMS, "65536 x 512: 54.8 us, read twice 56.4, refilled later 56.0"),
+    Stages(832, 1664, 1, 1, 4, 3 * SMS, "32768 x 768: 42.7 us, refilled later 44.1, CTA 44.6"),
 )
 
 # Share of the copy kernel's throughput on an H200, bf16, both kernels of the backward pass counted.
 PIPELINES = (
-    Stages(2048, 4096, 1, 1, 4, 5 * SMS, "16384 x 2048: 0.904; 4 programs an SM 0.888, in warps 0.873"),
-    Stages(3072, 8192, 1, 1, 3, 3 * SMS, "16384 x 3072: 0.944; 2 programs an SM 0.882"),
-    Stages(
-        4096,
-        8192,
-        1,
-        1,
-        4,
-        2 * SMS,
-        "16384 x 4096: 0.937; 3 programs, of 3 stages, need more than an SM's registers: 0.813",
-    ),
-    Stages(7168, 16384, 1, 1, 3, 2 * SMS, "16384 x 5120: 0.954; 7168: 0.894, 2 warpgroups 0.862, 4 0.839"),
-    Stages(8192, 16384, 4, 1, 4, SMS, "8192 x 8192: 0.899; 8 warpgroups 0.866, 2 0.885, one spills: 0.828"),
-    Stages(16384, 32768, 4, 1, 3, SMS, "4096 x 16384: 0.890; 8 warpgroups 0.887, 2 CTAs 0.650"),
-    Stages(32768, 65536, 4, 2, 3, HELD[2], "2048 x 32768: 0.846; sums ahead 0.783, 4 CTAs 0.683, read twice 0.640"),
-    Stages(65536, 131072, 4, 4, 3, HELD[4], "1024 x 65536: 0.735; sums ahead 0.726, 8 CTAs 0.671, read twice 0.461"),
-    Stages(
-        LARGEST_N,
-        262144,
-        4,
-        8,
-        3,
-        HELD[8],
-        "512 x 131072, a draft: 0.707; sums not ahead 0.672, read twice 0.424",
-        ahead=True,
-    ),
+    Stages(1024, 2048, 1, 1, 4, 7 * SMS, "32768 x 1024: 0.929, in warps 0.897; 896: 0.928, 0.894", keeps_rows=True),
+    Stages(2048, 4096, 1, 1, 4, 5 * SMS, "16384 x 2048: 0.923; rows kept, 4 programs an SM 0.903, in warps 0.873"),
+    Stages(3072, 8192, 1, 1, 3, 3 * SMS, "16384 x 3072: 0.942; rows not kept 0.928", keeps_rows=True),
+    Stages(4096, 8192, 1, 1, 3, 2 * SMS, "16384 x 4096: 0.947; rows not kept 0.932", keeps_rows=True),
+    Stages(7168, 16384, 1, 1, 3, 2 * SMS, "16384 x 5120: 0.956, rows kept 0.960; 5376: 0.962, 0.952; 7168: 0.920"),
+    Stages(8192, 16384, 4, 1, 3, SMS, "8192 x 8192: 0.951; rows not kept 0.893, 2 warpgroups 0.847", keeps_rows=True),
+    Stages(16384, 32768, 4, 1, 3, SMS, "4096 x 16384: 0.899; 8 warpgroups 0.887, 2 CTAs 0.751"),
+    Stages(32768, 65536, 4, 2, 3, HELD[2], "2048 x 32768: 0.848; 4 CTAs 0.710, read twice 0.640"),
+    Stages(65536, 131072, 4, 4, 3, HELD[4], "1024 x 65536: 0.789; 8 CTAs 0.707, read twice 0.461"),
+    Stages(LARGEST_N, 262144, 4, 8, 3, HELD[8], "1024 x 131072: 0.814; 512 rows, read twice 0.424"),
 )
 
 
 def _staged(plan: BackwardPlan, row: Stages, itemsize: int, column_bytes: int) -> BackwardPlan | None:
-    per_sm = max(1, row.programs * row.cluster // SMS)
+    # Of a wider dy, or of ds too, a lane has more in registers: 2048 with ds needs 111, and five programs have 96.
+    wide = column_bytes > 2 * itemsize
+    programs = row.programs - SMS if wide and row.programs > 2 * SMS else row.programs
+    per_sm = max(1, programs * row.cluster // SMS)
     stages = min(row.stages, stages_of(plan, column_bytes, per_sm=per_sm))
-    if stages < (FEWEST_AHEAD if row.ahead else FEWEST_STAGES) or staged_view(plan, itemsize) is None:
+    if stages < FEWEST_STAGES or staged_view(plan, itemsize) is None:
         return None
-    return dataclasses.replace(plan, source=PIPELINE, stages=stages, programs=row.programs, ahead=row.ahead)
+    return dataclasses.replace(plan, source=PIPELINE, stages=stages, programs=programs, keeps_rows=row.keeps_rows)
 
 
 @functools.cache
@@ -277,8 +285,9 @@ def _backward_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan:
         cluster=cluster,
         source=MEMORY,
         keeps_weight=False,
-        # An SM has the registers for two programs of up to 17 elements a lane; more would run after the others.
-        programs=HELD[cluster] * (2 if n <= 4352 else 1),
+        # An SM has the registers for two programs of up to 17 elements a lane, and where x and dy are all that a row
+        # has; more would run after the others.
+        programs=HELD[cluster] * (2 if n <= (4352 if column_bytes == 2 * itemsize else 4096) else 1),
     )
 
 

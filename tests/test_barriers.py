@@ -96,24 +96,24 @@ def backward(plan: BackwardPlan) -> str:
 
 # Few elements, so that the kernels are short; the same statements as in long rows.
 SHARED = {"regime": Regime.CTA, "vec": 8, "warpgroups": 2}
-AHEAD = {"source": Source.PIPELINE, "stages": 3, "programs": 4, "ahead": True}
+PIPED = {"source": Source.PIPELINE, "stages": 3, "programs": 4}
 FORWARD = {
     "shared": Plan(4096, **SHARED),
     "cluster": Plan(4096, **SHARED, cluster=2),
     "in warps": Plan(128, Regime.WARP, 8, 16, 8),
-    "pipeline, cluster, sums ahead": Plan(4096, **SHARED, cluster=2, **AHEAD),
+    "pipeline, cluster": Plan(4096, **SHARED, cluster=2, **PIPED, keeps_rows=True),
 }
 PIPELINE = backward_plan_for(4096, "bfloat16")
 BACKWARD = {
     "rows in warps": backward_plan_for(128, "bfloat16"),
     "rows in warps, two chunks": BackwardPlan(512, Regime.WARP, 8, 32, 4, source=Source.MEMORY),
     "pipeline in warps": backward_plan_for(512, "bfloat16"),
-    "pipeline": PIPELINE,
-    "pipeline, shared": dataclasses.replace(PIPELINE, **SHARED),
+    "pipeline, rows kept": PIPELINE,
+    "pipeline": dataclasses.replace(PIPELINE, keeps_rows=False),
+    "pipeline, shared": dataclasses.replace(PIPELINE, **SHARED, keeps_rows=False),
     "shared": BackwardPlan(4096, **SHARED, source=Source.MEMORY),
     "cluster": BackwardPlan(4096, **SHARED, cluster=2, source=Source.MEMORY),
-    "pipeline, cluster": BackwardPlan(4096, **SHARED, cluster=2, **AHEAD | {"ahead": False}),
-    "pipeline, cluster, sums ahead": BackwardPlan(4096, **SHARED, cluster=2, **AHEAD),
+    "pipeline, cluster": BackwardPlan(4096, **SHARED, cluster=2, **PIPED),
 }
 
 # A row's sum: each warp's part is written, the warpgroups meet, all parts are read.
@@ -122,28 +122,27 @@ SUM = "write arrive wait read"
 # CTA is gone while another reads.
 CLUSTER = "write arrive wait write cluster_arrive cluster_wait read_of_another_cta cluster_arrive cluster_wait"
 # In a pipeline the total is written, and the CTA arrives, when a row has been read; it waits for the others before it
-# arrives for another row. With its sums ahead it reads the next row, and has the last one's stage filled, before it
-# reads the row again for its results.
+# arrives for another row.
 BEGIN = "copy wait write arrive wait write cluster_arrive"
 END = "cluster_wait read_of_another_cta"
-AHEAD_OF_RESULTS = "wait write arrive wait write cluster_arrive copy read"
 LEAVE = "cluster_arrive cluster_wait"
 # A chunk of dweight: all have read the chunk before, the rows are written, all have written, they are read.
 COLUMNS = "arrive wait write arrive wait read"
 EXPECTED = {
     **{("forward", name): value for name, value in {"shared": SUM, "cluster": CLUSTER, "in warps": ""}.items()},
-    ("forward", "pipeline, cluster, sums ahead"): f"{BEGIN} {END} {AHEAD_OF_RESULTS} {END} read {LEAVE}",
+    ("forward", "pipeline, cluster"): f"{BEGIN} copy {END} {LEAVE}",
     ("backward", "rows in warps"): COLUMNS,
     ("backward", "rows in warps, two chunks"): f"{COLUMNS} {COLUMNS}",
-    # A stage is read after its copy has arrived, and filled again between the two readings of the next row.
+    # A stage is read after its copy has arrived, and filled again between the two readings of the next row; or where
+    # rows are kept, when the only reading is over.
     ("backward", "pipeline"): "copy wait read copy read",
+    ("backward", "pipeline, rows kept"): "copy wait read copy",
     ("backward", "pipeline, shared"): f"copy wait {SUM} copy read",
     ("backward", "shared"): SUM,
     ("backward", "cluster"): CLUSTER,
     # The warps meet, so that all have read the stage that is filled again.
-    ("backward", "pipeline in warps"): f"copy wait arrive wait read copy read {COLUMNS} {COLUMNS}",
+    ("backward", "pipeline in warps"): f"copy wait arrive wait copy read {COLUMNS} {COLUMNS}",
     ("backward", "pipeline, cluster"): f"{BEGIN} copy {END} read {LEAVE}",
-    ("backward", "pipeline, cluster, sums ahead"): f"{BEGIN} {END} {AHEAD_OF_RESULTS} {END} read {LEAVE}",
 }
 
 
@@ -164,15 +163,10 @@ CLUSTER_ARRIVE, CLUSTER_WAIT = "            _compat.cluster_arrive()\n", "      
 READ_BY_ALL = '_compat.arrive_and_wait(scratch["read"])'
 ARRIVED = "_compat.wait(self.arrived.at[lax.rem(step, jnp.int32(self.plan.stages))])"
 AT_THE_END = "    _compat.cluster_arrive()\n            _compat.cluster_wait()\n"
-BEGUN = "begun, carry = begin(step, stage, carry)"
-REFILL = "self.refill(step)"
-FILLED_EARLY = Rewrite("_pipeline", f"{BEGUN}\n            {REFILL}", f"{REFILL}\n            {BEGUN}")
-# An arrival for the next row's sum before the wait for this one's, which a barrier of a cluster does not allow.
-ARRIVED_TWICE = Rewrite(
+FILLED_EARLY = Rewrite(
     "_pipeline",
-    "            sums = end(step, begun)\n",
-    "",
-    also=("finish(step, self.stage(step), sums)", "finish(step, self.stage(step), end(step, begun))"),
+    "return row(step, self.wait(step), lambda: self.refill(step), carry)",
+    "stage = self.wait(step)\n            self.refill(step)\n            return row(step, stage, lambda: None, carry)",
 )
 WITHOUT: dict[str, tuple[Rewrite, str, str]] = {
     "forward sum": (Rewrite("_shared_row", MEET, "pass"), "forward", "shared"),
@@ -184,14 +178,14 @@ WITHOUT: dict[str, tuple[Rewrite, str, str]] = {
     "cluster": (Rewrite("_shared_row", CLUSTER_ARRIVE, "", also=(CLUSTER_WAIT, "")), "forward", "cluster"),
     "cluster, arrival": (Rewrite("_shared_row", CLUSTER_ARRIVE, ""), "forward", "cluster"),
     "cluster, wait": (Rewrite("_shared_row", CLUSTER_WAIT, ""), "backward", "cluster"),
-    "cluster, an arrival too early": (ARRIVED_TWICE, "forward", "pipeline, cluster, sums ahead"),
-    "cluster, an arrival too early, backward": (ARRIVED_TWICE, "backward", "pipeline, cluster, sums ahead"),
     "warps that share no sum": (Rewrite("_backward", READ_BY_ALL, "pass"), "backward", "pipeline in warps"),
     "cluster, at the end": (Rewrite("_launch", AT_THE_END, "    pass\n"), "forward", "cluster"),
     "cluster, release": (Rewrite("_compat", "arrive.release.aligned", "arrive.relaxed.aligned"), "forward", "cluster"),
     "cluster, acquire": (Rewrite("_compat", "wait.acquire.aligned", "wait.aligned"), "forward", "cluster"),
     "a stage's arrival": (Rewrite("_pipeline", ARRIVED, "pass"), "backward", "pipeline"),
     "before a stage is filled again": (FILLED_EARLY, "backward", "pipeline, shared"),
+    "before the stage of rows that are kept is": (FILLED_EARLY, "backward", "pipeline, rows kept"),
+    "before a stage is filled again, in a cluster": (FILLED_EARLY, "forward", "pipeline, cluster"),
 }
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_norm._plan import Source
+from pallas_norm._plan import BackwardPlan, Source, from_memory
 from pallas_norm._spec import Spec
 from pallas_norm.regimes import backward_plan_for, plan_for
 from tests import rewrites
@@ -34,10 +34,10 @@ from tests.test_barriers import AFTER_A_CHUNK, ARRIVED, CLUSTER_ARRIVE, CLUSTER_
 
 LAUNCHES = 200
 
-# Four warpgroups; a pipeline in a cluster, a row that no bulk copy moves; a pipeline in one warpgroup, and in warps.
-SHARED, PIPED_CLUSTER, CLUSTER, PIPELINE, IN_WARPS = 32768, 131072, 131064, 2048, 512
-# Backward powers of two, by which the mean of exact products is exact; with a float32 dy the longest is no pipeline.
-BACKWARD_PIPED_CLUSTER, BACKWARD_CLUSTER = 32768, 131072
+# Four warpgroups, and a cluster, of rows that no bulk copy moves; a pipeline in a cluster, in one warpgroup, the same
+# with rows kept, and in warps.
+SHARED, CLUSTER, PIPED_CLUSTER, PIPELINE, KEPT, IN_WARPS = 32760, 131064, 131072, 2048, 4096, 512
+BACKWARD_CLUSTER = 32768  # a power of two, by which the mean of exact products is exact
 NO_MEETING = ("_shared_row", CLUSTER_ARRIVE, "")
 
 
@@ -51,10 +51,17 @@ def forward(n: int) -> Callable[..., Any]:
     return functools.partial(kernel, plan=plan_for(n, "bfloat16"), spec=Spec(eps=0.0), with_rstd=True)
 
 
-def backward(n: int) -> Callable[..., Any]:
+def plan_of(n: int) -> BackwardPlan:
+    return backward_plan_for(n, "bfloat16", dy_dtype="float32")  # dy is a float32, as its weight is
+
+
+def backward(n: int, plan: BackwardPlan | None = None) -> Callable[..., Any]:
     kernel = sys.modules["pallas_norm._backward"].backward
-    plan = backward_plan_for(n, "bfloat16", dy_dtype="float32")  # dy is a float32, as its weight is
-    return functools.partial(kernel, plan=plan, spec=Spec(eps=0.0), with_dweight=True)
+    return functools.partial(kernel, plan=plan or plan_of(n), spec=Spec(eps=0.0), with_dweight=True)
+
+
+def backward_from_memory(n: int) -> Callable[..., Any]:
+    return backward(n, from_memory(plan_of(n)))
 
 
 KERNELS: dict[str, tuple[Callable[[int], Callable[..., Any]], int]] = {
@@ -64,9 +71,10 @@ KERNELS: dict[str, tuple[Callable[[int], Callable[..., Any]], int]] = {
     "backward, rows in warps": (backward, 128),
     "backward, rows in warps, two chunks": (backward, IN_WARPS),
     "backward, pipeline": (backward, PIPELINE),
+    "backward, pipeline, rows kept": (backward, KEPT),
     "backward, pipeline, shared": (backward, 16384),
-    "backward, cluster": (backward, BACKWARD_CLUSTER),
-    "backward, pipeline, cluster": (backward, BACKWARD_PIPED_CLUSTER),
+    "backward, cluster": (backward_from_memory, BACKWARD_CLUSTER),
+    "backward, pipeline, cluster": (backward, BACKWARD_CLUSTER),
 }
 
 WITHOUT: dict[str, tuple[Rewrite, str]] = {
@@ -79,6 +87,7 @@ WITHOUT: dict[str, tuple[Rewrite, str]] = {
     "after a chunk of dweight": (Rewrite("_blocks", AFTER_A_CHUNK, "rows"), "backward, rows in warps"),
     "after each of two chunks": (Rewrite("_blocks", AFTER_A_CHUNK, "rows"), "backward, rows in warps, two chunks"),
     "a stage's arrival": (Rewrite("_pipeline", ARRIVED, "pass"), "backward, pipeline"),
+    "a stage's arrival, rows kept": (Rewrite("_pipeline", ARRIVED, "pass"), "backward, pipeline, rows kept"),
     "a stage's arrival, in warps": (Rewrite("_pipeline", ARRIVED, "pass"), "backward, rows in warps, two chunks"),
     "a stage's arrival, forward": (Rewrite("_pipeline", ARRIVED, "pass"), "forward, pipeline, cluster"),
 }
@@ -156,16 +165,17 @@ def test_what_is_compared_on_a_gpu_is_right(name: str) -> None:
 
 
 def test_the_row_lengths_reach_the_barriers() -> None:
-    assert plan_for(SHARED, "bfloat16").warpgroups == 4
-    of_float32 = functools.partial(backward_plan_for, dtype="bfloat16", dy_dtype="float32")
-    for plan in (plan_for(CLUSTER, "bfloat16"), of_float32(BACKWARD_CLUSTER)):
-        assert plan.cluster > 1
-        assert plan.source is not Source.PIPELINE
-    ahead, piped = plan_for(PIPED_CLUSTER, "bfloat16"), of_float32(BACKWARD_PIPED_CLUSTER)
-    assert (ahead.source, ahead.cluster, ahead.ahead) == (Source.PIPELINE, 4, True)
+    shared = plan_for(SHARED, "bfloat16")
+    assert (shared.source, shared.warpgroups, shared.cluster) == (Source.REGISTERS, 4, 1)
+    cluster = plan_for(CLUSTER, "bfloat16")
+    assert cluster.cluster > 1
+    assert cluster.source is not Source.PIPELINE
+    piped = plan_for(PIPED_CLUSTER, "bfloat16")
+    assert (piped.source, piped.cluster, piped.keeps_rows) == (Source.PIPELINE, 4, True)
+    piped = plan_of(BACKWARD_CLUSTER)
     assert (piped.source, piped.cluster) == (Source.PIPELINE, 2)
-    for n in (PIPELINE, IN_WARPS):
-        assert backward_plan_for(n, "bfloat16", dy_dtype="float32").source is Source.PIPELINE
+    kept = {n: plan_of(n).keeps_rows for n in (PIPELINE, KEPT, IN_WARPS) if plan_of(n).source is Source.PIPELINE}
+    assert kept == {PIPELINE: False, KEPT: True, IN_WARPS: False}
     shared = backward_plan_for(16384, "bfloat16")
     assert (shared.source, shared.warpgroups) == (Source.PIPELINE, 4)
     assert [backward_plan_for(n, "bfloat16").chunks for n in (128, 512)] == [1, 2]

@@ -62,13 +62,15 @@ KERNELS: dict[str, Callable[[], None]] = {
     "backward in warps": lambda: backward(IN_WARPS),
     "backward, shared, from registers": lambda: backward(**SHARED, source=Source.REGISTERS, stages=0),
     "backward, shared, from memory": lambda: backward(**SHARED, source=Source.MEMORY, stages=0),
-    "pipeline": lambda: backward(PIPED, rows=6, stages=2),
-    "pipeline of three stages": lambda: backward(PIPED, rows=7, stages=3),
-    "pipeline, shared": lambda: backward(PIPED, rows=6, **SHARED, stages=2),
-    "pipeline, shared, sums ahead": lambda: backward(PIPED, rows=7, **SHARED, stages=3, ahead=True),
+    "pipeline": lambda: backward(PIPED, rows=6, stages=2, keeps_rows=False),
+    "pipeline of three stages": lambda: backward(PIPED, rows=7, stages=3, keeps_rows=False),
+    "pipeline, rows kept": lambda: backward(PIPED, rows=6, stages=2, keeps_rows=True),
+    "pipeline, shared": lambda: backward(PIPED, rows=6, **SHARED, stages=2, keeps_rows=False),
+    "pipeline, shared, rows kept": lambda: backward(PIPED, rows=6, **SHARED, stages=2, keeps_rows=True),
     "pipeline in warps": lambda: backward(512, rows=25, stages=2),
-    "forward, pipeline, shared, sums ahead": lambda: forward(
-        PIPED, rows=7, **SHARED, source=Source.PIPELINE, stages=3, ahead=True, programs=1
+    "pipeline in warps, rows kept": lambda: backward(512, rows=25, stages=2, keeps_rows=True),
+    "forward, pipeline, shared, rows kept": lambda: forward(
+        PIPED, rows=6, **SHARED, source=Source.PIPELINE, stages=2, keeps_rows=True, programs=1
     ),
 }
 
@@ -125,25 +127,15 @@ READ_UNWAITED = Rewrite(
     "        _compat.wait(self.arrived.at[lax.rem(step, jnp.int32(self.plan.stages))])\n",
     "",
     also=(
-        "        following = step - 1",
-        "        _compat.wait(self.arrived.at[lax.rem(step, self.plan.stages)])\n        following = step - 1",
+        "        read = step if",
+        "        _compat.wait(self.arrived.at[lax.rem(step, self.plan.stages)])\n        read = step if",
     ),
 )
-REFILLED_EARLY = Rewrite(
-    "_pipeline",
-    "following = step - 1 + self.plan.stages",
-    "following = step + self.plan.stages",
-    also=("(step > 0) & (following < self.steps)", "following < self.steps"),
-)
+REFILLED_EARLY = Rewrite("_pipeline", "read = step if self.plan.keeps_rows else step - 1", "read = step")
 REFILLED_BEFORE_THE_WARPGROUPS_MEET = Rewrite(
     "_pipeline",
-    "begun, carry = begin(step, stage, carry)\n            self.refill(step)",
-    "self.refill(step)\n            begun, carry = begin(step, stage, carry)",
-)
-REFILLED_BEFORE_THEY_MEET_AHEAD = Rewrite(
-    "_pipeline",
-    "following, carry = begin(step + 1, self.wait(step + 1), carry)\n            self.refill(step)",
-    "self.refill(step)\n            following, carry = begin(step + 1, self.wait(step + 1), carry)",
+    "return row(step, self.wait(step), lambda: self.refill(step), carry)",
+    "stage = self.wait(step)\n            self.refill(step)\n            return row(step, stage, lambda: None, carry)",
 )
 WITHOUT = {
     "forward sum": (MEET, "forward, shared"),
@@ -157,13 +149,14 @@ WITHOUT = {
     "a stage refilled a row early": (REFILLED_EARLY, "pipeline"),
     "a stage refilled a row early, shared": (REFILLED_EARLY, "pipeline, shared"),
     "a stage refilled before all have read it": (REFILLED_BEFORE_THE_WARPGROUPS_MEET, "pipeline, shared"),
-    "a stage refilled before all have read it, sums ahead": (
-        REFILLED_BEFORE_THEY_MEET_AHEAD,
-        "pipeline, shared, sums ahead",
-    ),
     "a stage refilled before all have read it, forward": (
-        REFILLED_BEFORE_THEY_MEET_AHEAD,
-        "forward, pipeline, shared, sums ahead",
+        REFILLED_BEFORE_THE_WARPGROUPS_MEET,
+        "forward, pipeline, shared, rows kept",
+    ),
+    "a stage refilled before it is read, rows kept": (REFILLED_BEFORE_THE_WARPGROUPS_MEET, "pipeline, rows kept"),
+    "a stage refilled before all have read it, rows kept": (
+        REFILLED_BEFORE_THE_WARPGROUPS_MEET,
+        "pipeline, shared, rows kept",
     ),
 }
 

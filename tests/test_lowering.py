@@ -33,15 +33,38 @@ KINDS = {  # one width at least for every kind of plan, forward and backward; th
             4096,
             4097,
             5000,
+            6144,
+            7680,
             8192,
             8200,
             12352,
             16384,
         ),
-        *(16385, 32768, 32769, 40000, 65536, 65537, 65896, 131071, 131072),
+        *(16385, 16640, 32768, 32769, 40000, 65536, 65537, 65896, 131071, 131072),
     ],
     "float32": [
-        *(32, 33, 128, 512, 800, 1000, 1024, 1025, 4096, 4107, 4224, 8192, 8193, 8472, 16384, 16620, 32768, 32916),
+        *(
+            32,
+            33,
+            128,
+            512,
+            800,
+            1000,
+            1024,
+            1025,
+            1088,
+            1536,
+            4096,
+            4107,
+            4224,
+            8192,
+            8193,
+            8472,
+            16384,
+            16620,
+            32768,
+            32916,
+        ),
         *(65536, 131072),
     ],
 }
@@ -50,7 +73,8 @@ KINDS = {  # one width at least for every kind of plan, forward and backward; th
 def kind(plan: Plan) -> tuple[Any, ...]:
     """What decides which statements of a kernel's body are there."""
     keeps_weight = getattr(plan, "keeps_weight", None)
-    return plan.regime, plan.warpgroups > 1, plan.cluster > 1, plan.overlap > 0, plan.source, keeps_weight
+    shared = plan.warpgroups > 1, plan.cluster > 1
+    return plan.regime, *shared, plan.overlap > 0, plan.source, plan.keeps_rows, keeps_weight
 
 
 def array(*shape: int, dtype: Any) -> jax.ShapeDtypeStruct:

@@ -165,10 +165,10 @@ def check_memory(plan: Plan, itemsize: int, column_bytes: int) -> None:
     together = programs_per_sm if plan.source is Source.PIPELINE else 1
     assert together * (used + 1024) <= SMEM_BYTES, plan
     if plan.source is Source.PIPELINE:
-        assert plan.stages >= (3 if plan.ahead else 2), plan
+        assert plan.stages >= 2, plan
         check_view(plan, itemsize)
     else:
-        assert (plan.stages, plan.ahead) == (0, False), plan
+        assert (plan.stages, plan.keeps_rows) == (0, False), plan
 
 
 def check_view(plan: Plan, itemsize: int) -> None:
@@ -187,7 +187,7 @@ def check_view(plan: Plan, itemsize: int) -> None:
 @pytest.mark.parametrize("dtype", FORWARD)
 def test_the_residual_form_reads_a_row_in_the_same_chunks(dtype: str) -> None:
     """So add_rms_norm has the bits of an addition and rms_norm; only where the rows come from may differ."""
-    own = {"source": Source.REGISTERS, "stages": 0, "programs": None, "ahead": False}
+    own = {"source": Source.REGISTERS, "stages": 0, "programs": None, "keeps_rows": False}
     different = 0
     for n in sorted({*WIDTHS, *ALIGNED}):
         plan, with_residual = plan_for(n, dtype), plan_for(n, dtype, residual=True)
@@ -227,8 +227,8 @@ def test_every_line_of_the_tables_is_some_rows_plan() -> None:
     backward = [backward_plan_for(n, **form) for n in ALIGNED for form in BACKWARD]
     for table, regime in ((PIPELINES, Regime.CTA), (WARP_PIPELINES, Regime.WARP)):
         piped = [plan for plan in backward if plan.source is Source.PIPELINE and plan.regime is regime]
-        found = {(plan.warpgroups, plan.cluster, plan.stages, plan.programs, plan.ahead) for plan in piped}
-        assert {(row.warpgroups, row.cluster, row.stages, row.programs, row.ahead) for row in table} <= found
+        found = {(plan.warpgroups, plan.cluster, plan.stages, plan.programs, plan.keeps_rows) for plan in piped}
+        assert {(row.warpgroups, row.cluster, row.stages, row.programs, row.keeps_rows) for row in table} <= found
 
 
 def test_rows_are_kept_in_warps_below_a_width_and_shared_above_it() -> None:

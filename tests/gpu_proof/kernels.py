@@ -14,7 +14,7 @@ from tests.oracle import DTYPES
 
 # Those of the suite, and odd ones beyond them, whose narrow vectors take plans of their own.
 ALL_WIDTHS = tuple(sorted({*WIDTHS, *(row.largest_n - 1 for row in getattr(regimes, "NARROW", ()))}))
-FIELDS = ("regime", "source", "vec", "warpgroups", "cluster")
+FIELDS = ("regime", "source", "keeps_rows", "vec", "warpgroups", "cluster")
 
 
 def kind_of_plan(plan: Any) -> tuple[Any, ...]:
