@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import oracle
+from tests import oracle, test_gpu_mutants
 from tests.gpu_proof import every_kernel, kernels, operands, planted, reruns, sanitizers
 from tests.gpu_proof.kernels import Backward, ColumnSum, Forward, kind_of_plan
 from tests.gpu_proof.sanitizers import Run, cases_with_reports, judge, reported
@@ -80,14 +81,40 @@ def test_the_gradients_that_are_known_before_are_those_of_float64() -> None:
 @pytest.mark.parametrize("tool", sanitizers.TOOLS)
 def test_the_planted_defects_are_kernels(tool: str) -> None:
     x = jax.ShapeDtypeStruct((8 * planted.CHUNK,), jnp.float32)
-    lowered = jax.jit(planted.DEFECTS[tool]).trace(x).lower(lowering_platforms=("cuda",)).as_text()
-    assert lowered.count("custom_call @mosaic_gpu") == 1
+    assert planted.DEFECTS[tool]
+    for name, defect in planted.DEFECTS[tool].items():
+        if tool == "racecheck":
+            assert name in test_gpu_mutants.WITHOUT
+        else:
+            lowered = jax.jit(defect).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+            assert lowered.count("custom_call @mosaic_gpu") == 1
+
+
+def test_a_planted_race_is_a_kernel_less_a_barrier(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names, seen = iter(planted.DEFECTS["racecheck"]), []
+
+    def differing(kernel: str, **_: int) -> None:
+        rewrite, of = test_gpu_mutants.WITHOUT[next(names)]
+        mutated = sys.modules[f"pallas_norm.{rewrite.module}"].__spec__ is None
+        seen.append((kernel == of, mutated))
+
+    monkeypatch.setattr(test_gpu_mutants, "differing", differing)
+    planted.run("racecheck")
+    assert seen == [(True, True)] * len(planted.DEFECTS["racecheck"])
+    assert capsys.readouterr().out.startswith("case: backward sum\n")
 
 
 # --- the sanitizers' reports ------------------------------------------------------------------------------------------
 
 CLEAN = "case: a\nevery kernel on gpu: 1 cases, 0 failed\n========= ERROR SUMMARY: 0 errors\n"
-PLANTED = "========= Invalid __global__ read of size 4 bytes\n========= ERROR SUMMARY: 128 errors\n"
+PLANTED = "case: a read past the end\n========= Invalid __global__ read\n========= ERROR SUMMARY: 128 errors\n"
+BARRIERS = (
+    "case: an arrival at no barrier\n========= Barrier error detected. Missing init.\n"
+    "case: more arrivals than a barrier expects\n========= Barrier error detected. Missing wait.\n"
+    "========= ERROR SUMMARY: 187 errors\n"
+)
 RACE = (
     "case: a\ncase: b\n========= Error: Race reported between Write access at kernel_mosaic_gpu_kernel+0x90\n"
     "case: c\nevery kernel on gpu: 3 cases, 0 failed\n"
@@ -101,7 +128,7 @@ def test_the_summaries_are_read() -> None:
     assert reported("========= ERROR SUMMARY: 12 errors\n========= ERROR SUMMARY: 2 errors were not printed\n") == 12
     assert reported("case: ERROR SUMMARY: 0 errors\n") is None
     assert cases_with_reports(RACE, sanitizers.TOOLS["racecheck"].report) == ["b"]
-    assert cases_with_reports(PLANTED, sanitizers.TOOLS["memcheck"].report) == ["before the first case"]
+    assert cases_with_reports(PLANTED[26:], sanitizers.TOOLS["memcheck"].report) == ["before the first case"]
 
 
 @pytest.mark.parametrize(
@@ -114,8 +141,9 @@ def test_the_summaries_are_read() -> None:
         (Run("memcheck", "launch"), 1, CLEAN.replace("0 failed", "1 failed"), "not every case ran and was right"),
         (Run("racecheck", "jax: "), 99, RACE, "2 reported, in b"),
         (Run("memcheck", None), 99, PLANTED, None),
-        (Run("memcheck", None), 0, CLEAN, "the planted defect was not reported"),
-        (Run("initcheck", None), 99, PLANTED, "the planted defect was not reported"),
+        (Run("memcheck", None), 0, CLEAN, "not reported, of what was planted: a read past the end"),
+        (Run("synccheck", None), 99, BARRIERS, None),
+        (Run("synccheck", None), 99, BARRIERS.replace("Barrier error", "An error", 1), "planted: an arrival at no"),
         (
             Run("memcheck", None),
             255,
@@ -138,12 +166,7 @@ summary="ERROR SUMMARY: 0 errors"
 [ "$tool" = racecheck ] && summary="RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
 case "$*" in
   *gpu_proof.planted*)
-    case $tool in
-      memcheck) echo "========= Invalid __global__ read of size 4 bytes" ;;
-      racecheck) echo "========= Error: Race reported between Write access" ;;
-      initcheck) echo "========= Uninitialized __global__ memory read of size 4 bytes" ;;
-      synccheck) echo "========= Barrier error detected. Divergent thread(s) in block" ;;
-    esac
+    PLANTED
     echo "========= ${summary/ 0/ 3}" && exit 99 ;;
 esac
 [ "$XLA_PYTHON_CLIENT_ALLOCATOR$PYTORCH_NO_CUDA_MEMORY_CACHING" = platform1 ] || exit 1
@@ -151,6 +174,20 @@ echo "case: one"
 echo "every kernel on gpu: 1 cases, 0 failed"
 echo "========= $summary"
 """
+REPORTS = {
+    "memcheck": "Invalid __global__ read of size 4 bytes",
+    "racecheck": "Error: Race reported between Write access",
+    "initcheck": "Uninitialized __global__ memory read of size 4 bytes",
+    "synccheck": "Barrier error detected. Missing init.",
+}
+FAKE = FAKE.replace(
+    "PLANTED",
+    "\n    ".join(
+        f'[ $tool = {tool} ] && echo "case: {name}" && echo "========= {REPORTS[tool]}"'
+        for tool, defects in planted.DEFECTS.items()
+        for name in defects
+    ),
+)
 
 
 def executable(path: Path, text: str) -> str:
@@ -163,8 +200,11 @@ def executable(path: Path, text: str) -> str:
     ("change", "told"),
     [
         (("", ""), "12 of 12 runs of compute-sanitizer as they must be"),
-        (("Invalid", "Some"), "memcheck-planted     the planted defect was not reported"),
-        (("Barrier error", "Something"), "synccheck-planted    the planted defect was not reported"),
+        (("Invalid", "Some"), "memcheck-planted     not reported, of what was planted: a read past the end"),
+        (
+            ("Barrier error", "Something"),
+            "synccheck-planted    not reported, of what was planted: an arrival at no barrier; more",
+        ),
         (("1 cases, 0 failed", "1 cases, 1 failed"), "racecheck-launch     not every case ran and was right"),
         (("on gpu:", "on cpu:"), "racecheck-launch     not every case ran and was right"),
         (("= platform1 ]", "= other ]"), "initcheck-jax        the tool gave no summary"),

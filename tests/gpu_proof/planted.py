@@ -1,7 +1,7 @@
 """Kernels with a defect that one tool of compute-sanitizer must report: what shows that it looks at our kernels at all.
 
-`python -m tests.gpu_proof.planted memcheck` runs the one for memcheck. They are Mosaic GPU kernels with the name of the
-real ones, so that what filters the real ones out filters these out too.
+`python -m tests.gpu_proof.planted memcheck` runs those for memcheck. They are Mosaic GPU kernels with the name of the
+real ones, so that what filters the real ones out filters these out too; for racecheck real ones less a barrier.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_norm import _compat
+from tests import rewrites, test_gpu_mutants
 
 F32 = jnp.float32
 CHUNK = 128  # a warpgroup's lanes, one element each
@@ -43,21 +44,6 @@ def read_past_the_end(x: jax.Array) -> jax.Array:
     return _kernel(kernel, grid, out_type=jax.ShapeDtypeStruct((grid * CHUNK,), F32))(x)
 
 
-def race_in_shared_memory(x: jax.Array) -> jax.Array:
-    """Each of two warpgroups writes its half of shared memory and reads the other's, with no barrier between."""
-
-    def kernel(x_ref: Any, y_ref: Any, shared: Any) -> None:
-        warpgroup = lax.axis_index("warpgroup")
-        value = _compat.load(x_ref.at[pl.ds(0, CHUNK)], _layout(), shape=(CHUNK,), interpret=False)
-        own, other = (pl.ds(half * CHUNK, CHUNK) for half in (warpgroup, 1 - warpgroup))
-        _compat.store(shared.at[own], value + warpgroup.astype(F32), interpret=False)
-        found = _compat.load(shared.at[other], _layout(), shape=(CHUNK,), interpret=False)
-        _compat.store(y_ref.at[pl.ds(warpgroup * CHUNK, CHUNK)], found, interpret=False)
-
-    options = {"num_threads": 2, "thread_name": "warpgroup", "scratch_types": (_compat.smem((2 * CHUNK,), F32),)}
-    return _kernel(kernel, 1, out_type=jax.ShapeDtypeStruct((2 * CHUNK,), F32), **options)(x)
-
-
 def read_what_nobody_wrote(x: jax.Array) -> jax.Array:
     """Adds x to a result that is not there yet."""
 
@@ -70,28 +56,59 @@ def read_what_nobody_wrote(x: jax.Array) -> jax.Array:
     return _kernel(kernel, 1, out_type=VECTOR)(x)
 
 
-def barrier_of_half_a_warpgroup(x: jax.Array) -> jax.Array:
-    """64 threads of 128 come to a barrier of all; the others end, which lets it pass."""
-
+def _with_ptx(x: jax.Array, ptx: str) -> jax.Array:
     def kernel(x_ref: Any, y_ref: Any) -> None:
         value = _compat.load(x_ref.at[pl.ds(0, CHUNK)], _layout(), shape=(CHUNK,), interpret=False)
         _compat.store(y_ref, value, interpret=False)
         _compat._inline_ptx(
-            "{ .reg .pred few; .reg .u32 thread; mov.u32 thread, %tid.x; "
-            "setp.lt.u32 few, thread, 64; @few bar.sync 0; }"
+            f"{{ .reg .b64 state; .reg .u32 at; .shared .align 8 .b64 planted; mov.u32 at, planted; {ptx} }}"
         )
 
     return _kernel(kernel, 1, out_type=VECTOR)(x)
 
 
-DEFECTS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "memcheck": read_past_the_end,
-    "racecheck": race_in_shared_memory,
-    "initcheck": read_what_nobody_wrote,
-    "synccheck": barrier_of_half_a_warpgroup,
+def arrival_at_no_barrier(x: jax.Array) -> jax.Array:
+    """At a place in shared memory that nobody made one."""
+    return _with_ptx(x, "mbarrier.arrive.shared.b64 state, [at];")
+
+
+def more_arrivals_than_a_barrier_expects(x: jax.Array) -> jax.Array:
+    """128 threads come to a barrier of 64, so that two phases pass without a wait."""
+    first = ".reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;"
+    arrive = "@first mbarrier.init.shared.b64 [at], 64; bar.sync 0; mbarrier.arrive.shared.b64 state, [at];"
+    return _with_ptx(x, f"{first} {arrive}")
+
+
+def without(barrier: str) -> Callable[[jax.Array], None]:
+    """A kernel of ours from which test_gpu_mutants.py takes this barrier. Not one in which a row is read before its
+    bulk copy has arrived: racecheck reports nothing of it."""
+
+    def run(_: jax.Array) -> None:
+        rewrite, kernel = test_gpu_mutants.WITHOUT[barrier]
+        with rewrites.rewritten(rewrite):
+            test_gpu_mutants.differing(kernel, launches=1, rows=20)
+
+    return run
+
+
+DEFECTS: dict[str, dict[str, Callable[[jax.Array], Any]]] = {
+    "memcheck": {"a read past the end": read_past_the_end},
+    "racecheck": {name: without(name) for name in ("backward sum", "forward, cluster", "after a chunk of dweight")},
+    "initcheck": {"a read of what nobody wrote": read_what_nobody_wrote},
+    "synccheck": {
+        "an arrival at no barrier": arrival_at_no_barrier,
+        "more arrivals than a barrier expects": more_arrivals_than_a_barrier_expects,
+    },
 }
 
+
+def run(tool: str) -> None:
+    x = jnp.ones(8 * CHUNK, F32)
+    for name, defect in DEFECTS[tool].items():
+        print(f"case: {name}", flush=True)
+        jax.block_until_ready(defect(x) if tool == "racecheck" else jax.jit(defect)(x))
+    print(f"{len(DEFECTS[tool])} planted defects ran")
+
+
 if __name__ == "__main__":
-    (tool,) = sys.argv[1:]
-    jax.block_until_ready(jax.jit(DEFECTS[tool])(jnp.ones(8 * CHUNK, F32)))
-    print("the planted defect ran")
+    run(*sys.argv[1:])
