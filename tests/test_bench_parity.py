@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -259,5 +260,13 @@ def test_model_measures_every_case_with_every_provider(tmp_path: Path, capsys: p
                 assert len(row["samples"]) == 2
                 assert all(value > 0 for value in row["samples"])
     assert "decode batch 1" in capsys.readouterr().out
+    kept = [row for row in file["rows"] if row["key"] != "prefill 16"]
+    parity_report.write(tmp_path / "model.json", file | {"rows": kept})
+    assert model_speed.run(arguments(parity_report.model_options, *words)) == 0
+    assert re.findall("^measured (.*)", capsys.readouterr().out, re.MULTILINE) == ["prefill 16"]
+    assert parity_report.read(tmp_path / "model.json")["rows"][: len(kept)] == kept
+    others = ("--repetitions", "1", "--only", "prefill")
+    assert model_speed.run(arguments(parity_report.model_options, *words, *others)) == 0  # not what the file has: anew
+    assert {row["key"] for row in parity_report.read(tmp_path / "model.json")["rows"]} == {"prefill 16"}
     with pytest.raises(ValueError, match="no case has 'encode' in its label"):
         model_speed.run(arguments(parity_report.model_options, *words, "--only", "encode"))
