@@ -140,7 +140,8 @@ def _captured(work: Decode | Prefill, call: Model) -> Callable[[], Any]:
     torch.cuda.current_stream().wait_stream(stream)
     work.prepare()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Of this thread: else a call of another thread may end the capture. Without, one of fifteen failed.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         work.step(call)
     return graph.replay
 

@@ -112,8 +112,7 @@ CLEAN = "case: a\nevery kernel on gpu: 1 cases, 0 failed\n========= ERROR SUMMAR
 PLANTED = "case: a read past the end\n========= Invalid __global__ read\n========= ERROR SUMMARY: 128 errors\n"
 BARRIERS = (
     "case: an arrival at no barrier\n========= Barrier error detected. Missing init.\n"
-    "case: more arrivals than a barrier expects\n========= Barrier error detected. Missing wait.\n"
-    "========= ERROR SUMMARY: 187 errors\n"
+    "========= ERROR SUMMARY: 128 errors\n"
 )
 RACE = (
     "case: a\ncase: b\n========= Error: Race reported between Write access at kernel_mosaic_gpu_kernel+0x90\n"
@@ -203,7 +202,7 @@ def executable(path: Path, text: str) -> str:
         (("Invalid", "Some"), "memcheck-planted     not reported, of what was planted: a read past the end"),
         (
             ("Barrier error", "Something"),
-            "synccheck-planted    not reported, of what was planted: an arrival at no barrier; more",
+            "synccheck-planted    not reported, of what was planted: an arrival at no barrier",
         ),
         (("1 cases, 0 failed", "1 cases, 1 failed"), "racecheck-launch     not every case ran and was right"),
         (("on gpu:", "on cpu:"), "racecheck-launch     not every case ran and was right"),
