@@ -104,17 +104,9 @@ def _run(name: str, mutant: Mutant | None, killers: list[str]) -> int:
                 return 70
             file.write_text(source.replace(mutant.old, mutant.new))
         sys.path[:] = [folder, *(entry for entry in sys.path if Path(entry) != PACKAGE.parent)]
-        options = [
-            "-q",
-            "-x",
-            "-m",
-            "not gpu and not nightly",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:randomly",
-            "--no-header",
-        ]
+        # Rewritten assertions say more of a failure, which nobody reads here, and take longer than most of the tests.
+        options = ["-q", "-x", "-m", "not gpu and not nightly", "--assert=plain", "--no-header"]
+        options += ["-p", "no:cacheprovider", "-p", "no:randomly"]
         with contextlib.redirect_stdout(io.StringIO()) as output:
             code = pytest.main([*options, *(f"tests/interop/{killer}" for killer in killers)])
         if code not in (0, 1):
@@ -134,8 +126,11 @@ def nodes(killer: str) -> list[str]:
 
 
 def main() -> int:
-    import jax  # noqa: F401  imported before the forks, with nothing of it started
+    # Imported before the forks, with nothing of it started.
+    import hypothesis  # noqa: F401
     import torch  # noqa: F401
+
+    import pallas_norm  # noqa: F401
 
     killers = sorted({node for mutant in MUTANTS.values() for node in nodes(mutant.killer)})
     whole = {node for node in killers if "::" not in node}
