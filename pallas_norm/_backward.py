@@ -111,15 +111,16 @@ def _every_row(
             def read() -> Rows:
                 return {name: block.load_stage(ref) for name, ref in stage.items()}
 
-            kept = read() if plan.keeps_rows else None
+            rows = read() if plan.keeps_rows else None
+            again = read if rows is None else lambda: rows
             if plan.regime is Regime.WARP:  # the warps share no sum in which they meet
                 _compat.arrive_and_wait(scratch["read"])
                 met()
-            begun, partial = gradient.begin(block, read() if kept is None else kept, scales(), partial)
+            begun, partial = gradient.begin(block, again(), scales(), partial)
             if plan.regime is Regime.CTA:
                 met()
             sums = gradient.end(block, begun)
-            gradient.finish(block, read() if kept is None else kept, scales(), sums)
+            gradient.finish(block, again(), scales(), sums)
             return partial
 
         return first, pipeline.each_row(row, zeros)

@@ -13,16 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax.numpy as jnp
 
 from . import _validate
-from ._plan import (
-    FEWEST_STAGES,
-    WARPS,
-    BackwardPlan,
-    Plan,
-    Regime,
-    Source,
-    staged_view,
-    stages_of,
-)
+from ._plan import FEWEST_STAGES, WARPS, BackwardPlan, Plan, Regime, Source, staged_view, stages_of
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -49,50 +40,21 @@ SMS = 132
 HELD = {1: SMS, 2: 66, 4: 30, 8: 15}
 
 ANY = LARGEST_N * 4
-WARP, CTA, PIPELINE, MEMORY = Regime.WARP, Regime.CTA, Source.PIPELINE, Source.MEMORY
+WARP, CTA = Regime.WARP, Regime.CTA
+PIPELINE, MEMORY, REGISTERS = Source.PIPELINE, Source.MEMORY, Source.REGISTERS
 
 # Times are of an H200, bf16, cold L2 (bench/results/tuning_*.json); the copy kernel took 67 us where the bytes of x
-# and y are 268 MB. A row of a pipeline is skipped for rows that bulk copies cannot move.
+# and y are 268 MB. A row of a pipeline is skipped for rows that bulk copies cannot move; it keeps rows in registers:
+# read twice from shared memory 1024 x 32768 took 35.9 us, 65536 73.6, 131072 145.3.
 TABLE = (
     Row(1023, ANY, WARP, 1, 1, "65536 x 896: 57.8 us, CTA 60.2; 65536 x 1024: 67.2 us, CTA 64.8"),
     Row(8192, ANY, CTA, 1, 1, "16384 x 4096: 66.8 us, 2 warpgroups 74.0; 8192 x 8192: 66.6, 66.6 with 2"),
     Row(16384, ANY, CTA, 2, 1, "4096 x 16384: 66.9 us, 4 warpgroups 90.7, read twice 69.8"),
-    Row(
-        32768,
-        65536,
-        CTA,
-        4,
-        1,
-        "1024 x 32768: 34.1 us, without a pipeline 37.3; 64 rows 5.3, 4.9; read twice from shared memory 35.9",
-        PIPELINE,
-        SMS,
-        3,
-        unstaged=Source.REGISTERS,
-    ),
+    Row(32768, 65536, CTA, 4, 1, "1024 rows: 34.1 us, no pipeline 37.3; 64: 5.3, 4.9", PIPELINE, SMS, 3, REGISTERS),
     Row(32768, 65536, CTA, 4, 1, "rows that no bulk copy moves; 2048 x 32768: 70.8 us, 8 warpgroups 76.0"),
-    Row(
-        65536,
-        131072,
-        CTA,
-        4,
-        2,
-        "1024 x 65536: 72.3 us, 3 stages 72.8, read twice from shared memory 73.6, 4 CTAs 77.9",
-        PIPELINE,
-        HELD[2],
-        2,
-    ),
+    Row(65536, 131072, CTA, 4, 2, "1024 x 65536: 72.3 us, 3 stages 72.8, 4 CTAs 77.9", PIPELINE, HELD[2], 2),
     Row(65536, 131072, CTA, 8, 1, "1024 x 65536: 77.6 us, kept in a cluster of 4: 93.2", MEMORY),
-    Row(
-        LARGEST_N,
-        262144,
-        CTA,
-        4,
-        4,
-        "1024 x 131072: 141.6 us, 3 stages 142.4, read twice from shared memory 145.3, 8 CTAs 160.8",
-        PIPELINE,
-        HELD[4],
-        2,
-    ),
+    Row(LARGEST_N, 262144, CTA, 4, 4, "1024 x 131072: 141.6 us, 3 stages 142.4, 8 CTAs 160.8", PIPELINE, HELD[4], 2),
     Row(LARGEST_N, 262144, CTA, 8, 2, "512 x 131072: 94.6 us, kept in a cluster of 8: 101.7", MEMORY),
     Row(LARGEST_N, ANY, CTA, 8, 4, "as the row above, for rows of twice the bytes; not measured", MEMORY),
 )
@@ -217,7 +179,7 @@ class Stages(NamedTuple):
     keeps_rows: bool = False
 
 
-SMALLEST_PIPELINE = 768  # of a CTA
+SMALLEST_PIPELINE = 768  # of a CTA; 32768 x 896: 55.7 us, in warps 57.6, but 65536 x 512: 68.2, in warps 57.6
 
 # Rows in warps, of 16-bit types: programs and stages. The others stay in registers (n <= 256), or are read twice.
 WARP_PIPELINES = (

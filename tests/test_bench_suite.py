@@ -52,7 +52,7 @@ def test_candidates_begin_with_the_plan_in_use_and_cover_the_row(n: int, dtype: 
     for operation, find in (("forward", plan_for), ("backward", backward_plan_for)):
         plans = candidates.CANDIDATES[operation](n, dtype)
         assert next(iter(plans.values())) == find(n, dtype)
-        assert len(set(plans.values())) == len(plans) <= 160
+        assert len(set(plans.values())) == len(plans) <= 128
         for plan in plans.values():
             assert plan.span <= n
             assert plan.chunks * plan.workers * plan.span >= n
