@@ -2,7 +2,7 @@
 
 Random bfloat16 weights. Decoding at batch 1, 8 and 64 against a static cache, launched step by step and as a CUDA graph
 of one step; prefill of one prompt. Providers take turns, many times over, because the host is noisy. A file of the same
-machine, tree and options is continued.
+machine, tree and options is continued, another one refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import dataclasses
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import parity_model, parity_report, results, timing
+from . import parity_model, parity_report, record, results, timing
 from .calls import AbsentError
 from .parity_model import Model, Provider
 from .parity_report import EXACT
@@ -223,7 +222,8 @@ def run(arguments: argparse.Namespace) -> int:
     options |= {"providers": list(chosen()), "repetitions": arguments.repetitions, "torch_device": device}
     out = arguments.out or results.default_path("model")
     file = parity_report.begin("model", options, arguments.commit)
-    if out.exists() and parity_report.same(known := json.loads(out.read_text()), file):
+    if out.exists():
+        record.require_same(out, known := parity_report.read(out), file)
         file = known
     measured = {row["key"] for row in file["rows"]}
     for case in (case for case in cases if case.label not in measured):

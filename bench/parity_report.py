@@ -71,11 +71,6 @@ def begin(command: str, options: dict[str, Any], commit: str | None) -> dict[str
     return {"format": FORMAT, "command": command, **results.machine(commit), "options": options, "rows": []}
 
 
-def same(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether they are of one machine, tree and options, so that the old one may be continued."""
-    return all(old.get(name) == new[name] for name in ("format", "command", "device", "versions", "commit", "options"))
-
-
 def _wrong(value: dict[str, Any], fields: dict[str, Any], where: str) -> list[str]:
     return [
         f"{where} has {name} = {value.get(name)!r}" for name in fields if not isinstance(value.get(name), fields[name])

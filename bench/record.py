@@ -103,14 +103,19 @@ def begin(path: Path, command: str, measures: str, options: dict[str, Any], comm
     if not path.exists():
         return {**new, "sessions": [session], "left": [], "rows": []}
     file = read(path)
-    for name in SAME:
-        if file[name] != new[name]:
-            raise ValueError(
-                f"{path} has {name} {file[name]!r}, this run has {new[name]!r}; needed the same to continue it: "
-                "pass another --out"
-            )
+    require_same(path, file, new)
     file["sessions"].append(session)
     return file
+
+
+def require_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """That the record at `path` may be continued: ValueError where the machine, the tree or the options are others."""
+    for name in (name for name in SAME if name in new):
+        if old[name] != new[name]:
+            raise ValueError(
+                f"{path} has {name} {old[name]!r}, this run has {new[name]!r}; needed the same to continue it: "
+                "pass another --out"
+            )
 
 
 def write(path: Path, file: dict[str, Any]) -> None:
