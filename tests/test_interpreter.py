@@ -23,6 +23,7 @@ from pallas_norm._spec import Spec
 from pallas_norm.regimes import backward_plan_for, plan_for
 from tests import rewrites
 from tests.rewrites import Rewrite
+from tests.test_barriers import FILLED_EARLY
 
 # Row lengths whose chunks do not overlap: writing the same value twice is right, and a race to the detector.
 IN_WARPS, N, PIPED = 128, 1024, 2048
@@ -132,11 +133,6 @@ READ_UNWAITED = Rewrite(
     ),
 )
 REFILLED_EARLY = Rewrite("_pipeline", "read = step if self.plan.keeps_rows else step - 1", "read = step")
-REFILLED_BEFORE_THE_WARPGROUPS_MEET = Rewrite(
-    "_pipeline",
-    "return row(step, self.wait(step), lambda: self.refill(step), carry)",
-    "stage = self.wait(step)\n            self.refill(step)\n            return row(step, stage, lambda: None, carry)",
-)
 WITHOUT = {
     "forward sum": (MEET, "forward, shared"),
     "forward sum of four": (MEET, "forward, shared by four"),
@@ -148,16 +144,10 @@ WITHOUT = {
     "a stage read before it has arrived, shared": (READ_UNWAITED, "pipeline, shared"),
     "a stage refilled a row early": (REFILLED_EARLY, "pipeline"),
     "a stage refilled a row early, shared": (REFILLED_EARLY, "pipeline, shared"),
-    "a stage refilled before all have read it": (REFILLED_BEFORE_THE_WARPGROUPS_MEET, "pipeline, shared"),
-    "a stage refilled before all have read it, forward": (
-        REFILLED_BEFORE_THE_WARPGROUPS_MEET,
-        "forward, pipeline, shared, rows kept",
-    ),
-    "a stage refilled before it is read, rows kept": (REFILLED_BEFORE_THE_WARPGROUPS_MEET, "pipeline, rows kept"),
-    "a stage refilled before all have read it, rows kept": (
-        REFILLED_BEFORE_THE_WARPGROUPS_MEET,
-        "pipeline, shared, rows kept",
-    ),
+    "a stage refilled before all have read it": (FILLED_EARLY, "pipeline, shared"),
+    "a stage refilled before all have read it, forward": (FILLED_EARLY, "forward, pipeline, shared, rows kept"),
+    "a stage refilled before it is read, rows kept": (FILLED_EARLY, "pipeline, rows kept"),
+    "a stage refilled before all have read it, rows kept": (FILLED_EARLY, "pipeline, shared, rows kept"),
 }
 
 
