@@ -38,8 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionstart() -> None:
     """Lines that threads run are not measured before Python 3.12: there a thread installs coverage's trace function as
     it starts, which CPython refuses while another thread does the same (its issue 98257), so that the thread dies and
-    its work is never done. A dozen threads that begin at once met that; an audit hook such as filelock's makes it
-    likely, as it lets go of the interpreter's lock in between.
+    its work is never done: test_threads.py.
     """
     if sys.version_info < (3, 12):
         threading.settrace(None)

@@ -21,9 +21,9 @@ from pallas_norm import _compat
 from pallas_norm._plan import Regime, Source
 from pallas_norm._spec import Spec
 from pallas_norm.regimes import backward_plan_for, plan_for
-from tests import rewrites
+from tests import rewrites, test_barriers
 from tests.rewrites import Rewrite
-from tests.test_barriers import FILLED_EARLY
+from tests.test_barriers import ARRIVED, FILLED_EARLY
 
 # Row lengths whose chunks do not overlap: writing the same value twice is right, and a race to the detector.
 IN_WARPS, N, PIPED = 128, 1024, 2048
@@ -120,17 +120,14 @@ def test_every_kind_of_kernel_that_synchronises_is_among_them() -> None:
     assert backward_plan_for(IN_WARPS, "bfloat16").regime is Regime.WARP
 
 
-MEET = Rewrite("_shared_row", "_compat.arrive_and_wait(self.exchange.barrier)", "pass")
+MEET = Rewrite("_shared_row", test_barriers.MEET, "pass")
 ONE_SLOT = Rewrite("_launch", "SLOTS = 2", "SLOTS = 1")
 # As many waits and copies as before, so nothing hangs: the wait for a stage follows its reads, a copy precedes them.
 READ_UNWAITED = Rewrite(
     "_pipeline",
-    "        _compat.wait(self.arrived.at[lax.rem(step, jnp.int32(self.plan.stages))])\n",
+    f"        {ARRIVED}\n",
     "",
-    also=(
-        "        read = step if",
-        "        _compat.wait(self.arrived.at[lax.rem(step, self.plan.stages)])\n        read = step if",
-    ),
+    also=("        read = step if", f"        {ARRIVED}\n        read = step if"),
 )
 REFILLED_EARLY = Rewrite("_pipeline", "read = step if self.plan.keeps_rows else step - 1", "read = step")
 WITHOUT = {

@@ -31,6 +31,7 @@ def _kernel(body: Callable[..., None], grid: int, **options: Any) -> Callable[..
     return _compat.kernel(body, interpret=False, grid=(grid,), grid_names=("program",), **options)
 
 
+@jax.jit
 def read_past_the_end(x: jax.Array) -> jax.Array:
     """The last program of one too many reads a GB behind x: right behind it another array may lie."""
     grid = len(x) // CHUNK + 1
@@ -44,6 +45,7 @@ def read_past_the_end(x: jax.Array) -> jax.Array:
     return _kernel(kernel, grid, out_type=jax.ShapeDtypeStruct((grid * CHUNK,), F32))(x)
 
 
+@jax.jit
 def read_what_nobody_wrote(x: jax.Array) -> jax.Array:
     """Adds x to a result that is not there yet."""
 
@@ -56,6 +58,7 @@ def read_what_nobody_wrote(x: jax.Array) -> jax.Array:
     return _kernel(kernel, 1, out_type=VECTOR)(x)
 
 
+@jax.jit
 def arrival_at_no_barrier(x: jax.Array) -> jax.Array:
     """At a place in shared memory that nobody made one. It ends the process's use of the GPU: another would not run."""
 
@@ -80,11 +83,11 @@ def without(barrier: str) -> Callable[[jax.Array], None]:
     return run
 
 
-DEFECTS: dict[str, dict[str, Any]] = {
-    "memcheck": {"a read past the end": jax.jit(read_past_the_end)},
+DEFECTS: dict[str, dict[str, Callable[[jax.Array], Any]]] = {
+    "memcheck": {"a read past the end": read_past_the_end},
     "racecheck": {name: without(name) for name in ("backward sum", "forward, cluster", "after a chunk of dweight")},
-    "initcheck": {"a read of what nobody wrote": jax.jit(read_what_nobody_wrote)},
-    "synccheck": {"an arrival at no barrier": jax.jit(arrival_at_no_barrier)},
+    "initcheck": {"a read of what nobody wrote": read_what_nobody_wrote},
+    "synccheck": {"an arrival at no barrier": arrival_at_no_barrier},
 }
 
 

@@ -11,6 +11,7 @@ import pallas_norm_torch
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+OPTIONS = (1e-6, True, 0.0)  # of the operators, by position: eps, cast_before_scale, weight_offset
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -28,6 +29,10 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 def draw(*shape: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> torch.Tensor:
     generator = torch.Generator(device=device).manual_seed(seed)
     return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", seed: int = 0) -> torch.Tensor:
+    return draw(*shape, dtype=dtype, device=device, seed=seed).requires_grad_()
 
 
 def hugging_face(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
