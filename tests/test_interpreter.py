@@ -129,6 +129,21 @@ READ_UNWAITED = Rewrite(
     "",
     also=("        read = step if", f"        {ARRIVED}\n        read = step if"),
 )
+# Where rows are kept the warpgroups meet before the stage is refilled, and read it afterwards. Without that meeting a
+# warpgroup may find the barrier of its stage two phases on: it fails, the other one waits for it, and nothing ends.
+MEET_THEN_REFILL = "_compat.arrive_and_wait(exchange.barrier)\n{0}met()\n{0}"
+REFILLED_UNREAD_FORWARD = Rewrite(
+    "_forward",
+    "xs = read()\n        begun = block.begin_sum(_squares(xs))\n        met()\n",
+    MEET_THEN_REFILL.format(" " * 8) + "xs = read()\n        begun = block.begin_sum(_squares(xs))\n",
+    also=("from . import _launch, reference\n", "from . import _compat, _launch, reference\n"),
+)
+REFILLED_UNREAD = Rewrite(
+    "_backward",
+    "rows = read() if plan.keeps_rows",
+    MEET_THEN_REFILL.format(" " * 12) + "rows = read() if plan.keeps_rows",
+    also=("            if plan.regime is Regime.CTA:\n                met()\n", ""),
+)
 REFILLED_EARLY = Rewrite("_pipeline", "read = step if self.plan.keeps_rows else step - 1", "read = step")
 WITHOUT = {
     "forward sum": (MEET, "forward, shared"),
@@ -142,9 +157,12 @@ WITHOUT = {
     "a stage refilled a row early": (REFILLED_EARLY, "pipeline"),
     "a stage refilled a row early, shared": (REFILLED_EARLY, "pipeline, shared"),
     "a stage refilled before all have read it": (FILLED_EARLY, "pipeline, shared"),
-    "a stage refilled before all have read it, forward": (FILLED_EARLY, "forward, pipeline, shared, rows kept"),
+    "a stage refilled before all have read it, forward": (
+        REFILLED_UNREAD_FORWARD,
+        "forward, pipeline, shared, rows kept",
+    ),
     "a stage refilled before it is read, rows kept": (FILLED_EARLY, "pipeline, rows kept"),
-    "a stage refilled before all have read it, rows kept": (FILLED_EARLY, "pipeline, shared, rows kept"),
+    "a stage refilled before all have read it, rows kept": (REFILLED_UNREAD, "pipeline, shared, rows kept"),
 }
 
 
