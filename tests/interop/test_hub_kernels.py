@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.dependency_versions_table import deps
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -33,7 +34,7 @@ except ModuleNotFoundError:
 needs_kernels = pytest.mark.skipif(kernels is None, reason="needs kernels: pip install 'kernels>=0.16,<0.17'")
 needs_transformers_with_it = pytest.mark.skipif(
     not is_kernels_available(),
-    reason="needs the version of kernels that this transformers accepts (5.17: 'kernels>=0.16,<0.17')",
+    reason=f"needs what this transformers accepts: pip install '{deps['kernels']}'",
 )
 NAMED = {
     LlamaRMSNorm: "RMSNorm",
