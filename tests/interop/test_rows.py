@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from pallas_norm._spec import Spec
 from pallas_norm_torch import direct, rows
+from tests.gpu_proof import every_launch
 
 N = 16
 
@@ -112,3 +115,21 @@ def test_rows_that_every_warp_holds_are_not_written_in_place(
     x = memory(n * count).view(count, n)
     direct.forward(x, None, None, Spec(), with_rstd=False, out=x)
     assert (launches[0]["y"] is x) == in_place
+
+
+@pytest.mark.parametrize("proof", [False, True])
+@pytest.mark.parametrize("n", [32767, 65536, 131072])
+def test_parts_that_no_program_writes_are_zeros_and_in_the_proof_nan_of_the_host(
+    n: int, *, proof: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The column sum reads a whole tile of parts, of which long rows have fewer. torch's zeros are no writes to
+    initcheck: it reported each of those reads and did not end."""
+    launches: list[tuple[dict[str, torch.Tensor], dict[str, int]]] = []
+    monkeypatch.setattr(direct, "_run", lambda program, device, arrays, numbers: launches.append((arrays, numbers)))
+    x, weight = memory(64 * n).view(64, n), memory(n)
+    with every_launch.unwritten_parts() if proof else contextlib.nullcontext():
+        direct.backward(x, weight, torch.ones(64), x, None, Spec(), with_dweight=True)
+    _, (arrays, numbers) = launches
+    unwritten = arrays["parts"][numbers["rows"] :]
+    assert len(unwritten) > 0
+    assert torch.equal(unwritten.isnan() if proof else unwritten == 0, torch.ones_like(unwritten, dtype=torch.bool))
