@@ -227,7 +227,7 @@ def _backward_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan:
             if (plan := _staged(BackwardPlan(n, WARP, vec, 32, WARPS), row, itemsize, column_bytes)) is not None:
                 return plan
     if n < SMALLEST_PIPELINE:
-        return _backward_warp_plan(n, itemsize)
+        return _backward_warp_plan(n, itemsize, column_bytes)
     for row in fitting(PIPELINES):
         workers = row.warpgroups * row.cluster
         vec = _cta_vector(n, vector(n, itemsize), itemsize, workers, largest_overlap=n // 8)
@@ -235,7 +235,7 @@ def _backward_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan:
         if (plan := _staged(shape, row, itemsize, column_bytes)) is not None:
             return plan
     if n <= 1023:
-        return _backward_warp_plan(n, itemsize)
+        return _backward_warp_plan(n, itemsize, column_bytes)
     # Rows that bulk copies cannot move.
     warpgroups, cluster = (1, 1) if n <= 4096 else (2, 1) if n <= 8192 else _narrow(n)
     return BackwardPlan(
@@ -252,17 +252,34 @@ def _backward_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan:
     )
 
 
-def _backward_warp_plan(n: int, itemsize: int) -> BackwardPlan:
+def _backward_warp_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan:
     vec = vector(n, itemsize)
+    if itemsize == 2 and n <= 224:
+        # 8 bytes: 128 MB of 96 elements 59.9 us, with 16 bytes 77.1; of 160 68.9, 82.7; 4096 x 128: 4.6, 5.3. Of 256
+        # elements 59.1, 54.4.
+        vec = min(vec, 4)
     lanes = _lanes(n, vec)
     while lanes < 32 and -(-n // (lanes * vec)) * vec > 24:  # n = 200 and 896 spilled with 56 elements a lane
         lanes *= 2
     rows = WARPS * (32 // lanes)
     if n <= 256:
+        elements = -(-n // (lanes * vec)) * vec
         # Two rows a group of lanes where one is short: 65536 x 128 19.1 us, with one 21.3, with four 24.2.
-        short = -(-n // (lanes * vec)) * vec <= 8
-        return BackwardPlan(n, WARP, vec, lanes, rows * (2 if short else 1), programs=4 * SMS)
+        several = 2 if elements <= 8 else 1
+        programs = _programs_of_short_rows(several * elements, itemsize, column_bytes)
+        return BackwardPlan(n, WARP, vec, lanes, rows * several, programs=programs)
     # Read twice: 65536 x 512 57.6 us, kept in registers 58.6, and then n = 1000 spills. Registers for four programs an
     # SM, or of longer rows for three.
     programs = (4 if n <= 640 else 3) * SMS
     return BackwardPlan(n, WARP, vec, lanes, rows, source=MEMORY, keeps_weight=False, programs=programs)
+
+
+def _programs_of_short_rows(elements: int, itemsize: int, column_bytes: int) -> int:
+    """By the elements of a lane. 128 MB of 64 elements: 55.1 us with 8 programs an SM, 62.8 with 10; of 96 59.9 with 4,
+    62.8 with 7; of 80 66.2 with 6, 67.9 with 5. float32 gains nothing: 128 elements 54.5 with 4, 60.3 with 8."""
+    if itemsize == 2 and elements <= 8:
+        return 8 * SMS
+    # Of 24 elements, or of 20 with a wide dy and ds, there are registers for five.
+    if itemsize == 2 and 16 < elements <= 20 and column_bytes < 8:
+        return 6 * SMS
+    return 4 * SMS

@@ -78,7 +78,33 @@ FORMS = [
 
 @pytest.mark.parametrize(("dtype", "dy_dtype", "ds"), FORMS)
 @pytest.mark.parametrize(
-    "n", sorted({*WIDTHS, *LONG, 300, 576, 640, 832, 960, 2048, 2560, 3072, 3584, 5120, 7168, 8200, 40000})
+    "n",
+    sorted(
+        {
+            *WIDTHS,
+            *LONG,
+            64,
+            72,
+            82,
+            84,
+            96,
+            160,
+            224,
+            300,
+            576,
+            640,
+            832,
+            960,
+            2048,
+            2560,
+            3072,
+            3584,
+            5120,
+            7168,
+            8200,
+            40000,
+        }
+    ),
 )
 def test_an_sm_has_the_registers_for_its_programs(n: int, dtype: str, dy_dtype: str, ds: tuple[str, ...]) -> None:
     """Where it has not, a persistent grid runs in two waves: 4096 with 183 registers and three programs an SM took 118
