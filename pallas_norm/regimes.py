@@ -252,6 +252,27 @@ def _backward_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan:
     )
 
 
+class Short(NamedTuple):
+    largest: int  # elements of a lane, of all its rows
+    programs: tuple[int, int, int, int]  # on an SM, where a column of x, dy and ds has up to 4, 6, 8 and 12 bytes
+
+
+# As many as an SM has registers for at once; the others would run in a second wave. Of 80 elements, of which 3 fit,
+# 128 MB took 113 us with 6 and 128 with 4; of 96 elements, of which 5 fit, 111 with 4 and 126 with 6.
+SHORT = (
+    Short(8, (7, 5, 5, 4)),
+    Short(12, (5, 4, 4, 3)),
+    Short(16, (4, 3, 3, 2)),
+    Short(20, (3, 3, 2, 2)),
+    Short(24, (3, 2, 2, 2)),
+)
+
+
+def _short_programs(elements: int, column_bytes: int) -> int:
+    row = next(row for row in SHORT if elements <= row.largest)
+    return SMS * row.programs[(4, 6, 8, 12).index(column_bytes)]
+
+
 def _backward_warp_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan:
     vec = vector(n, itemsize)
     if itemsize == 2 and n <= 224:
@@ -266,20 +287,9 @@ def _backward_warp_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPla
         elements = -(-n // (lanes * vec)) * vec
         # Two rows a group of lanes where one is short: 65536 x 128 19.1 us, with one 21.3, with four 24.2.
         several = 2 if elements <= 8 else 1
-        programs = _programs_of_short_rows(several * elements, itemsize, column_bytes)
+        programs = _short_programs(several * elements, column_bytes)
         return BackwardPlan(n, WARP, vec, lanes, rows * several, programs=programs)
     # Read twice: 65536 x 512 57.6 us, kept in registers 58.6, and then n = 1000 spills. Registers for four programs an
     # SM, or of longer rows for three.
     programs = (4 if n <= 640 else 3) * SMS
     return BackwardPlan(n, WARP, vec, lanes, rows, source=MEMORY, keeps_weight=False, programs=programs)
-
-
-def _programs_of_short_rows(elements: int, itemsize: int, column_bytes: int) -> int:
-    """By the elements of a lane. 128 MB of 64 elements: 55.1 us with 8 programs an SM, 62.8 with 10; of 96 59.9 with 4,
-    62.8 with 7; of 80 66.2 with 6, 67.9 with 5. float32 gains nothing: 128 elements 54.5 with 4, 60.3 with 8."""
-    if itemsize == 2 and elements <= 8:
-        return 8 * SMS
-    # Of 24 elements, or of 20 with a wide dy and ds, there are registers for five.
-    if itemsize == 2 and 16 < elements <= 20 and column_bytes < 8:
-        return 6 * SMS
-    return 4 * SMS

@@ -10,13 +10,14 @@ import pytest
 
 from pallas_norm import _launch
 from pallas_norm._blocks import Block, WarpgroupRow, WarpRows
-from pallas_norm._plan import SMEM_BYTES, BackwardPlan, Plan, Regime, Source, pipeline_tile, staged_view
+from pallas_norm._plan import SMEM_BYTES, WARPS, BackwardPlan, Plan, Regime, Source, pipeline_tile, staged_view
 from pallas_norm._shared_row import SharedRow
 from pallas_norm.regimes import (
     ANY,
     LARGEST_N,
     NARROW,
     PIPELINES,
+    SHORT,
     SMALLEST_N,
     SMALLEST_PIPELINE,
     SMS,
@@ -229,6 +230,12 @@ def test_every_line_of_the_tables_is_some_rows_plan() -> None:
         piped = [plan for plan in backward if plan.source is Source.PIPELINE and plan.regime is regime]
         found = {(plan.warpgroups, plan.cluster, plan.stages, plan.programs, plan.keeps_rows) for plan in piped}
         assert {(row.warpgroups, row.cluster, row.stages, row.programs, row.keeps_rows) for row in table} <= found
+    found = set()
+    for plan in (backward_plan_for(n, **form) for n in range(32, 257) for form in BACKWARD):
+        if plan.source is Source.REGISTERS:
+            elements = plan.chunks * plan.vec * plan.block * plan.lanes // (WARPS * 32)
+            found.add((next(row.largest for row in SHORT if elements <= row.largest), plan.programs // SMS))
+    assert found == {(row.largest, programs) for row in SHORT for programs in row.programs}
 
 
 def test_rows_are_kept_in_warps_below_a_width_and_shared_above_it() -> None:
