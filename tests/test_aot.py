@@ -75,7 +75,7 @@ def test_no_backward_kernel_for_long_16_bit_rows_spills(n: int) -> None:
     assert compiled_backward(n, "bfloat16", ("x", "dy", "weight", "rstd")).spill_bytes == 0
 
 
-NARROW = (40, 64, 72, 82, 84, 96, 112, 160, 192, 224, 256)
+NARROW = (40, 64, 72, 82, 84, 96, 112, 127, 160, 192, 224, 255, 256)
 OTHERS = (*NARROW, 300, 576, 640, 832, 960, 2048, 2560, 3072, 3584, 5120, 7168, 8200, 40000)
 
 # Of x, and of dy: of one dtype, or dy as wide as a float32 weight.
