@@ -276,20 +276,23 @@ def _short_programs(elements: int, column_bytes: int) -> int:
 def _backward_warp_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan:
     vec = vector(n, itemsize)
     if itemsize == 2 and n <= 224:
-        # 8 bytes: 128 MB of 96 elements 59.9 us, with 16 bytes 77.1; of 160 68.9, 82.7; 4096 x 128: 4.6, 5.3. Of 256
+        # 8 bytes: 64 MB of 96 elements 59.9 us, with 16 bytes 77.1; of 160 68.9, 82.7; 4096 x 128: 4.6, 5.3. Of 256
         # elements 59.1, 54.4.
         vec = min(vec, 4)
+
+    def elements(lanes: int) -> int:
+        return -(-n // (lanes * vec)) * vec
+
     lanes = _lanes(n, vec)
-    while lanes < 32 and -(-n // (lanes * vec)) * vec > 24:  # n = 200 and 896 spilled with 56 elements a lane
+    while lanes < 32 and elements(lanes) > 24:  # n = 200 and 896 spilled with 56 elements a lane
         lanes *= 2
     rows = WARPS * (32 // lanes)
     if n <= 256:
-        elements = -(-n // (lanes * vec)) * vec
         # Two rows a group of lanes where one is short: 65536 x 128 19.1 us, with one 21.3, with four 24.2.
-        several = 2 if elements <= 8 else 1
-        # Elements that are read one by one take half as many registers more: 8 of n = 127 88, 8 of n = 128 72.
-        taken = several * elements * 3 // 2 if vec == 1 else several * elements
-        programs = _short_programs(taken, column_bytes)
+        several = 2 if elements(lanes) <= 8 else 1
+        # Elements that are read one by one take more registers: n = 127 88, n = 128 72; four are what all but the
+        # longest of these have registers for.
+        programs = 4 * SMS if vec == 1 else _short_programs(several * elements(lanes), column_bytes)
         return BackwardPlan(n, WARP, vec, lanes, rows * several, programs=programs)
     # Read twice: 65536 x 512 57.6 us, kept in registers 58.6, and then n = 1000 spills. Registers for four programs an
     # SM, or of longer rows for three.
