@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -37,3 +38,15 @@ def forward_mode() -> bool:
 
 def has_tangent(tensor: Tensor) -> bool:
     return forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether its memory holds other values than it has, negated ones, or it has none, as autograd's zeros."""
+    return tensor.is_neg() or tensor._is_zerotensor()
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """For backward; of tensors that were made in inference mode, which autograd does not save, copies."""
+    if any(ctx.needs_input_grad):
+        tensors = tuple(one.clone() if one is not None and one.is_inference() else one for one in tensors)
+    ctx.save_for_backward(*tensors)

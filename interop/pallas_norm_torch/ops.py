@@ -10,31 +10,24 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from pallas_norm._plan import Source
 from pallas_norm._spec import Spec
-from pallas_norm._strided import COUNT
 
-from . import _library, _options, _torch_state, _validate, direct, launch
-from .rows import ALIGNMENT
+from . import _eager, _library, _options, _torch_state, _validate, direct, launch
+from .prepared import ForwardCall
 
 Tensor = torch.Tensor
 TENSORS = _torch_state.TENSORS
 
 # Looked up once: each name saves 0.05 us of a call.
-_empty_like = torch.empty_like
 _grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
 _dispatch_modes = _torch_state.dispatch_modes
 _transformation = _torch_state.transformation
 _tracing = _torch_state.tracing
-_current_device = _torch_state.current_device
-_stream = _torch_state.stream
 _takes_y = _validate.takes_y
 
-_threads = launch.threads
-
-# What decides how a call that was checked is launched -> (kernel, dtype of y unless that of x, rows of a
-# block, may y be x).
-_ready: dict[Any, Any] = {}
+# By dtypes, n, options, device and form: the call for operands like some that were checked.
+_prepared: dict[Any, ForwardCall] = {}
 
 
 def rms_norm(
@@ -78,62 +71,22 @@ def rms_norm(
 
     Source: `LlamaRMSNorm` in Hugging Face's transformers.
     """
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         _validate.flag("cast_before_scale", cast_before_scale)
         if out is not None:
             differentiates = torch.is_grad_enabled() and _requires_grad(x, weight)
             _validate.out_form(out, x, direct.result_dtype(x, weight), differentiates=differentiates)
         y, _ = torch.ops.pallas_norm.rms_norm(x, weight, eps, cast_before_scale, weight_offset)
         return y if out is None else out.copy_(y)
-    # The short way, for a call like one that was checked before. The allocation and the launch take 5 us, so this is
-    # flat, looks nothing up twice, and leaves whatever is unusual to what follows.
-    try:
-        usual = (
-            type(x) in TENSORS
-            and type(weight) in TENSORS
-            and type(eps) is type(weight_offset) is float
-            and type(cast_before_scale) is bool
-            and not _dispatch_modes()
-            and _transformation() is None
-            and _tracing() is None
-            and forward_ad._current_level < 0
-            and x.is_contiguous()
-            and weight.is_contiguous()
-        )
-    except RuntimeError:  # a compressed sparse tensor has no is_contiguous
-        usual = False
-    if usual:
-        n, device = weight.numel(), x.get_device()
-        found = _ready.get((x.dtype, n, weight.dtype, eps, cast_before_scale, weight_offset, device, False))
-        if (
-            found is not None
-            and weight.dim() == 1
-            and x.dim()
-            and x.shape[-1] == n
-            and weight.get_device() == device
-            and device == _current_device()
-            and not (_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        ):
-            (run, pack), y_dtype, block, may_alias = found
-            x_at, weight_at, rows = x.data_ptr(), weight.data_ptr(), x.numel() // n
+    call = _prepared_for(x, None, weight, eps, cast_before_scale, weight_offset)
+    if call is not None:
+        if _grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
             if out is None:
-                y = _empty_like(x) if y_dtype is None else _empty_like(x, dtype=y_dtype)
-            elif (out is x and y_dtype is None and may_alias and not rows % block) or _takes_y(
-                out, x, weight, y_dtype or x.dtype
-            ):
-                y = out
-            else:
-                y = None
-            # An address is 0 for autograd's zero tensors, which have no memory.
-            if y is not None and rows and x_at and weight_at and not (x_at | weight_at) % ALIGNMENT:
-                if not hasattr(_threads, "ready"):
-                    launch.current_context()
-                blocks = rows // block * COUNT
-                programs = blocks + rows % block * COUNT
-                run(_stream(device), pack(x_at, weight_at, blocks, blocks, programs, y.data_ptr()))
-                if out is not None:
-                    torch.autograd.graph.increment_version(out)
-                return y
+                return _eager.KernelNorm.apply(x, None, weight, call.training())
+        elif out is None and weight is not None:
+            return call.plain(x, weight)
+        elif out is None or _takes_y(out, x, weight, call.y_dtype or x.dtype):
+            return call(x, None, weight, out)[0]
     spec = _options.spec(x, None, weight, eps, cast_before_scale, weight_offset, with_residual=False)
     differentiates = torch.is_grad_enabled() and _requires_grad(x, weight)
     if out is not None:
@@ -143,11 +96,13 @@ def rms_norm(
     if not _plain(x, weight, out):
         y, _ = _operator(x, None, weight, spec)
         return y if out is None else out.copy_(y)
+    if (call := _prepare(x, None, weight, spec)) is not None:
+        if differentiates:
+            return _eager.KernelNorm.apply(x, None, weight, call.training())
+        return call(x, None, weight, out)[0]
     if differentiates:
         return _library.EagerNorm.apply(x, None, weight, spec)
-    y, _, _ = _library.forward(x, None, weight, spec, with_rstd=False, out=out)
-    _remember(x, None, weight, spec)
-    return y
+    return _library.forward(x, None, weight, spec, with_rstd=False, out=out)[0]
 
 
 def add_rms_norm(
@@ -174,21 +129,32 @@ def add_rms_norm(
 
     Source: `LlamaDecoderLayer` in Hugging Face's transformers, where the addition and the norm are two steps.
     """
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         _validate.flag("cast_before_scale", cast_before_scale)
         y, s, _ = torch.ops.pallas_norm.add_rms_norm(x, residual, weight, eps, cast_before_scale, weight_offset)
         return y, s
-    if (results := _short_add(x, residual, weight, eps, cast_before_scale, weight_offset)) is not None:
-        return results
+    call = _prepared_for(x, residual, weight, eps, cast_before_scale, weight_offset)
+    if call is not None and call.kernel.residual:
+        if _grad_enabled() and _requires_grad(x, residual, weight):
+            return _eager.KernelNorm.apply(x, residual, weight, call.training())
+        y, s, _ = call(x, residual, weight)
+        assert s is not None
+        return y, s
     spec = _options.spec(x, residual, weight, eps, cast_before_scale, weight_offset, with_residual=True)
     if not _plain(x, residual, weight):
         y, s, _ = _operator(x, residual, weight, spec)
         return y, s
-    if torch.is_grad_enabled() and _requires_grad(x, residual, weight):
+    differentiates = torch.is_grad_enabled() and _requires_grad(x, residual, weight)
+    if (call := _prepare(x, residual, weight, spec)) is not None:
+        if differentiates:
+            return _eager.KernelNorm.apply(x, residual, weight, call.training())
+        y, s, _ = call(x, residual, weight)
+        assert s is not None
+        return y, s
+    if differentiates:
         return _library.EagerNorm.apply(x, residual, weight, spec)
     y, s, _ = _library.forward(x, residual, weight, spec, with_rstd=False)
     assert s is not None
-    _remember(x, residual, weight, spec)
     return y, s
 
 
@@ -215,64 +181,61 @@ def _operator(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: S
     return torch.ops.pallas_norm.add_rms_norm(x, residual, weight, *options)
 
 
-# --- the short way ----------------------------------------------------------------------------------------------------
+# --- calls that were prepared -----------------------------------------------------------------------------------------
 
 
-def _short_add(x: Any, residual: Any, weight: Any, eps: Any, cast_before_scale: Any, weight_offset: Any) -> Any:
-    """(y, s) of a call like one that was checked before, as in rms_norm; None where more must be looked at."""
-    operands = x, residual, weight
+def _prepared_for(
+    x: Any, residual: Any, weight: Any, eps: Any, cast_before_scale: Any, weight_offset: Any
+) -> ForwardCall | None:
+    """The call for operands like some that were checked before; None where more must be looked at: another type, a
+    mode, a transformation, memory that does not hold the values."""
+    if not (
+        type(x) in TENSORS
+        and (weight is None or type(weight) in TENSORS)
+        and (residual is None or type(residual) in TENSORS)
+        and type(eps) is type(weight_offset) is float
+        and type(cast_before_scale) is bool
+        and not _dispatch_modes()
+        and _transformation() is None
+        and _tracing() is None
+        and forward_ad._current_level < 0
+    ):
+        return None
+    device = x.get_device()
     try:
-        contiguous = all(type(tensor) in TENSORS and tensor.is_contiguous() for tensor in operands)
-    except RuntimeError:  # a compressed sparse tensor has no is_contiguous
-        contiguous = False
-    if (
-        not contiguous
-        or not (type(eps) is type(weight_offset) is float and type(cast_before_scale) is bool)
-        or _dispatch_modes()
-        or _transformation() is not None
-        or _tracing() is not None
-        or forward_ad._current_level >= 0
+        if weight is None:
+            n, dtype = x.shape[-1], None
+        else:
+            n, dtype = weight.numel(), weight.dtype
+            if weight.dim() != 1 or weight.get_device() != device or weight.is_neg() or x.shape[-1] != n:
+                return None
+        call = _prepared[x.dtype, n, dtype, eps, cast_before_scale, weight_offset, device, residual is not None]
+    except (KeyError, IndexError, RuntimeError):  # like none before, without an axis, or sparse
+        return None
+    if x.is_neg() or (
+        residual is not None
+        and (
+            residual.shape != x.shape
+            or residual.dtype != x.dtype
+            or residual.get_device() != device
+            or residual.is_neg()
+        )
     ):
         return None
-    n, device = weight.numel(), x.get_device()
-    found = _ready.get((x.dtype, n, weight.dtype, eps, cast_before_scale, weight_offset, device, True))
-    if (
-        found is None
-        or weight.dim() != 1
-        or x.shape[-1:] != (n,)
-        or residual.shape != x.shape
-        or residual.dtype != x.dtype
-        or weight.get_device() != device
-        or residual.get_device() != device
-        or device != _current_device()
-        or (_grad_enabled() and (x.requires_grad or weight.requires_grad or residual.requires_grad))
-    ):
-        return None
-    (run, pack), y_dtype, block, _ = found
-    at, rows = [tensor.data_ptr() for tensor in operands], x.numel() // n
-    if (at[0] | at[1] | at[2]) % ALIGNMENT or not rows or not all(at):
-        return None
-    launch.current_context()
-    y, s = _empty_like(x) if y_dtype is None else _empty_like(x, dtype=y_dtype), _empty_like(x)
-    blocks = rows // block * COUNT
-    run(_stream(device), pack(*at, blocks, blocks, blocks + rows % block * COUNT, y.data_ptr(), s.data_ptr()))
-    return y, s
+    return call
 
 
-def _remember(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> None:
-    """The next call like this one takes the short way."""
-    if weight is None or not x.numel() or _library.path(x) is not direct:
-        return
-    if not x.is_contiguous() or x.data_ptr() % ALIGNMENT:  # the kernel of the short way is another one then
-        return
-    n, device, weight_dtype = x.shape[-1], x.get_device(), weight.dtype
-    program = direct.program_of(direct.Forward(n, x.dtype, weight_dtype, spec, residual is not None, with_rstd=False))
+def _prepare(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> ForwardCall | None:
+    """The call for these operands, which were checked, and from now on for others like them; None where no kernel can
+    be launched, for which `explain` has the reason."""
+    if _library.path(x) is not direct:
+        return None
+    try:
+        call = direct.call_of(x, residual, weight, spec)
+    except launch.Unavailable as reason:
+        direct.refuse(x.shape[-1], x.get_device(), str(reason))
+        return None
     options = spec.eps, spec.cast_before_scale, spec.weight_offset
-    key = x.dtype, n, weight_dtype, *options, device, residual is not None
-    dtype = direct.result_dtype(x, weight)
-    plan, y_dtype = program.plan, None if dtype == x.dtype else dtype
-    assert plan is not None
-    run, pack = launch.kernel(program, device)
-    if plan.programs is not None:
-        pack = launch.clamped(pack, program.inputs.index("programs"), plan.programs * COUNT)
-    _ready[key] = (run, pack), y_dtype, plan.block, plan.source is not Source.MEMORY
+    dtype = None if weight is None else weight.dtype
+    _prepared[x.dtype, x.shape[-1], dtype, *options, x.get_device(), residual is not None] = call
+    return call

@@ -23,9 +23,6 @@ class Places(NamedTuple):
     group: int
     of: dict[str, Strides]  # by name
 
-    def without(self, name: str) -> Places:
-        return self._replace(of={other: strides for other, strides in self.of.items() if other != name})
-
 
 def aligned(tensor: Tensor) -> bool:
     return tensor.data_ptr() % ALIGNMENT == 0
@@ -68,7 +65,6 @@ def strided(tensors: dict[str, Tensor], *, vec: int) -> Places | None:
     return Places(group, of)
 
 
-def fresh(tensor: Tensor, group: int) -> Strides:
-    """Of a contiguous, aligned tensor."""
-    row_bytes = tensor.shape[-1] * tensor.element_size()
+def fresh(row_bytes: int, group: int) -> Strides:
+    """Of a contiguous, aligned tensor with rows of so many bytes."""
     return Strides(0, group * row_bytes, row_bytes if group > 1 else 0)

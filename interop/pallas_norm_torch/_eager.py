@@ -1,0 +1,71 @@
+"""Autograd for plain tensors whose kernels are launched: the prepared calls, with nothing between them and autograd."""
+
+# pyright: reportIncompatibleMethodOverride=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import _library, _torch_state, direct, launch
+from .prepared import ForwardCall
+
+Tensor = torch.Tensor
+
+
+class KernelNorm(torch.autograd.Function):
+    """y, with a residual (y, s). `call` is the one with rstd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, call: ForwardCall) -> Any:
+        y, s, rstd = call(x, residual, weight)
+        ctx.call = call
+        kept = x if s is None else s
+        if kept.is_inference() or (weight is not None and weight.is_inference()):
+            _torch_state.save(ctx, kept, weight, rstd)
+        else:
+            ctx.save_for_backward(kept, weight, rstd)
+        if s is None:
+            return y
+        ctx.set_materialize_grads(False)
+        return y, s
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> tuple[Any, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        wants_x, wants_residual, wants_weight, _ = ctx.needs_input_grad
+        if dy is None:  # y was not used: ds passes as it is, whatever is in the rows
+            return ds if wants_x else None, ds if wants_residual else None, None, None
+        call, spec = ctx.call, ctx.call.kernel.spec
+        # To be differentiated again, or by a tangent, or a batch of gradients: not for a launch of raw memory.
+        if torch.is_grad_enabled() or _torch_state.forward_mode() or not (_is_plain(dy) and _is_plain(ds)):
+            options = spec.eps, spec.cast_before_scale, spec.weight_offset
+            rstd = rstd.view(x.shape[:-1])
+            dx, dweight = _library.Gradient.apply(x, weight, rstd, dy, ds, *options, wants_weight)
+        else:
+            dx, dweight = _gradient(call, x, weight, rstd, dy, ds, with_dweight=wants_weight)
+        return dx if wants_x else None, dx if wants_residual else None, dweight if wants_weight else None, None
+
+
+def _gradient(
+    call: ForwardCall,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    dy: Tensor,
+    ds: Tensor | None,
+    *,
+    with_dweight: bool,
+) -> tuple[Tensor, Tensor | None]:
+    try:
+        prepared = call.gradient(dy.dtype, with_ds=ds is not None, with_dweight=with_dweight)
+        return prepared(x, weight, rstd, dy, ds)
+    except launch.Unavailable as reason:  # raised before anything is written; `explain` tells it from now on
+        direct.refuse(call.n, call.device, str(reason))
+        rstd, spec = rstd.view(x.shape[:-1]), call.kernel.spec
+        return _library.backward(x, weight, rstd, dy, ds, spec, with_dweight=with_dweight)
+
+
+def _is_plain(tensor: Tensor | None) -> bool:
+    return tensor is None or (type(tensor) in _torch_state.TENSORS and not _torch_state.is_batched(tensor))

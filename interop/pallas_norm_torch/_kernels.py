@@ -1,0 +1,67 @@
+"""Which kernel a call takes: what a program's code depends on, in torch's dtypes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from pallas_norm._spec import Spec  # pyright: ignore[reportPrivateUsage]
+
+from ._validate import dtype_name
+from .programs import Program
+
+
+class Forward(NamedTuple):
+    n: int
+    x: torch.dtype
+    weight: torch.dtype | None
+    spec: Spec
+    residual: bool
+    with_rstd: bool
+    strided: bool = False
+
+    def program(self) -> Program:
+        dtypes = {"x": self.x, "residual": self.x if self.residual else None, "weight": self.weight}
+        outputs = ("y", *(["s"] if self.residual else []), *(["rstd"] if self.with_rstd else []))
+        return Program("forward", self.n, _named(dtypes), outputs, self.spec, self.strided)
+
+
+class Backward(NamedTuple):
+    n: int
+    x: torch.dtype
+    weight: torch.dtype | None
+    dy: torch.dtype
+    spec: Spec
+    residual: bool
+    with_dweight: bool
+
+    def program(self) -> Program:
+        ds = self.x if self.residual else None
+        dtypes = {"x": self.x, "rstd": torch.float32, "dy": self.dy, "weight": self.weight, "ds": ds}
+        outputs = ("dx", *(["dweight"] if self.with_dweight else []))
+        return Program("backward", self.n, _named(dtypes), outputs, self.spec)
+
+
+class ColumnSum(NamedTuple):
+    n: int
+    dweight: torch.dtype
+
+    def program(self) -> Program:
+        dtypes = _named({"parts": torch.float32})
+        return Program("column_sum", self.n, dtypes, ("dweight",), Spec(), dweight_dtype=dtype_name(self.dweight))
+
+
+def _named(dtypes: dict[str, torch.dtype | None]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, dtype_name(dtype)) for name, dtype in dtypes.items() if dtype is not None)
+
+
+_programs: dict[tuple[type, Forward | Backward | ColumnSum], Program] = {}  # tuples of two types may be equal
+
+
+def program_of(kernel: Forward | Backward | ColumnSum) -> Program:
+    """The one for each, also where threads race for it."""
+    key = type(kernel), kernel
+    if (found := _programs.get(key)) is not None:
+        return found
+    return _programs.setdefault(key, kernel.program())

@@ -1,0 +1,270 @@
+"""Calls that were prepared: one for each kernel and device, which knows all that does not change between calls.
+
+A call is then: allocate the results, put addresses and counts in order, launch. Every way in takes it: plain tensors,
+`out=`, the residual form, rows at strides, under autograd and its backward pass.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from pallas_norm._columns import TILE
+from pallas_norm._plan import BackwardPlan, Plan, Source, from_memory
+from pallas_norm._strided import BYTES, COUNT
+
+from . import _torch_state, launch, rows
+from ._kernels import Backward, ColumnSum, Forward, program_of
+from ._overlap import may_overlap
+from .rows import ALIGNMENT
+
+Tensor = torch.Tensor
+Results = tuple[Tensor, Tensor | None, Tensor | None]  # y, s, rstd, which is flat
+
+MOST_LAYOUTS = 1024  # kept for each call
+
+# Looked up once: each name saves 0.05 us of a call.
+_empty_like = torch.empty_like
+_current_device = _torch_state.current_device
+_stream = _torch_state.stream
+
+
+def may_be_in_place(plan: Plan, count: int) -> bool:
+    """Whether no warp of a kernel reads a row of `count` that another one may have written.
+
+    Rows that are read twice are such rows, and those that fill no block: every warp holds them, and one may have
+    written before another has read. racecheck, which slows warps down, showed the norm of a norm.
+    """
+    return plan.source is not Source.MEMORY and not count % plan.block
+
+
+class _Grid:
+    """How many CTAs a plan takes for so many rows, and the numbers that tell the kernel."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.block, self.cluster = plan.block, plan.cluster
+        self.most = (1 << 62) if plan.programs is None else plan.programs
+
+    def of(self, count: int) -> tuple[int, int, int]:
+        """(blocks and the first left-over row's CTA, as the kernel takes them; CTAs)."""
+        blocks, left = divmod(count, self.block)
+        full = blocks if blocks < self.most else self.most
+        return blocks * COUNT, full * COUNT, (full + left) * self.cluster
+
+
+class ForwardCall:
+    """y, with a residual also s, with_rstd also rstd; of operands of the kernel's dtypes on its device."""
+
+    def __init__(self, kernel: Forward, device: int) -> None:
+        program = program_of(kernel)
+        assert program.plan is not None
+        self.kernel, self.device, self.n, self.plan = kernel, device, kernel.n, program.plan
+        dtype = kernel.x if kernel.weight is None else torch.promote_types(kernel.x, kernel.weight)
+        self.y_dtype = None if dtype == kernel.x else dtype
+        self._run, self._grid = launch.kernel(program, device), _Grid(program.plan)
+        self._block_elements = self.plan.block * self.n
+        self._most, self._cluster = self._grid.most, self._grid.cluster
+        self._layouts: dict[Any, tuple[int, ...] | None] = {}
+        self._at_strides: Any = None
+        self._training: ForwardCall | None = self if kernel.with_rstd else None
+        self._gradients: dict[tuple[torch.dtype, bool, bool], BackwardCall] = {}
+
+    def training(self) -> ForwardCall:
+        """The same with rstd."""
+        if self._training is None:
+            self._training = forward_call(self.kernel._replace(with_rstd=True), self.device)
+        return self._training
+
+    def gradient(self, dy: torch.dtype, *, with_ds: bool, with_dweight: bool) -> BackwardCall:
+        """The backward pass of these operands."""
+        key = dy, with_ds, with_dweight
+        if (found := self._gradients.get(key)) is None:
+            n, x, weight, spec, *_ = self.kernel
+            kernel = Backward(n, x, weight, dy, spec, with_ds, with_dweight and weight is not None)
+            found = self._gradients[key] = backward_call(kernel, self.device)
+        return found
+
+    def __call__(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None = None) -> Results:
+        """`out` receives y: x itself, or memory that no operand shares."""
+        if weight is not None and not (weight.is_contiguous() and weight.data_ptr() % ALIGNMENT == 0):
+            weight = rows.ready(weight)
+        x_at, count = x.data_ptr(), x.numel() // self.n
+        at = [x_at]
+        in_rows = x.is_contiguous() and not x_at % ALIGNMENT
+        if residual is not None:
+            at.append(residual.data_ptr())
+            in_rows = in_rows and residual.is_contiguous() and not at[1] % ALIGNMENT
+        if out is not None:
+            if not may_be_in_place(self.plan, count) and may_overlap(out, x):
+                return self._elsewhere(x, residual, weight, out)
+            in_rows = in_rows and out.is_contiguous() and not out.data_ptr() % ALIGNMENT
+        if not in_rows:
+            return self._strided(x, residual, weight, out)
+        y = out
+        if y is None:
+            y = _empty_like(x) if self.y_dtype is None else _empty_like(x, dtype=self.y_dtype)
+        if weight is not None:
+            at.append(weight.data_ptr())
+        s = None if residual is None else _empty_like(x)
+        rstd = x.new_empty(count, dtype=torch.float32) if self.kernel.with_rstd else None
+        if count:
+            blocks, first_left, grid = self._grid.of(count)
+            at += (blocks, first_left, 0, y.data_ptr())
+            if s is not None:
+                at.append(s.data_ptr())
+            if rstd is not None:
+                at.append(rstd.data_ptr())
+            self._launch(self._run, grid, at)
+        if out is not None:
+            torch.autograd.graph.increment_version(out)  # what autograd may have saved of it has changed
+        return y, s, rstd
+
+    def plain(self, x: Tensor, weight: Tensor) -> Tensor:
+        """y of the commonest call, flat: what is unusual goes the longer way."""
+        x_at, weight_at = x.data_ptr(), weight.data_ptr()
+        blocks, left = divmod(x.numel(), self._block_elements)
+        # An address is 0 for autograd's zero tensors, which have no memory.
+        if (x_at | weight_at) % ALIGNMENT or left or not (x_at and weight_at and x.is_contiguous()):
+            return self(x, None, weight)[0]
+        y = _empty_like(x) if self.y_dtype is None else _empty_like(x, dtype=self.y_dtype)
+        full = blocks if blocks < self._most else self._most
+        values = x_at, weight_at, blocks * COUNT, full * COUNT, 0, y.data_ptr()
+        if self.device == _current_device():
+            self._run(_stream(self.device), full * self._cluster, values)
+        else:
+            self._run.elsewhere(_stream(self.device), full * self._cluster, values)
+        return y
+
+    def _launch(self, run: Any, grid: int, values: list[int]) -> None:
+        if self.device == _current_device():
+            run(_stream(self.device), grid, values)
+        else:
+            run.elsewhere(_stream(self.device), grid, values)
+
+    def _elsewhere(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor) -> Results:
+        """Into memory of its own first, where rows are read after they were written."""
+        y, s, rstd = self(x, residual, weight)
+        return out.copy_(y), s, rstd
+
+    # --- rows at strides ----------------------------------------------------------------------------------------------
+
+    def _strided(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None) -> Results:
+        """Rows are read, and those of `out` written, where they lie; copied where a kernel cannot."""
+        count = x.numel() // self.n
+        if out is not None and not may_be_in_place(from_memory(self.plan), count) and may_overlap(out, x):
+            return self._elsewhere(x, residual, weight, out)
+        given = {"x": x, "residual": residual, "y": out}
+        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+        key = tuple((tensor.shape, tensor.stride(), tensor.data_ptr() % ALIGNMENT) for tensor in tensors.values())
+        if key not in self._layouts:
+            if len(self._layouts) >= MOST_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[key] = self._layout(tensors)
+        numbers = self._layouts[key]
+        if numbers is None:
+            if out is not None and not (out.is_contiguous() and rows.aligned(out)):
+                return self._elsewhere(x, residual, weight, out)
+            return self(rows.ready(x), None if residual is None else rows.ready(residual), weight, out)
+        if self._at_strides is None:
+            self._at_strides = launch.kernel(program_of(self.kernel._replace(strided=True)), self.device)
+        y = torch.empty(x.shape, dtype=self.y_dtype or x.dtype, device=x.device) if out is None else out
+        s = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        rstd = x.new_empty(count, dtype=torch.float32) if self.kernel.with_rstd else None
+        if count:
+            blocks, left = divmod(count, self.plan.block)  # rows that no bulk copy brings have no persistent grid
+            inputs = [_base(x), *([] if residual is None else [_base(residual)])]
+            inputs += [] if weight is None else [weight.data_ptr()]
+            outputs = [_base(y), *(tensor.data_ptr() for tensor in (s, rstd) if tensor is not None)]
+            at = [*inputs, blocks * COUNT, blocks * COUNT, 0, *numbers, *outputs]
+            self._launch(self._at_strides, (blocks + left) * self.plan.cluster, at)
+        if out is not None:
+            torch.autograd.graph.increment_version(out)
+        return y, s, rstd
+
+    def _layout(self, tensors: dict[str, Tensor]) -> tuple[int, ...] | None:
+        """The group and strides, as the kernel takes them, of what is given and of fresh results."""
+        places = rows.strided(tensors, vec=self.plan.vec)
+        if places is None:
+            return None
+        fresh = {"y": self.y_dtype or self.kernel.x} | ({"s": self.kernel.x} if self.kernel.residual else {})
+        of = {name: rows.fresh(self.n * dtype.itemsize, places.group) for name, dtype in fresh.items()} | places.of
+        names = [name for name in ("x", "residual", "y", "s") if name in of]
+        return (places.group * COUNT, *(number * BYTES for name in names for number in of[name]))
+
+
+def _base(tensor: Tensor) -> int:
+    """The aligned address from which the offset of its rows counts."""
+    return tensor.data_ptr() // ALIGNMENT * ALIGNMENT
+
+
+class BackwardCall:
+    """dx, with_dweight also dweight; of operands of the kernel's dtypes on its device."""
+
+    def __init__(self, kernel: Backward, device: int) -> None:
+        program = program_of(kernel)
+        assert isinstance(program.plan, BackwardPlan)
+        self.kernel, self.device, self.n = kernel, device, kernel.n
+        self._plan, self._run, self._grid = program.plan, launch.kernel(program, device), _Grid(program.plan)
+        self._sum: Any = None
+        if kernel.with_dweight:
+            assert kernel.weight is not None
+            self._sum = launch.kernel(program_of(ColumnSum(kernel.n, kernel.weight)), device)
+
+    def __call__(
+        self, x: Tensor, weight: Tensor | None, rstd: Tensor, dy: Tensor, ds: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        x, rstd, dy = rows.ready(x), rows.ready(rstd), rows.ready(dy)
+        dx, count = _empty_like(x), x.numel() // self.n
+        at = [x.data_ptr(), rstd.data_ptr(), dy.data_ptr()]
+        if weight is not None:
+            weight = rows.ready(weight)
+            at.append(weight.data_ptr())
+        if ds is not None:
+            ds = rows.ready(ds)
+            at.append(ds.data_ptr())
+        if not count:
+            return dx, None if self._sum is None or weight is None else torch.zeros_like(weight)
+        blocks, first_left, grid = self._grid.of(count)
+        at += (blocks, first_left, 0, dx.data_ptr())
+        elsewhere, stream = self.device != _current_device(), _stream(self.device)
+        run, run_sum = self._run, self._sum
+        if run_sum is None or weight is None:
+            (run.elsewhere if elsewhere else run)(stream, grid, at)
+            return dx, None
+        # The sum reads whole tiles, and leaves out what no CTA wrote.
+        used = grid // self._grid.cluster
+        parts = unwritten(x, max(used, TILE), self.n)
+        dweight = _empty_like(weight)
+        at.append(parts.data_ptr())
+        (run.elsewhere if elsewhere else run)(stream, grid, at)
+        numbers = [parts.data_ptr(), used * COUNT, dweight.data_ptr()]
+        (run_sum.elsewhere if elsewhere else run_sum)(stream, run_sum.recorded.grid, numbers)
+        return dx, dweight
+
+
+def unwritten(x: Tensor, count: int, n: int) -> Tensor:
+    """Memory for the CTAs' parts of dweight."""
+    return x.new_empty((count, n), dtype=torch.float32)
+
+
+_forward: dict[tuple[Forward, int], ForwardCall] = {}
+_backward_calls: dict[tuple[Backward, int], BackwardCall] = {}
+
+
+def forward_call(kernel: Forward, device: int) -> ForwardCall:
+    """The one for each, compiled at the first. Raises launch.Unavailable."""
+    if (found := _forward.get((kernel, device))) is not None:
+        return found
+    return _forward.setdefault((kernel, device), ForwardCall(kernel, device))
+
+
+def backward_call(kernel: Backward, device: int) -> BackwardCall:
+    """As forward_call. rstd has eps in it, so one kernel serves every eps."""
+    kernel = kernel._replace(spec=dataclasses.replace(kernel.spec, eps=0.0))
+    if (found := _backward_calls.get((kernel, device))) is not None:
+        return found
+    return _backward_calls.setdefault((kernel, device), BackwardCall(kernel, device))
