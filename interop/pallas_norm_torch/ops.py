@@ -14,7 +14,7 @@ from pallas_norm._plan import Source
 from pallas_norm._spec import Spec
 from pallas_norm._strided import COUNT
 
-from . import _library, _options, _torch_state, _validate, direct, launch
+from . import _asked, _dtensor, _library, _options, _torch_state, _validate, direct, launch
 from .rows import ALIGNMENT
 
 Tensor = torch.Tensor
@@ -45,6 +45,7 @@ def rms_norm(
     out: Tensor | None = None,
     cast_before_scale: bool = True,
     weight_offset: float = 0.0,
+    implementation: str | None = None,
 ) -> Tensor:
     """y = weight * round(x / sqrt(mean(x^2) + eps)): RMSNorm with Hugging Face's rounding, as pallas_norm.rms_norm.
 
@@ -61,12 +62,15 @@ def rms_norm(
             models of Hugging Face). False multiplies in float32 and rounds once (Gemma, Olmo2, GptOss,
             torch.nn.functional.rms_norm).
         weight_offset: added to the weight in float32 (Gemma: 1.0).
+        implementation: None, or "jax": through DLPack and the jitted JAX function on the same device, with first
+            derivatives, in eager code on plain tensors only. Each row count compiles, and JAX starts its backends.
 
     Returns: y, `[..., n]`, contiguous, of dtype promote_types(x, weight), as in Hugging Face; under autocast too.
 
     Where it runs: a CUDA tensor's kernel is launched on torch's current stream of its device, without a
         synchronisation; it may be captured into a CUDA graph after one call outside. Where the kernel cannot be
-        launched (see `explain`), and for CPU tensors, JAX computes the same through DLPack.
+        launched (see `explain`), and for CPU tensors, torch's own statements compute it, as in LlamaRMSNorm.forward.
+        A DTensor's rows are normalised where they lie, y is sharded as x; a sharded last axis is gathered first.
 
     Differentiation: reverse mode, twice; through torch.compile, torch.export and torch.func.vjp and vmap. Forward mode
         raises NotImplementedError.
@@ -74,10 +78,14 @@ def rms_norm(
     Raises:
         TypeError: an operand is no dense tensor, or of another dtype; eps or weight_offset is no real number.
         ValueError: a shape, a device or a value does not fit, or out overlaps an operand.
-        NotImplementedError: another device type, or forward-mode differentiation.
+        NotImplementedError: another device type, forward-mode differentiation, or implementation="jax" where it cannot
+            run.
 
     Source: `LlamaRMSNorm` in Hugging Face's transformers.
     """
+    if implementation is not None:
+        options = eps, cast_before_scale, weight_offset
+        return _asked.rms_norm(implementation, x, weight, options, out, plain=_plain)
     if torch.compiler.is_compiling():
         _validate.flag("cast_before_scale", cast_before_scale)
         if out is not None:
@@ -99,6 +107,7 @@ def rms_norm(
             and forward_ad._current_level < 0
             and x.is_contiguous()
             and weight.is_contiguous()
+            and not (x.is_neg() or weight.is_neg())
         )
     except RuntimeError:  # a compressed sparse tensor has no is_contiguous
         usual = False
@@ -158,13 +167,14 @@ def add_rms_norm(
     *,
     cast_before_scale: bool = True,
     weight_offset: float = 0.0,
+    implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """s = round(x + residual); y = rms_norm(s): the residual form of every decoder layer, in one kernel.
 
     Arguments:
         x: `[..., n]`, bfloat16, float16 or float32, on a CPU or a CUDA device.
         residual: `[..., n]`, of the dtype and device of x.
-        weight, eps, cast_before_scale, weight_offset: as for `rms_norm`.
+        weight, eps, cast_before_scale, weight_offset, implementation: as for `rms_norm`.
 
     Returns: (y, s). s has the dtype of x and is rounded before it is normalised, so the bits are those of
         `s = x + residual; y = rms_norm(s, weight)`; in float32 the compiler fuses the last product of the backward pass
@@ -174,6 +184,9 @@ def add_rms_norm(
 
     Source: `LlamaDecoderLayer` in Hugging Face's transformers, where the addition and the norm are two steps.
     """
+    if implementation is not None:
+        options = eps, cast_before_scale, weight_offset
+        return _asked.add_rms_norm(implementation, x, residual, weight, options, plain=_plain)
     if torch.compiler.is_compiling():
         _validate.flag("cast_before_scale", cast_before_scale)
         y, s, _ = torch.ops.pallas_norm.add_rms_norm(x, residual, weight, eps, cast_before_scale, weight_offset)
@@ -207,8 +220,9 @@ def _plain(*tensors: Tensor | None) -> bool:
 
 
 def _operator(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> Any:
+    _dtensor.register()
     options = spec.eps, spec.cast_before_scale, spec.weight_offset
-    if _transformation() is not None:  # torch.func differentiates no operators of a library
+    if _torch_state.differentiated():  # torch.func differentiates no operators of a library
         return _library.Norm.apply(x, residual, weight, *options)
     if residual is None:
         return torch.ops.pallas_norm.rms_norm(x, weight, *options)
@@ -222,7 +236,7 @@ def _short_add(x: Any, residual: Any, weight: Any, eps: Any, cast_before_scale: 
     """(y, s) of a call like one that was checked before, as in rms_norm; None where more must be looked at."""
     operands = x, residual, weight
     try:
-        contiguous = all(type(tensor) in TENSORS and tensor.is_contiguous() for tensor in operands)
+        contiguous = all(type(t) in TENSORS and t.is_contiguous() and not t.is_neg() for t in operands)
     except RuntimeError:  # a compressed sparse tensor has no is_contiguous
         contiguous = False
     if (

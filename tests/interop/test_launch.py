@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pallas_norm._spec import Spec
-from pallas_norm_torch import _library, direct, explain, launch, through_jax
+from pallas_norm_torch import _library, direct, explain, launch, statements
 from pallas_norm_torch.programs import Program
 
 BF16 = "bfloat16"
@@ -111,6 +111,7 @@ class OnGpu:
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct, "_refused", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
 
 
 @pytest.mark.usefixtures("nothing_known")
@@ -127,7 +128,7 @@ def test_an_unknown_jax_takes_the_other_way_and_says_so(
     monkeypatch.setattr(jax, "__version_info__", tuple(map(int, version.split("."))))
     monkeypatch.setattr(jax, "__version__", version)
     assert launch.unavailable(0) == f"the launch interface of jax {version} is not known (known: >= 0.11, < 0.13)"
-    assert _library.path(OnGpu()) is through_jax
+    assert _library.path(OnGpu()) is statements
     assert explain(64, torch.bfloat16, "cuda:0").endswith(f"no direct launch, because {reason}")
 
 
@@ -141,9 +142,9 @@ def test_a_kernel_that_cannot_be_launched_takes_the_other_way_and_says_so(monkey
     monkeypatch.setattr(launch, "unavailable", lambda device: None)
     assert _library.path(OnGpu()) is direct
     monkeypatch.setattr(direct, "forward", fails)
-    monkeypatch.setattr(through_jax, "forward", lambda *_, **__: ("y", None, None))
+    monkeypatch.setattr(statements, "forward", lambda *_, **__: ("y", None, None))
     assert _library.forward(OnGpu(), None, None, Spec(), with_rstd=False) == ("y", None, None)
-    assert _library.path(OnGpu()) is through_jax
+    assert _library.path(OnGpu()) is statements
     assert explain(64, torch.bfloat16, "cuda:0").endswith("because the lowered program has 2 kernels; needed one")
 
 
@@ -191,5 +192,5 @@ def test_a_persistent_grid_has_no_more_programs_than_the_plan() -> None:
     assert clamped(60, 70, 90, 80) == pack(60, 70, 50, 80)
 
 
-def test_cpu_tensors_take_the_way_through_jax() -> None:
-    assert _library.path(torch.zeros(2, 64)) is through_jax
+def test_cpu_tensors_take_torch_s_statements() -> None:
+    assert _library.path(torch.zeros(2, 64)) is statements
