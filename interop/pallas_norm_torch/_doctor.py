@@ -132,7 +132,7 @@ def self_check(device: torch.device) -> Iterator[Line]:
 
     def what(case: _selfcheck.Case) -> str:
         if not _launches(device, case.n):
-            return "through JAX"
+            return "torch's own statements"
         return f"direct launch ({_selfcheck.kind(plan_for(case.n, case.dtype))})"
 
     before = list(_ways(device))

@@ -14,6 +14,11 @@ from .prepared import ForwardCall
 Tensor = torch.Tensor
 
 
+def norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, call: ForwardCall) -> Any:
+    """y, with a residual (y, s), recorded by autograd. Raises launch.Unavailable."""
+    return _apply(x, residual, weight, call.training())
+
+
 class KernelNorm(torch.autograd.Function):
     """y, with a residual (y, s). `call` is the one with rstd."""
 
@@ -46,6 +51,10 @@ class KernelNorm(torch.autograd.Function):
         else:
             dx, dweight = _gradient(call, x, weight, rstd, dy, ds, with_dweight=wants_weight)
         return dx if wants_x else None, dx if wants_residual else None, dweight if wants_weight else None, None
+
+
+# Past what apply does for torch.func, under which no plain tensor comes here: 2 us of a call.
+_apply = _torch_state.plain_apply(KernelNorm)
 
 
 def _gradient(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import torch
 
 import pallas_norm
@@ -11,10 +10,11 @@ from . import _validate, direct
 
 
 def explain(n: int, dtype: torch.dtype, device: torch.device | str = "cuda") -> str:
-    """Which way `rms_norm` goes for rows of n elements of `dtype` on `device`, and why: a sentence or two.
+    """Which way `rms_norm` goes for rows of n elements of `dtype` on `device`, and why: a sentence.
 
-    Three ways, the same rounding on each: the kernel launched directly on torch's stream, the kernel inside a jitted
-    JAX function through DLPack, and XLA's own code for the reference through DLPack.
+    Two ways, the same rounding on each: the kernel launched directly, and torch's own statements. Both run on torch's
+    current stream and may be captured into a CUDA graph. A third, DLPack and JAX, is taken by
+    `implementation="jax"` alone.
 
     Arguments:
         n: the length of the last axis.
@@ -22,19 +22,28 @@ def explain(n: int, dtype: torch.dtype, device: torch.device | str = "cuda") -> 
         device: that of x; "cuda" is the current one.
 
     Raises:
-        TypeError: another dtype.
-        ValueError: n is 0.
+        TypeError: another dtype, or n is no int.
+        ValueError: n is below 1.
     """
+    n, dtype = _validate.row_length(n), _validate.operand_dtype(dtype)
     device = torch.device(device)
-    by_jax = pallas_norm.explain(jax.ShapeDtypeStruct((1, n), _validate.dtype_name(dtype)))
+    if device.type == "cpu":
+        return "torch's own statements on cpu, with Hugging Face's rounding: the kernels need a CUDA device"
+    if device.type == "meta":
+        return "nothing is computed on meta: the result has a shape and a dtype"
     if device.type != "cuda":
-        return f"DLPack and JAX on {device.type}, {by_jax.elsewhere}: {by_jax.why}"
+        return f"nothing: rms_norm takes tensors on a CPU or a CUDA device, and raises for {device}"
     if not torch.cuda.is_available():
         return "nothing: torch sees no CUDA device in this process"
     # torch.device("cuda") has the index None, whatever its type says.
     index = torch.cuda.current_device() if device.index is None else device.index  # pyright: ignore
+    if index >= (count := torch.cuda.device_count()):
+        return f"nothing: torch sees {count} CUDA device{'s' * (count != 1)} in this process, and no cuda:{index}"
     if (reason := direct.unavailable(n, index)) is not None:
-        return f"DLPack and JAX on cuda:{index}, {by_jax.cuda}: no direct launch, because {reason}"
+        return (
+            f"torch's own statements on its current stream of cuda:{index}, with Hugging Face's rounding: "
+            f"no direct launch, because {reason}"
+        )
     plan = pallas_norm.plan_for(n, _validate.dtype_name(dtype))
     return (
         f"direct launch on torch's current stream of cuda:{index}: the {plan.regime.value} kernel for n = {n}, "

@@ -31,9 +31,12 @@ def gradients(
 
 
 def second_order(
-    operands: Sequence[Tensor | None], ddx: Tensor, ddweight: Tensor | None, spec: Spec
+    operands: Sequence[Tensor | None], ddx: Tensor | None, ddweight: Tensor | None, spec: Spec
 ) -> tuple[Tensor | None, ...]:
-    """The gradients with respect to x, weight, dy and ds of <ddx, dx> + <ddweight, dweight>."""
+    """The gradients with respect to x, weight, dy and ds of <ddx, dx> + <ddweight, dweight>; None stands for zeros,
+    which for a DTensor would have to be one too."""
+    if ddx is None and ddweight is None:
+        return (None,) * len(operands)
     given = [tensor for tensor in operands if tensor is not None]
 
     def outputs(*values: Tensor) -> tuple[Tensor, ...]:
@@ -41,9 +44,9 @@ def second_order(
         x, weight, dy, ds = (None if tensor is None else next(left) for tensor in operands)
         assert x is not None
         assert dy is not None
-        dx, dweight = gradients(x, weight, dy, ds, spec)
-        return (dx,) if ddweight is None or dweight is None else (dx, dweight)
+        found = zip(gradients(x, weight, dy, ds, spec), (ddx, ddweight), strict=True)
+        return tuple(value for value, wanted in found if value is not None and wanted is not None)
 
     pullback = torch.func.vjp(outputs, *given)[1]
-    found = iter(pullback((ddx,) if ddweight is None else (ddx, ddweight)))
+    found = iter(pullback(tuple(wanted for wanted in (ddx, ddweight) if wanted is not None)))
     return tuple(None if tensor is None else next(found) for tensor in operands)

@@ -15,7 +15,7 @@ import torch
 
 from pallas_norm._spec import Spec
 
-from . import _formula, _torch_state, _validate, _vmap, direct, launch, through_jax
+from . import _dtensor, _formula, _torch_state, _validate, _vmap, direct, launch, statements
 
 Tensor = torch.Tensor
 # The options every operator takes, in this order; a Spec by another name, which schemas can say.
@@ -38,7 +38,7 @@ def path(x: Tensor) -> Any:
     """The module whose forward and backward a call takes."""
     if x.is_cuda and direct.unavailable(x.shape[-1], x.device.index) is None:
         return direct
-    return through_jax
+    return statements
 
 
 def forward(x: Tensor, *operands: Any, **options: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -48,7 +48,7 @@ def forward(x: Tensor, *operands: Any, **options: Any) -> tuple[Tensor, Tensor |
             return direct.forward(x, *operands, **options)
         except launch.Unavailable as reason:  # raised before anything is written; `explain` tells it from now on
             direct.refuse(x.shape[-1], x.device.index, str(reason))
-    return through_jax.forward(x, *operands, **options)
+    return statements.forward(x, *operands, **options)
 
 
 def backward(x: Tensor, *operands: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -58,7 +58,7 @@ def backward(x: Tensor, *operands: Any, **options: Any) -> tuple[Tensor, Tensor 
             return direct.backward(x, *operands, **options)
         except launch.Unavailable as reason:
             direct.refuse(x.shape[-1], x.device.index, str(reason))
-    return through_jax.backward(x, *operands, **options)
+    return statements.backward(x, *operands, **options)
 
 
 # --- what they compute ------------------------------------------------------------------------------------------------
@@ -144,6 +144,7 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, *options: Any) -> Any:
+        _dtensor.register()
         with _torch_state.below_autograd():
             if residual is None:
                 return torch.ops.pallas_norm.rms_norm(x, weight, *options)
@@ -155,7 +156,7 @@ class Norm(torch.autograd.Function):
         *_, rstd = output
         ctx.mark_non_differentiable(rstd)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if residual is None else output[1], weight, rstd)
+        _torch_state.save(ctx, x if residual is None else output[1], weight, rstd)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
@@ -178,18 +179,20 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        _dtensor.register()
         with _torch_state.below_autograd():
             return torch.ops.pallas_norm.rms_norm_backward(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, _, dy, ds, *ctx.options, ctx.with_dweight = inputs
+        ctx.set_materialize_grads(False)
         if not ctx.with_dweight:
             ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, weight, dy, ds)
+        _torch_state.save(ctx, x, weight, dy, ds)
 
     @staticmethod
-    def backward(ctx: Any, ddx: Tensor, ddweight: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, ddx: Tensor | None, ddweight: Tensor | None) -> tuple[Any, ...]:
         cotangent = ddweight if ctx.with_dweight else None
         x, weight, dy, ds = _formula.second_order(ctx.saved_tensors, ddx, cotangent, Spec(*ctx.options))
         return x, weight, None, dy, ds, None, None, None, None
@@ -209,7 +212,11 @@ library.impl("rms_norm_backward", Gradient.apply, "Autograd")
 
 
 def _is_plain(tensor: Tensor | None) -> bool:
-    return tensor is None or (type(tensor) in _torch_state.TENSORS and not _torch_state.is_batched(tensor))
+    return tensor is None or (
+        type(tensor) in _torch_state.TENSORS
+        and not _torch_state.is_batched(tensor)
+        and not _torch_state.is_lazy(tensor)
+    )
 
 
 class EagerNorm(torch.autograd.Function):
@@ -221,7 +228,7 @@ class EagerNorm(torch.autograd.Function):
         y, s, rstd = forward(x, residual, weight, spec, with_rstd=True)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if s is None else s, weight, rstd)
+        _torch_state.save(ctx, x if s is None else s, weight, rstd)
         return y if s is None else (y, s)
 
     @staticmethod

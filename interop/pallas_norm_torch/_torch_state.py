@@ -31,6 +31,13 @@ def inside_jvp() -> bool:
     return any(interpreter.key() == torch._C._functorch.TransformType.Jvp for interpreter in stack)
 
 
+def differentiated() -> bool:
+    """Whether the innermost transformation of torch.func has a rule for autograd.Function; functionalize has none, and
+    takes operators as they are."""
+    innermost = transformation()
+    return innermost is not None and innermost.key() != torch._C._functorch.TransformType.Functionalize
+
+
 def forward_mode() -> bool:
     """Whether a level of forward mode is open."""
     return forward_ad._current_level >= 0
@@ -38,6 +45,12 @@ def forward_mode() -> bool:
 
 def has_tangent(tensor: Tensor) -> bool:
     return forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply for calls that no transformation of torch.func is around."""
+    base: Any = getattr(torch._C, "_FunctionBase", None)
+    return function.apply if base is None else super(torch.autograd.Function, function).apply
 
 
 def is_lazy(tensor: Tensor) -> bool:
@@ -48,5 +61,21 @@ def is_lazy(tensor: Tensor) -> bool:
 def save(ctx: Any, *tensors: Tensor | None) -> None:
     """For backward; of tensors that were made in inference mode, which autograd does not save, copies."""
     if any(ctx.needs_input_grad):
-        tensors = tuple(one.clone() if one is not None and one.is_inference() else one for one in tensors)
+        tensors = tuple(
+            None if tensor is None else tensor.clone() if tensor.is_inference() else tensor for tensor in tensors
+        )
     ctx.save_for_backward(*tensors)
+
+
+def options_decide_sharding(overload: torch._ops.OpOverload[..., Any], first: str) -> None:
+    """Has DTensor keep what it propagated apart for other options, from the argument of that name on.
+
+    register_sharding looks for the first int, and an operator without one shares what its first call found with all:
+    a gradient without dweight decided the shape of the next one's.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
+
+    known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
+    names = [argument.name for argument in overload._schema.arguments]
+    known[overload] = RuntimeSchemaInfo(names.index(first), needs_pytree=True)

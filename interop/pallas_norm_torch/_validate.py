@@ -107,6 +107,21 @@ def hidden_size(value: Any) -> int:
     return size
 
 
+def row_length(value: Any) -> int:
+    if not _numbers.is_int(value):
+        raise TypeError(f"n is a {type(value).__name__}; needed an int: the length of the last axis")
+    if (n := int(value)) < 1:
+        raise ValueError(f"n is {n}; needed the length of a row, at least 1")
+    return n
+
+
+def operand_dtype(value: Any) -> torch.dtype:
+    if value not in DTYPES:
+        shown = dtype_name(value) if isinstance(value, torch.dtype) else f"a {type(value).__name__}"
+        raise TypeError(f"dtype is {shown}; needed torch.bfloat16, torch.float16 or torch.float32: cast x with x.to")
+    return value
+
+
 def parameter_dtype(value: Any) -> None:
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
         shown = dtype_name(value) if isinstance(value, torch.dtype) else f"a {type(value).__name__}"
@@ -192,13 +207,19 @@ def takes_y(out: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> b
         or out.shape != x.shape
         or out.get_device() != x.get_device()
         or not out.is_contiguous()
+        or out.is_neg()
         or (out.requires_grad and torch.is_grad_enabled())
     ):
         return False
     start, end = out.data_ptr(), out.data_ptr() + out.nbytes
-    return not start % ALIGNMENT and all(
-        operand is None or operand.data_ptr() >= end or operand.data_ptr() + operand.nbytes <= start
-        for operand in (x, weight)
+    # An address is 0 for autograd's zero tensors, which have no memory.
+    return (
+        bool(start)
+        and not start % ALIGNMENT
+        and all(
+            operand is None or operand.data_ptr() >= end or operand.data_ptr() + operand.nbytes <= start
+            for operand in (x, weight)
+        )
     )
 
 

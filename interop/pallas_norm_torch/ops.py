@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from pallas_norm._spec import Spec
 
-from . import _eager, _library, _options, _torch_state, _validate, direct, launch
+from . import _asked, _dtensor, _eager, _library, _options, _torch_state, _validate, direct, launch
 from .prepared import ForwardCall
 
 Tensor = torch.Tensor
@@ -38,6 +38,7 @@ def rms_norm(
     out: Tensor | None = None,
     cast_before_scale: bool = True,
     weight_offset: float = 0.0,
+    implementation: str | None = None,
 ) -> Tensor:
     """y = weight * round(x / sqrt(mean(x^2) + eps)): RMSNorm with Hugging Face's rounding, as pallas_norm.rms_norm.
 
@@ -54,12 +55,15 @@ def rms_norm(
             models of Hugging Face). False multiplies in float32 and rounds once (Gemma, Olmo2, GptOss,
             torch.nn.functional.rms_norm).
         weight_offset: added to the weight in float32 (Gemma: 1.0).
+        implementation: None, or "jax": through DLPack and the jitted JAX function on the same device, with first
+            derivatives, in eager code on plain tensors only. Each row count compiles, and JAX starts its backends.
 
     Returns: y, `[..., n]`, contiguous, of dtype promote_types(x, weight), as in Hugging Face; under autocast too.
 
     Where it runs: a CUDA tensor's kernel is launched on torch's current stream of its device, without a
         synchronisation; it may be captured into a CUDA graph after one call outside. Where the kernel cannot be
-        launched (see `explain`), and for CPU tensors, JAX computes the same through DLPack.
+        launched (see `explain`), and for CPU tensors, torch's own statements compute it, as in LlamaRMSNorm.forward.
+        A DTensor's rows are normalised where they lie, y is sharded as x; a sharded last axis is gathered first.
 
     Differentiation: reverse mode, twice; through torch.compile, torch.export and torch.func.vjp and vmap. Forward mode
         raises NotImplementedError.
@@ -67,10 +71,14 @@ def rms_norm(
     Raises:
         TypeError: an operand is no dense tensor, or of another dtype; eps or weight_offset is no real number.
         ValueError: a shape, a device or a value does not fit, or out overlaps an operand.
-        NotImplementedError: another device type, or forward-mode differentiation.
+        NotImplementedError: another device type, forward-mode differentiation, or implementation="jax" where it cannot
+            run.
 
     Source: `LlamaRMSNorm` in Hugging Face's transformers.
     """
+    if implementation is not None:
+        options = eps, cast_before_scale, weight_offset
+        return _asked.rms_norm(implementation, x, weight, options, out, plain=_plain)
     if _is_compiling():
         _validate.flag("cast_before_scale", cast_before_scale)
         if out is not None:
@@ -80,13 +88,16 @@ def rms_norm(
         return y if out is None else out.copy_(y)
     call = _prepared_for(x, None, weight, eps, cast_before_scale, weight_offset)
     if call is not None:
-        if _grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
-            if out is None:
-                return _eager.KernelNorm.apply(x, None, weight, call.training())
-        elif out is None and weight is not None:
-            return call.plain(x, weight)
-        elif out is None or _takes_y(out, x, weight, call.y_dtype or x.dtype):
-            return call(x, None, weight, out)[0]
+        try:
+            if _grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+                if out is None:
+                    return _eager.norm(x, None, weight, call)
+            elif out is None and weight is not None:
+                return call.plain(x, weight)
+            elif out is None or _takes_y(out, x, weight, call.y_dtype or x.dtype):
+                return call(x, None, weight, out)[0]
+        except launch.Unavailable as reason:  # of the form with rstd, or for strides
+            _refuse(x, reason)
     spec = _options.spec(x, None, weight, eps, cast_before_scale, weight_offset, with_residual=False)
     differentiates = torch.is_grad_enabled() and _requires_grad(x, weight)
     if out is not None:
@@ -96,10 +107,11 @@ def rms_norm(
     if not _plain(x, weight, out):
         y, _ = _operator(x, None, weight, spec)
         return y if out is None else out.copy_(y)
-    if (call := _prepare(x, None, weight, spec)) is not None:
-        if differentiates:
-            return _eager.KernelNorm.apply(x, None, weight, call.training())
-        return call(x, None, weight, out)[0]
+    try:
+        if (call := _prepare(x, None, weight, spec)) is not None:
+            return _eager.norm(x, None, weight, call) if differentiates else call(x, None, weight, out)[0]
+    except launch.Unavailable as reason:
+        _refuse(x, reason)
     if differentiates:
         return _library.EagerNorm.apply(x, None, weight, spec)
     return _library.forward(x, None, weight, spec, with_rstd=False, out=out)[0]
@@ -113,13 +125,14 @@ def add_rms_norm(
     *,
     cast_before_scale: bool = True,
     weight_offset: float = 0.0,
+    implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """s = round(x + residual); y = rms_norm(s): the residual form of every decoder layer, in one kernel.
 
     Arguments:
         x: `[..., n]`, bfloat16, float16 or float32, on a CPU or a CUDA device.
         residual: `[..., n]`, of the dtype and device of x.
-        weight, eps, cast_before_scale, weight_offset: as for `rms_norm`.
+        weight, eps, cast_before_scale, weight_offset, implementation: as for `rms_norm`.
 
     Returns: (y, s). s has the dtype of x and is rounded before it is normalised, so the bits are those of
         `s = x + residual; y = rms_norm(s, weight)`; in float32 the compiler fuses the last product of the backward pass
@@ -129,29 +142,29 @@ def add_rms_norm(
 
     Source: `LlamaDecoderLayer` in Hugging Face's transformers, where the addition and the norm are two steps.
     """
+    if implementation is not None:
+        options = eps, cast_before_scale, weight_offset
+        return _asked.add_rms_norm(implementation, x, residual, weight, options, plain=_plain)
     if _is_compiling():
         _validate.flag("cast_before_scale", cast_before_scale)
         y, s, _ = torch.ops.pallas_norm.add_rms_norm(x, residual, weight, eps, cast_before_scale, weight_offset)
         return y, s
     call = _prepared_for(x, residual, weight, eps, cast_before_scale, weight_offset)
     if call is not None and call.kernel.residual:
-        if _grad_enabled() and _requires_grad(x, residual, weight):
-            return _eager.KernelNorm.apply(x, residual, weight, call.training())
-        y, s, _ = call(x, residual, weight)
-        assert s is not None
-        return y, s
+        try:
+            return _added(x, residual, weight, call)
+        except launch.Unavailable as reason:
+            _refuse(x, reason)
     spec = _options.spec(x, residual, weight, eps, cast_before_scale, weight_offset, with_residual=True)
     if not _plain(x, residual, weight):
         y, s, _ = _operator(x, residual, weight, spec)
         return y, s
-    differentiates = torch.is_grad_enabled() and _requires_grad(x, residual, weight)
-    if (call := _prepare(x, residual, weight, spec)) is not None:
-        if differentiates:
-            return _eager.KernelNorm.apply(x, residual, weight, call.training())
-        y, s, _ = call(x, residual, weight)
-        assert s is not None
-        return y, s
-    if differentiates:
+    try:
+        if (call := _prepare(x, residual, weight, spec)) is not None:
+            return _added(x, residual, weight, call)
+    except launch.Unavailable as reason:
+        _refuse(x, reason)
+    if torch.is_grad_enabled() and _requires_grad(x, residual, weight):
         return _library.EagerNorm.apply(x, residual, weight, spec)
     y, s, _ = _library.forward(x, residual, weight, spec, with_rstd=False)
     assert s is not None
@@ -173,8 +186,9 @@ def _plain(*tensors: Tensor | None) -> bool:
 
 
 def _operator(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> Any:
+    _dtensor.register()
     options = spec.eps, spec.cast_before_scale, spec.weight_offset
-    if _transformation() is not None:  # torch.func differentiates no operators of a library
+    if _torch_state.differentiated():  # torch.func differentiates no operators of a library
         return _library.Norm.apply(x, residual, weight, *options)
     if residual is None:
         return torch.ops.pallas_norm.rms_norm(x, weight, *options)
@@ -225,16 +239,26 @@ def _prepared_for(
     return call
 
 
+def _added(x: Tensor, residual: Tensor, weight: Tensor | None, call: ForwardCall) -> tuple[Tensor, Tensor]:
+    if _grad_enabled() and _requires_grad(x, residual, weight):
+        return _eager.norm(x, residual, weight, call)
+    y, s, _ = call(x, residual, weight)
+    assert s is not None
+    return y, s
+
+
+def _refuse(x: Tensor, reason: launch.Unavailable) -> None:
+    """Raised before anything is written. `explain` tells it from now on, and other rows of that length follow."""
+    direct.refuse(x.shape[-1], x.get_device(), str(reason))
+    _prepared.clear()
+
+
 def _prepare(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> ForwardCall | None:
     """The call for these operands, which were checked, and from now on for others like them; None where no kernel can
-    be launched, for which `explain` has the reason."""
+    be launched, for which `explain` has the reason. Raises launch.Unavailable where that turns out only now."""
     if _library.path(x) is not direct:
         return None
-    try:
-        call = direct.call_of(x, residual, weight, spec)
-    except launch.Unavailable as reason:
-        direct.refuse(x.shape[-1], x.get_device(), str(reason))
-        return None
+    call = direct.call_of(x, residual, weight, spec)
     options = spec.eps, spec.cast_before_scale, spec.weight_offset
     dtype = None if weight is None else weight.dtype
     _prepared[x.dtype, x.shape[-1], dtype, *options, x.get_device(), residual is not None] = call

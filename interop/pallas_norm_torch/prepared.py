@@ -28,7 +28,7 @@ Results = tuple[Tensor, Tensor | None, Tensor | None]  # y, s, rstd, which is fl
 MOST_LAYOUTS = 1024  # kept for each call
 
 # Looked up once: each name saves 0.05 us of a call.
-_empty_like = torch.empty_like
+_empty, _empty_like = torch.empty, torch.empty_like
 _current_device = _torch_state.current_device
 _stream = _torch_state.stream
 
@@ -68,7 +68,7 @@ class ForwardCall:
         self._run, self._grid = launch.kernel(program, device), _Grid(program.plan)
         self._block_elements = self.plan.block * self.n
         self._most, self._cluster = self._grid.most, self._grid.cluster
-        self._layouts: dict[Any, tuple[int, ...] | None] = {}
+        self._layouts: dict[Any, Any] = {}  # by shape, strides and offsets, the numbers; None: to be copied
         self._at_strides: Any = None
         self._training: ForwardCall | None = self if kernel.with_rstd else None
         self._gradients: dict[tuple[torch.dtype, bool, bool], BackwardCall] = {}
@@ -88,47 +88,12 @@ class ForwardCall:
             found = self._gradients[key] = backward_call(kernel, self.device)
         return found
 
-    def __call__(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None = None) -> Results:
-        """`out` receives y: x itself, or memory that no operand shares."""
-        if weight is not None and not (weight.is_contiguous() and weight.data_ptr() % ALIGNMENT == 0):
-            weight = rows.ready(weight)
-        x_at, count = x.data_ptr(), x.numel() // self.n
-        at = [x_at]
-        in_rows = x.is_contiguous() and not x_at % ALIGNMENT
-        if residual is not None:
-            at.append(residual.data_ptr())
-            in_rows = in_rows and residual.is_contiguous() and not at[1] % ALIGNMENT
-        if out is not None:
-            if not may_be_in_place(self.plan, count) and may_overlap(out, x):
-                return self._elsewhere(x, residual, weight, out)
-            in_rows = in_rows and out.is_contiguous() and not out.data_ptr() % ALIGNMENT
-        if not in_rows:
-            return self._strided(x, residual, weight, out)
-        y = out
-        if y is None:
-            y = _empty_like(x) if self.y_dtype is None else _empty_like(x, dtype=self.y_dtype)
-        if weight is not None:
-            at.append(weight.data_ptr())
-        s = None if residual is None else _empty_like(x)
-        rstd = x.new_empty(count, dtype=torch.float32) if self.kernel.with_rstd else None
-        if count:
-            blocks, first_left, grid = self._grid.of(count)
-            at += (blocks, first_left, 0, y.data_ptr())
-            if s is not None:
-                at.append(s.data_ptr())
-            if rstd is not None:
-                at.append(rstd.data_ptr())
-            self._launch(self._run, grid, at)
-        if out is not None:
-            torch.autograd.graph.increment_version(out)  # what autograd may have saved of it has changed
-        return y, s, rstd
-
     def plain(self, x: Tensor, weight: Tensor) -> Tensor:
         """y of the commonest call, flat: what is unusual goes the longer way."""
         x_at, weight_at = x.data_ptr(), weight.data_ptr()
         blocks, left = divmod(x.numel(), self._block_elements)
         # An address is 0 for autograd's zero tensors, which have no memory.
-        if (x_at | weight_at) % ALIGNMENT or left or not (x_at and weight_at and x.is_contiguous()):
+        if (x_at | weight_at) % ALIGNMENT or left or not (x_at and x.is_contiguous() and weight.is_contiguous()):
             return self(x, None, weight)[0]
         y = _empty_like(x) if self.y_dtype is None else _empty_like(x, dtype=self.y_dtype)
         full = blocks if blocks < self._most else self._most
@@ -139,66 +104,115 @@ class ForwardCall:
             self._run.elsewhere(_stream(self.device), full * self._cluster, values)
         return y
 
+    def __call__(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None = None) -> Results:
+        """`out` receives y: x itself, or memory that no operand shares."""
+        at = [x.data_ptr()]
+        usual = out is None and x.is_contiguous()
+        if residual is not None:
+            usual = usual and residual.is_contiguous()
+            at.append(residual.data_ptr())
+        if weight is not None:
+            usual = usual and weight.is_contiguous()
+            at.append(weight.data_ptr())
+        if not usual or any(address % ALIGNMENT for address in at):
+            return self._unusual(x, residual, weight, out)
+        y = _empty_like(x) if self.y_dtype is None else _empty_like(x, dtype=self.y_dtype)
+        return self._launched(x, residual, y, at)
+
+    def _launched(self, x: Tensor, residual: Tensor | None, y: Tensor, at: list[int]) -> Results:
+        blocks, left = divmod(x.numel(), self._block_elements)
+        left //= self.n
+        full = blocks if blocks < self._most else self._most
+        at += (blocks * COUNT, full * COUNT, 0, y.data_ptr())
+        s = rstd = None
+        if residual is not None:
+            s = _empty_like(x)
+            at.append(s.data_ptr())
+        if self.kernel.with_rstd:
+            rstd = _empty(x.numel() // self.n, dtype=torch.float32, device=x.device)
+            at.append(rstd.data_ptr())
+        if full + left:
+            self._launch(self._run, (full + left) * self._cluster, at)
+        return y, s, rstd
+
     def _launch(self, run: Any, grid: int, values: list[int]) -> None:
         if self.device == _current_device():
             run(_stream(self.device), grid, values)
         else:
             run.elsewhere(_stream(self.device), grid, values)
 
+    # --- other places -------------------------------------------------------------------------------------------------
+
+    def _unusual(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None) -> Results:
+        """Into `out`, and rows that are not one behind the other from an aligned address on."""
+        weight = None if weight is None else rows.ready(weight)
+        in_rows = all(t is None or (t.is_contiguous() and rows.aligned(t)) for t in (x, residual, out))
+        plan, count = self.plan if in_rows else from_memory(self.plan), x.numel() // self.n
+        if out is not None and not may_be_in_place(plan, count) and may_overlap(out, x):
+            return self._elsewhere(x, residual, weight, out)
+        results = (self._in_rows if in_rows else self._strided)(x, residual, weight, out)
+        if out is not None:
+            torch.autograd.graph.increment_version(out)  # what autograd may have saved of it has changed
+        return results
+
     def _elsewhere(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor) -> Results:
         """Into memory of its own first, where rows are read after they were written."""
         y, s, rstd = self(x, residual, weight)
         return out.copy_(y), s, rstd
 
-    # --- rows at strides ----------------------------------------------------------------------------------------------
+    def _in_rows(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None) -> Results:
+        at = [tensor.data_ptr() for tensor in (x, residual, weight) if tensor is not None]
+        return self._launched(x, residual, torch.empty_like(x, dtype=self.y_dtype) if out is None else out, at)
 
     def _strided(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None) -> Results:
         """Rows are read, and those of `out` written, where they lie; copied where a kernel cannot."""
-        count = x.numel() // self.n
-        if out is not None and not may_be_in_place(from_memory(self.plan), count) and may_overlap(out, x):
-            return self._elsewhere(x, residual, weight, out)
-        given = {"x": x, "residual": residual, "y": out}
-        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-        key = tuple((tensor.shape, tensor.stride(), tensor.data_ptr() % ALIGNMENT) for tensor in tensors.values())
-        if key not in self._layouts:
-            if len(self._layouts) >= MOST_LAYOUTS:
-                self._layouts.clear()
-            self._layouts[key] = self._layout(tensors)
-        numbers = self._layouts[key]
+        x_at = x.data_ptr()
+        key: Any = x.shape, x.stride(), x_at % ALIGNMENT
+        if residual is not None or out is not None:
+            others = [tensor for tensor in (residual, out) if tensor is not None]
+            key = (*key, *((tensor.stride(), tensor.data_ptr() % ALIGNMENT) for tensor in others), out is None)
+        numbers = self._layouts.get(key, self)
+        if numbers is self:
+            numbers = self._layout(key, {"x": x, "residual": residual, "y": out})
         if numbers is None:
             if out is not None and not (out.is_contiguous() and rows.aligned(out)):
                 return self._elsewhere(x, residual, weight, out)
             return self(rows.ready(x), None if residual is None else rows.ready(residual), weight, out)
         if self._at_strides is None:
             self._at_strides = launch.kernel(program_of(self.kernel._replace(strided=True)), self.device)
-        y = torch.empty(x.shape, dtype=self.y_dtype or x.dtype, device=x.device) if out is None else out
-        s = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        rstd = x.new_empty(count, dtype=torch.float32) if self.kernel.with_rstd else None
+        y = _empty(x.shape, dtype=self.y_dtype or x.dtype, device=x.device) if out is None else out
+        y_at, s, rstd, count = y.data_ptr(), None, None, x.numel() // self.n
+        at = [x_at - x_at % ALIGNMENT]
+        if residual is not None:
+            at.append(residual.data_ptr() // ALIGNMENT * ALIGNMENT)
+        if weight is not None:
+            at.append(weight.data_ptr())
+        blocks, left = divmod(count, self.plan.block)  # rows that no bulk copy brings have no persistent grid
+        at += (blocks * COUNT, blocks * COUNT, 0, *numbers, y_at - y_at % ALIGNMENT)
+        if residual is not None:
+            s = _empty(x.shape, dtype=x.dtype, device=x.device)
+            at.append(s.data_ptr())
+        if self.kernel.with_rstd:
+            rstd = _empty(count, dtype=torch.float32, device=x.device)
+            at.append(rstd.data_ptr())
         if count:
-            blocks, left = divmod(count, self.plan.block)  # rows that no bulk copy brings have no persistent grid
-            inputs = [_base(x), *([] if residual is None else [_base(residual)])]
-            inputs += [] if weight is None else [weight.data_ptr()]
-            outputs = [_base(y), *(tensor.data_ptr() for tensor in (s, rstd) if tensor is not None)]
-            at = [*inputs, blocks * COUNT, blocks * COUNT, 0, *numbers, *outputs]
-            self._launch(self._at_strides, (blocks + left) * self.plan.cluster, at)
-        if out is not None:
-            torch.autograd.graph.increment_version(out)
+            self._launch(self._at_strides, (blocks + left) * self._cluster, at)
         return y, s, rstd
 
-    def _layout(self, tensors: dict[str, Tensor]) -> tuple[int, ...] | None:
-        """The group and strides, as the kernel takes them, of what is given and of fresh results."""
-        places = rows.strided(tensors, vec=self.plan.vec)
+    def _layout(self, key: Any, given: dict[str, Tensor | None]) -> tuple[int, ...] | None:
+        """The group and strides, as the kernel takes them, of what is given and of fresh results; kept."""
+        if len(self._layouts) >= MOST_LAYOUTS:
+            self._layouts.clear()
+        places = rows.strided({name: t for name, t in given.items() if t is not None}, vec=self.plan.vec)
         if places is None:
+            self._layouts[key] = None
             return None
         fresh = {"y": self.y_dtype or self.kernel.x} | ({"s": self.kernel.x} if self.kernel.residual else {})
         of = {name: rows.fresh(self.n * dtype.itemsize, places.group) for name, dtype in fresh.items()} | places.of
         names = [name for name in ("x", "residual", "y", "s") if name in of]
-        return (places.group * COUNT, *(number * BYTES for name in names for number in of[name]))
-
-
-def _base(tensor: Tensor) -> int:
-    """The aligned address from which the offset of its rows counts."""
-    return tensor.data_ptr() // ALIGNMENT * ALIGNMENT
+        numbers = (places.group * COUNT, *(number * BYTES for name in names for number in of[name]))
+        self._layouts[key] = numbers
+        return numbers
 
 
 class BackwardCall:

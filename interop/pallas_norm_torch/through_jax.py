@@ -1,4 +1,7 @@
-"""The same functions through DLPack and JAX: for CPU tensors, and where no kernel can be launched directly."""
+"""The same functions through DLPack and JAX, for whoever asks with implementation="jax"."""
+
+# pyright: reportIncompatibleMethodOverride=false
+# (autograd.Function's contexts have no types)
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import torch
 from pallas_norm import _autodiff  # pyright: ignore[reportPrivateUsage]
 from pallas_norm._spec import Spec
 
+from . import _torch_state
 from .exchange import call_jax
 
 Tensor = torch.Tensor
@@ -41,8 +45,8 @@ def _call(function: Callable[..., Any], tensors: dict[str, Tensor]) -> dict[str,
         return call_jax(function, tensors)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "a CUDA graph is being captured, and this call goes through JAX, which cannot be captured "
-            "(pallas_norm_torch.explain says why); make it outside the capture"
+            "a CUDA graph is being captured, and implementation='jax' was asked for, which cannot be captured; "
+            "leave implementation out, or make the call outside the capture"
         )
     with torch.cuda.device(device):
         results: dict[str, Tensor] = call_jax(function, tensors)
@@ -93,3 +97,29 @@ def backward(
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     results = _call(_backward(spec, with_dweight=with_dweight), tensors)
     return results["dx"], results.get("dweight")
+
+
+class Norm(torch.autograd.Function):
+    """y, with a residual (y, s), with first derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> Any:
+        y, s, rstd = forward(x, residual, weight, spec, with_rstd=True)
+        ctx.spec = spec
+        ctx.set_materialize_grads(False)
+        _torch_state.save(ctx, x if s is None else s, weight, rstd)
+        return y if s is None else (y, s)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "create_graph=True for a norm with implementation='jax', which has first derivatives only; "
+                "leave implementation out to differentiate twice"
+            )
+        x, weight, rstd = ctx.saved_tensors
+        wants_x, wants_residual, wants_weight, _ = ctx.needs_input_grad
+        dx, dweight = ds, None
+        if dy is not None:
+            dx, dweight = backward(x, weight, rstd, dy, ds, ctx.spec, with_dweight=wants_weight)
+        return dx if wants_x else None, dx if wants_residual else None, dweight if wants_weight else None, None

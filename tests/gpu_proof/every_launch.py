@@ -18,7 +18,7 @@ import torch
 import pallas_norm_torch
 from pallas_norm import _columns
 from pallas_norm._launch import counts_of
-from pallas_norm_torch import _library, direct
+from pallas_norm_torch import _library, direct, prepared
 from tests import oracle
 from tests.gpu_proof import kernels, operands
 from tests.gpu_proof.kernels import Backward, Forward
@@ -97,19 +97,19 @@ def rows_with_parts(plan: Any) -> int:
     return rows
 
 
-def _unwritten(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.full(shape, math.nan, dtype=dtype).to(device, copy=True)
+def _unwritten(x: torch.Tensor, count: int, n: int) -> torch.Tensor:
+    return torch.full((count, n), math.nan, dtype=torch.float32).to(x.device, copy=True)
 
 
 @contextlib.contextmanager
 def unwritten_parts() -> Iterator[None]:
     """What no program writes of the parts of dweight is NaN, copied from the host.
 
-    The column sum reads a whole tile, also of the 15 or 30 parts of long rows, and leaves out what is no part. The
-    launch makes those zeros by a kernel of torch, which initcheck does not follow: it told of every element that the
-    sum read there, millions of them, and never came to its end.
+    The column sum reads a whole tile, also of the 15 or 30 parts of long rows, and leaves out what is no part. Nothing
+    has written those in a launch: initcheck told of every element that the sum read there, millions of them, and never
+    came to its end.
     """
-    with mock.patch.object(torch, "zeros", _unwritten):
+    with mock.patch.object(prepared, "unwritten", _unwritten):
         yield
 
 

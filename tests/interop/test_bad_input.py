@@ -75,6 +75,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "weight_offset is a list": (lambda: rms_norm(X, W, weight_offset=[]), TypeError, "weight_offset is list; needed a Python float: pass float(weight_offset)"),
     "weight_offset is None": (lambda: rms_norm(X, W, weight_offset=None), TypeError, "weight_offset is NoneType; needed a Python float: pass float(weight_offset)"),
     "weight_offset without a weight": (lambda: rms_norm(X, weight_offset=1.0), ValueError, "weight_offset is 1.0 but weight is None: there is nothing to add it to; pass a weight"),
+    "implementation is True": (lambda: rms_norm(X, W, implementation=True), TypeError, "implementation is a bool; needed None or 'jax'"),
+    "implementation is another": (lambda: add_rms_norm(X, X, W, implementation="xla"), ValueError, "implementation is 'xla'; needed None, which follows pallas_norm_torch.explain, or 'jax'"),
+    "implementation is jax on meta": (lambda: rms_norm(X.to("meta"), implementation="jax"), NotImplementedError, "implementation is 'jax' under torch.compile, torch.func, a mode of torch, or with a subclass of torch.Tensor or on meta (x: bfloat16[8,64] on meta); needed eager code on plain tensors: leave implementation out"),
+    "implementation is jax in a vmap": (lambda: torch.func.vmap(lambda x: rms_norm(x, implementation="jax"))(X), NotImplementedError, "implementation is 'jax' under torch.compile, torch.func, a mode of torch, or with a subclass of torch.Tensor or on meta (x: bfloat16[64] on cpu); needed eager code on plain tensors: leave implementation out"),
     # residual
     "residual is None": (lambda: add_rms_norm(X, None), TypeError, "residual is None; needed a tensor: call rms_norm where there is nothing to add"),
     "residual of another shape": (lambda: add_rms_norm(X, X[:4]), ValueError, "residual is bfloat16[4,64] on cpu but x is bfloat16[8,64] on cpu; needed the same shape and dtype: expand or cast it first"),
@@ -122,7 +126,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "to_torch of four bits": (lambda: to_torch(jnp.ones(4, "int4")), TypeError, "array is int4[4]; needed a dtype that torch has too: cast it with astype"),
     "to_torch of a key": (lambda: to_torch(jax.random.key(0)), TypeError, "array is key<fry>[]; needed a dtype that torch has too: cast it with astype"),
     "to_jax of a quantized tensor": (lambda: to_jax(torch.quantize_per_tensor(torch.zeros(4, 64), 0.1, 0, torch.qint8)), TypeError, "tensor is quantized (torch.qint8); needed a plain tensor: pass tensor.dequantize()"),
-    "explain of float64": (lambda: explain(64, torch.float64, "cpu"), TypeError, "x is float64[1,64]; needed one of bfloat16, float16, float32: cast it with astype first"),
+    "explain of float64": (lambda: explain(64, torch.float64, "cpu"), TypeError, "dtype is float64; needed torch.bfloat16, torch.float16 or torch.float32: cast x with x.to"),
+    "explain of a name": (lambda: explain(64, "float32", "cpu"), TypeError, "dtype is a str; needed torch.bfloat16, torch.float16 or torch.float32: cast x with x.to"),
+    "explain of no length": (lambda: explain(0, torch.float32, "cpu"), ValueError, "n is 0; needed the length of a row, at least 1"),
+    "explain of a float": (lambda: explain(64.0, torch.float32, "cpu"), TypeError, "n is a float; needed an int: the length of the last axis"),
     "to_jax of a view": (lambda: to_jax(X[:, :32]), ValueError, "tensor is bfloat16[8,32] and has strides (64, 1), which is not contiguous, so JAX would copy it; needed memory that can be shared: pass copy=True, or tensor.clone(memory_format=torch.contiguous_format)"),
     "call_jax of two devices": (lambda: call_jax(lambda x, y: x, X, X.to("meta")), ValueError, "tensor is on the device meta; needed one of cpu, cuda: move it with tensor.to first"),
 }  # fmt: skip

@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_norm_torch import cache, launch
+from pallas_norm_torch import cache
+from pallas_norm_torch.launch import compiling, lowering
 
 KEY, PAYLOAD = "jax 0.11 kernel", bytes(range(256)) * 40
 
@@ -232,14 +233,13 @@ def test_the_kernel_is_lowered_where_the_cache_has_none(
     left: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lowered = []
-    monkeypatch.setattr(launch.torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(launch, "module_of", lambda program: lowered.append(program) or (PAYLOAD, 7))
-    program = Program()
-    assert launch._cached_module(program, 0) == (PAYLOAD, 7)
+    monkeypatch.setattr(lowering, "module_of", lambda program, gpu: lowered.append(program) or (PAYLOAD, 7))
+    program, gpu = Program(), lowering.Gpu((9, 0), 232448, 132)
+    assert compiling._cached_module(program, gpu) == (PAYLOAD, 7)
     if left in HOSTILE:
         the_file(folder).write_bytes(HOSTILE[left])
     elif left == "a full disk":
         the_file(folder).unlink()
         monkeypatch.setattr(os, "replace", refuses(errno.ENOSPC))
-    assert launch._cached_module(program, 0) == (PAYLOAD, 7)
+    assert compiling._cached_module(program, gpu) == (PAYLOAD, 7)
     assert len(lowered) == (1 if left == "what was stored" else 2)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 import torch
 
 from pallas_norm import __main__ as program
-from pallas_norm import _compat, _selfcheck, reference
+from pallas_norm import _compat, _selfcheck
 from pallas_norm import _doctor as of_jax
+from pallas_norm._spec import Spec
 from pallas_norm.regimes import plan_for
-from pallas_norm_torch import _doctor, cache, direct, explain, ops, through_jax
+from pallas_norm_torch import _doctor, cache, direct, explain, ops, statements
 
 ROOT = Path(__file__).parents[2]
 CASES = tuple(_selfcheck.Case(128, dtype, 5) for dtype in _selfcheck.DTYPES)
@@ -34,36 +34,32 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-@pytest.fixture
-def fresh_programs() -> Iterator[None]:
-    def clear() -> None:
-        jax.clear_caches()
-        through_jax._forward.cache_clear()
-        through_jax._backward.cache_clear()
-
-    clear()
-    yield
-    clear()
-
-
 @pytest.mark.usefixtures("quick")
 def test_the_report_has_torchs_version_way_and_checks(capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main([]) == 0
     text = capsys.readouterr().out
     assert f"torch {torch.__version__} sees " in text
     assert f"pallas_norm_torch, n = 4096 on cpu: {explain(4096, torch.bfloat16, CPU)}\n" in text
-    assert "ok     torch on cpu, n = 128, through JAX: bits and gradients in bfloat16, float16, float32\n" in text
+    assert (
+        "ok     torch on cpu, n = 128, torch's own statements: bits and gradients in bfloat16, float16, float32\n"
+        in text
+    )
     assert text.splitlines()[-1].startswith("Everything that was checked is right.")
 
 
-@pytest.mark.usefixtures("quick", "fresh_programs")
+@pytest.mark.usefixtures("quick")
 def test_a_norm_that_rounds_once_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    right = reference.forward
-    monkeypatch.setattr(reference, "forward", lambda *a, **o: right(*a, **o | {"cast_before_scale": False}))
+    right = statements.forward
+
+    def once(x: Any, residual: Any, weight: Any, spec: Spec, **options: Any) -> Any:
+        return right(x, residual, weight, dataclasses.replace(spec, cast_before_scale=False), **options)
+
+    monkeypatch.setattr(statements, "forward", once)
     assert program.main([]) == 1
     text = capsys.readouterr().out
     for name in ("rms_norm", "rms_norm in place", "add_rms_norm"):
-        pattern = rf"^WRONG  torch on cpu, through JAX: {name}, 5 x 128 float16: y: .* before the weight is missing$"
+        where = f"torch on cpu, torch's own statements: {name}, 5 x 128 float16"
+        pattern = rf"^WRONG  {where}: y: .* before the weight is missing$"
         assert re.search(pattern, text, re.MULTILINE)
     assert text.splitlines()[-1].endswith(f"say WRONG. Next: {of_jax.REPORT}")
 
@@ -81,8 +77,8 @@ def test_a_call_in_place_that_writes_nothing_is_named(monkeypatch: pytest.Monkey
 
 
 def test_a_wrong_gradient_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = through_jax.backward
-    monkeypatch.setattr(through_jax, "backward", lambda *a, **o: tuple(2 * gradient for gradient in right(*a, **o)))
+    right = statements.backward
+    monkeypatch.setattr(statements, "backward", lambda *a, **o: tuple(2 * gradient for gradient in right(*a, **o)))
     wrong = _doctor.check_case(CASES[0], CPU)
     assert [sentence.split(": ")[:2] for sentence in wrong] == [
         [f"{name}, 5 x 128 bfloat16", gradient]
@@ -96,24 +92,25 @@ def test_a_check_that_raises_is_a_wrong_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any, **__: Any) -> None:
-        raise NotImplementedError("JAX has no cuda device here")
+        raise NotImplementedError("no such device here")
 
     monkeypatch.setattr(ops, "add_rms_norm", fails)
     assert program.main([]) == 1
     text = capsys.readouterr().out
     assert (
-        "WRONG  torch on cpu, through JAX: 5 x 128 bfloat16: NotImplementedError: JAX has no cuda device here\n" in text
+        "WRONG  torch on cpu, torch's own statements: 5 x 128 bfloat16: NotImplementedError: no such device here\n"
+        in text
     )
     assert "Traceback" not in text
 
 
 def test_a_kernel_that_turns_out_not_to_launch_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    ways = iter([("", "direct launch"), ("", "DLPack and JAX, because of this")])
+    ways = iter([("", "direct launch"), ("", "torch's own statements, because of this")])
     monkeypatch.setattr(_doctor, "_ways", lambda device: [of_jax.Line(*next(ways))])
     monkeypatch.setattr(_selfcheck, "XLA_CASES", CASES[:1])
     first, right, last = _doctor.self_check(CPU)
     assert (first.text, right.mark) == ("direct launch", "ok")
-    assert last == ("note", "DLPack and JAX, because of this (found out by the check)", of_jax.REPORT)
+    assert last == ("note", "torch's own statements, because of this (found out by the check)", of_jax.REPORT)
 
 
 def test_an_older_torch_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

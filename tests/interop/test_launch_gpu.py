@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from pallas_norm_torch import add_rms_norm, cache, launch, rms_norm
+from pallas_norm_torch import add_rms_norm, cache, rms_norm
+from pallas_norm_torch.launch import compiling
 from tests.interop.cases import assert_same, bits, draw
 
 pytestmark = pytest.mark.gpu
@@ -29,10 +30,10 @@ def operands(rows: int, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tens
 def test_a_thousand_row_counts_take_one_compile(n: int) -> None:
     x, weight = operands(3000, n)
     whole = rms_norm(x, weight)
-    compiles = len(launch._kernels)
+    compiles = len(compiling._kernels)
     for rows in [*range(1, 900), *range(2900, 3001)]:
         assert_same(rms_norm(x[:rows], weight), whole[:rows])
-    assert len(launch._kernels) == compiles
+    assert len(compiling._kernels) == compiles
 
 
 def test_the_current_stream_is_the_one() -> None:
@@ -152,11 +153,12 @@ def test_a_hundred_thousand_calls_on_four_streams_under_allocator_churn() -> Non
 
 FIRST_CALL = """
 import torch, pallas_norm_torch
-from pallas_norm_torch import cache, launch
+from pallas_norm_torch import cache
+from pallas_norm_torch.launch import lowering
 found = []
-load, lower = cache.load, launch.module_of
+load, lower = cache.load, lowering.module_of
 cache.load = lambda key: found.append(load(key)) or found[-1]
-launch.module_of = lambda program: print("lowered") or lower(program)
+lowering.module_of = lambda program, gpu: print("lowered") or lower(program, gpu)
 x, weight = torch.randn(5, 640, device="cuda").bfloat16(), torch.ones(640, device="cuda").bfloat16()
 y = pallas_norm_torch.rms_norm(x, weight)
 print("hit" if found[0] else "miss", y.float().sum().isfinite().item())

@@ -1,4 +1,5 @@
-"""rms_norm and add_rms_norm for torch: the bits of JAX's, whatever the dtype, the shape, the strides and the way."""
+"""rms_norm and add_rms_norm for torch: the bits of JAX's where the kernel or JAX computes them, whatever the dtype, the
+shape and the strides. test_statements.py is of the other way."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from tests.interop.cases import (
     draw,
     gradients_by_jax,
     hugging_face,
+    way_of_jax,
 )
 
 WIDTHS = (1, 8, 32, 33, 64, 80, 128, 200, 896, 1000, 1024, 2880, 4096, 4097)
@@ -31,9 +33,10 @@ LONG = [pytest.param(n, marks=pytest.mark.gpu) for n in (8192, 16384, 32768, 655
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_bits_are_jax_s(dtype: torch.dtype, n: int, device: str) -> None:
     x, weight = draw(37, n, dtype=dtype, device=device), draw(n, dtype=dtype, device=device, seed=1)
-    assert_same(rms_norm(x, weight), by_jax(x, weight))
-    assert_same(rms_norm(x), by_jax(x))
-    y, s = add_rms_norm(x, x.flip(0), weight)
+    way = way_of_jax(x)
+    assert_same(rms_norm(x, weight, **way), by_jax(x, weight))
+    assert_same(rms_norm(x, **way), by_jax(x))
+    y, s = add_rms_norm(x, x.flip(0), weight, **way)
     for found, expected in zip((y, s), add_by_jax(x, x.flip(0), weight), strict=True):
         assert_same(found, expected)
 
@@ -42,8 +45,8 @@ def test_the_bits_are_jax_s(dtype: torch.dtype, n: int, device: str) -> None:
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [*itertools.permutations(DTYPES, 2)], ids=str)
 def test_a_weight_of_another_dtype_promotes(dtype: torch.dtype, weight_dtype: torch.dtype, device: str) -> None:
     x, weight = draw(5, 96, dtype=dtype, device=device), draw(96, dtype=weight_dtype, device=device)
-    y = rms_norm(x, weight)
-    assert y.dtype == torch.promote_types(dtype, weight_dtype)
+    y = rms_norm(x, weight, **way_of_jax(x))
+    assert y.dtype == rms_norm(x, weight).dtype == torch.promote_types(dtype, weight_dtype)
     assert_same(y, by_jax(x, weight))
 
 
@@ -52,7 +55,7 @@ def test_a_weight_of_another_dtype_promotes(dtype: torch.dtype, weight_dtype: to
 def test_one_rounding_and_an_offset(dtype: torch.dtype, device: str) -> None:
     x, weight = draw(9, 256, dtype=dtype, device=device), draw(256, dtype=dtype, device=device)
     options = {"cast_before_scale": False, "weight_offset": 1.0, "eps": 1e-5}
-    assert_same(rms_norm(x, weight, **options), by_jax(x, weight, **options))
+    assert_same(rms_norm(x, weight, **options, **way_of_jax(x)), by_jax(x, weight, **options))
     wide = x.float()
     once = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5) * (1.0 + weight.float())).to(dtype)
     differ = (bits(rms_norm(x, weight, **options)) != bits(once)).float().mean()
@@ -184,12 +187,13 @@ def test_gradients_have_the_bits_of_jax_s(dtype: torch.dtype, n: int, device: st
     rows = 301
     x, residual, dy, ds = (draw(rows, n, dtype=dtype, device=device, seed=seed) for seed in range(4))
     weight = draw(n, dtype=dtype, device=device, seed=4)
+    way = way_of_jax(x)
     operands = [tensor.clone().requires_grad_() for tensor in (x, weight)]
-    found = torch.autograd.grad(rms_norm(*operands), operands, dy)
+    found = torch.autograd.grad(rms_norm(*operands, **way), operands, dy)
     for gradient, expected in zip(found, gradients_by_jax(x, weight, dy), strict=True):
         assert_same(gradient, expected)
     operands = [tensor.clone().requires_grad_() for tensor in (x, residual, weight)]
-    found = torch.autograd.grad(add_rms_norm(*operands), operands, (dy, ds))
+    found = torch.autograd.grad(add_rms_norm(*operands, **way), operands, (dy, ds))
     for gradient, expected in zip(found, gradients_by_jax(x, residual, weight, dy, ds), strict=True):
         assert_same(gradient, expected)
 

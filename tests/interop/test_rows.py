@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_norm._spec import Spec
-from pallas_norm_torch import direct, rows
-from tests.gpu_proof import every_launch
+from pallas_norm_torch import rows
 
 N = 16
 
@@ -75,61 +71,8 @@ def test_tensors_of_one_call_share_their_axes() -> None:
     assert places is not None
     assert places.group == 3
     assert places.of["x"][1:] == (5 * 2 * N * 4, 2 * N * 4)
-    assert places.of["y"][1:] == rows.fresh(y, 3)[1:] == (3 * N * 4, N * 4)
+    assert places.of["y"][1:] == rows.fresh(N * 4, 3)[1:] == (3 * N * 4, N * 4)
     flat = rows.strided({"x": BASE[: 8 * N].view(8, N)}, vec=4)
     assert flat is not None
     assert (flat.group, flat.of["x"].outer) == (1, N * 4)
-    assert rows.fresh(torch.empty(8, N), 1) == (0, N * 4, 0)
-
-
-@pytest.mark.parametrize("n", [40000, 65536, 131072])
-def test_a_row_that_is_read_twice_is_not_written_where_out_lies(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place at strides, y is a tensor of its own, without gaps: with the strides of `out` a launch wrote past its
-    end, which memcheck found."""
-    launches: list[tuple[dict[str, torch.Tensor], dict[str, int]]] = []
-
-    def record(program: object, device: torch.device, arrays: dict[str, torch.Tensor], numbers: dict[str, int]) -> None:
-        launches.append((arrays, numbers))
-
-    monkeypatch.setattr(direct, "_run", record)
-    heads = memory(4 * 5 * n).view(4, 5, n)[:, 1:4]
-    direct.forward(heads, None, None, Spec(), with_rstd=False, out=heads)
-    ((arrays, numbers),) = launches
-    assert arrays["y"] is not heads
-    for name in ("x", "y"):
-        outer, inner, group = numbers[f"{name}_outer"], numbers[f"{name}_inner"], numbers["group"]
-        token, head, _ = arrays[name].stride()
-        assert (11 // group) * outer + (11 % group) * inner == 4 * (3 * token + 2 * head), name
-
-
-@pytest.mark.parametrize(
-    ("n", "count", "in_place"), [(128, 64, True), (128, 65, False), (4096, 65, True), (32, 12, False)]
-)
-def test_rows_that_every_warp_holds_are_not_written_in_place(
-    n: int, count: int, *, in_place: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those that fill no block: the four warps do not wait for each other, and one that came late read what another had
-    written. racecheck, which slows them down, showed the norm of a norm."""
-    launches: list[dict[str, torch.Tensor]] = []
-    monkeypatch.setattr(direct, "_run", lambda program, device, arrays, numbers: launches.append(arrays))
-    x = memory(n * count).view(count, n)
-    direct.forward(x, None, None, Spec(), with_rstd=False, out=x)
-    assert (launches[0]["y"] is x) == in_place
-
-
-@pytest.mark.parametrize("proof", [False, True])
-@pytest.mark.parametrize("n", [32767, 65536, 131072])
-def test_parts_that_no_program_writes_are_zeros_and_in_the_proof_nan_of_the_host(
-    n: int, *, proof: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The column sum reads a whole tile of parts, of which long rows have fewer. torch's zeros are no writes to
-    initcheck: it reported each of those reads and did not end."""
-    launches: list[tuple[dict[str, torch.Tensor], dict[str, int]]] = []
-    monkeypatch.setattr(direct, "_run", lambda program, device, arrays, numbers: launches.append((arrays, numbers)))
-    x, weight = memory(64 * n).view(64, n), memory(n)
-    with every_launch.unwritten_parts() if proof else contextlib.nullcontext():
-        direct.backward(x, weight, torch.ones(64), x, None, Spec(), with_dweight=True)
-    _, (arrays, numbers) = launches
-    unwritten = arrays["parts"][numbers["rows"] :]
-    assert len(unwritten) > 0
-    assert torch.equal(unwritten.isnan() if proof else unwritten == 0, torch.ones_like(unwritten, dtype=torch.bool))
+    assert rows.fresh(N * 4, 1) == (0, N * 4, 0)

@@ -112,10 +112,8 @@ def _host_function(module: bytes, device: int) -> Callable[[int, bytes], Any]:
 
 
 def _loaded(program: Program, module: bytes, addresses: int, device: int) -> Kernel:
-    """In the device's own context, whatever is current: lowering is over, and whoever else changed it does not
-    matter."""
-    with driver.context_of(device):
-        recorded = recording.record(_host_function(module, device), addresses)
+    """In the current context, which is the device's own."""
+    recorded = recording.record(_host_function(module, device), addresses)
     plan = program.plan
     if plan is not None and (recorded.grid, recorded.cluster) != (arguments.grid(plan, NOMINAL_ROWS), plan.cluster):
         raise Unavailable(
@@ -150,8 +148,10 @@ def kernel(program: Program, device: int) -> Kernel:
                     f"the kernel for n = {program.n} is not compiled yet, and a CUDA graph is being captured; "
                     "call it once with these dtypes and strides before the capture"
                 )
-            made = _loaded(program, *_cached_module(program, _gpu(device)), device)
-            _first[:] = _first or [device]
-            proof.prove(made, program)
+            module, addresses = _cached_module(program, _gpu(device))
+            with driver.context_of(device):  # again: whoever was called until here may have changed it
+                made = _loaded(program, module, addresses, device)
+                _first[:] = _first or [device]
+                proof.prove(made, program)
         _kernels[key] = made
         return made

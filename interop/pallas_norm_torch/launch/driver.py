@@ -66,6 +66,13 @@ def current_context() -> int:
     return int(ask("cuCtxGetCurrent"))
 
 
+def enter(device: int) -> None:
+    """The device's context in a thread that has none, as after any other first call of CUDA there; autograd's threads
+    have none. set_device does not do: torch leaves CUDA alone where the device is the current one already."""
+    if current_context() == 0:
+        ask("cuCtxSetCurrent", primary_context(device))
+
+
 @contextlib.contextmanager
 def context_of(device: int) -> Generator[None]:
     """The device's context is current inside; afterwards the one from before is, whatever happened inside.

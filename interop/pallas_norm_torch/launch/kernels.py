@@ -88,6 +88,7 @@ class Kernel:
         for position, template, known in self._templates:
             address = taken[position]
             if (found := known.get(address)) is None:
+                driver.enter(self.device)
                 found = descriptor_of(template, address)
                 if len(known) >= MOST_DESCRIPTORS:
                     known.clear()
@@ -97,13 +98,11 @@ class Kernel:
 
     def _again(self, status: int, memory: _Memory) -> None:
         """In the device's own context, where this thread has none or another one; else the error is raised."""
-        current, own = driver.current_context(), driver.primary_context(self.device)
-        if status in (NO_CONTEXT, ANOTHERS) and current == 0:
-            driver.ask("cuCtxSetCurrent", own)  # and stays, as after any other first call of CUDA in a thread
-            status = self._launch(*memory.arguments)
-        elif status in (NO_CONTEXT, ANOTHERS) and current != own:
-            with driver.context_of(self.device):
-                status = self._launch(*memory.arguments)
+        if status in (NO_CONTEXT, ANOTHERS):
+            driver.enter(self.device)
+            if status == NO_CONTEXT or driver.current_context() != driver.primary_context(self.device):
+                with driver.context_of(self.device):
+                    status = self._launch(*memory.arguments)
         if status:
             raise RuntimeError(
                 f"{self.name} could not be launched on cuda:{self.device}: {driver.words(status)}; nothing was "

@@ -1,0 +1,74 @@
+"""The same functions as torch's own statements, with Hugging Face's rounding in Hugging Face's order: for CPU tensors,
+and where no kernel can be launched. They run on torch's current stream, also into a CUDA graph, and start nothing."""
+
+from __future__ import annotations
+
+import torch
+
+from pallas_norm._spec import Spec  # pyright: ignore[reportPrivateUsage]
+
+Tensor = torch.Tensor
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    spec: Spec,
+    *,
+    with_rstd: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, s, rstd), as direct.forward; of contiguous rows, the bits of LlamaRMSNorm.forward.
+
+    The order in which torch adds depends on strides, so other rows are copied first.
+    """
+    s = None if residual is None else (x + residual).contiguous()
+    x = x.contiguous() if s is None else s
+    wide = x.float()
+    rstd = wide.pow(2).mean(-1, keepdim=True).add_(spec.eps).rsqrt_()
+    unit = wide * rstd if wide is x else wide.mul_(rstd)
+    if spec.cast_before_scale:
+        unit = unit.to(x.dtype)  # Hugging Face rounds here, before the weight
+    if weight is None:
+        y = unit.to(x.dtype)
+    elif spec.cast_before_scale and not spec.weight_offset:
+        y = weight * unit
+    else:
+        y = (unit.float() * _scale(weight, spec)).to(torch.promote_types(x.dtype, weight.dtype))
+    return y if out is None else out.copy_(y), s, rstd.squeeze(-1) if with_rstd else None
+
+
+def backward(
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    dy: Tensor,
+    ds: Tensor | None,
+    spec: Spec,
+    *,
+    with_dweight: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(dx, dweight), as direct.backward: input_gradient and weight_gradient of pallas_norm.reference."""
+    x, dy, rstd = x.contiguous(), dy.contiguous(), rstd.unsqueeze(-1)
+    unit = x.float() * rstd
+    if weight is None:
+        g = dy.float()
+    elif spec.cast_before_scale and not spec.weight_offset and dy.dtype == weight.dtype == x.dtype:
+        g = (dy * weight).float()
+    else:
+        g = dy.float() * _scale(weight, spec)
+        g = g.to(x.dtype).float() if spec.cast_before_scale else g
+    mean = (g * unit).mean(-1, keepdim=True)
+    dx = (g - unit * mean).mul_(rstd).to(x.dtype)
+    if ds is not None:
+        dx.add_(ds)
+    if weight is None or not with_dweight:
+        return dx, None
+    factor = unit.to(x.dtype) if spec.cast_before_scale else unit
+    return dx, (dy.float() * factor).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+
+
+def _scale(weight: Tensor, spec: Spec) -> Tensor:
+    """The float32 factor of each column. Adding an offset of 0.0 would turn a weight of -0.0 into 0.0."""
+    return weight.float() + spec.weight_offset if spec.weight_offset else weight.float()

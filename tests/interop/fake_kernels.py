@@ -1,0 +1,139 @@
+"""Kernels for CPU tensors: called with addresses, as the real ones are, and computed from the memory there.
+
+So everything between a public function and the launch runs where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from pallas_norm._plan import BackwardPlan
+from pallas_norm._strided import BYTES, COUNT
+from pallas_norm_torch import _library, direct, launch, ops, prepared, rows, statements
+from pallas_norm_torch.launch.recording import Parameter, Recorded
+from pallas_norm_torch.programs import Program
+
+Tensor = torch.Tensor
+ALIGNMENT = 64  # of torch's allocations on a CPU
+GRID_OF_SUM = 7
+
+
+def at(address: int, dtype: torch.dtype, elements: int) -> Tensor:
+    """The memory there."""
+    memory = (ctypes.c_char * (elements * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+class FakeKernel:
+    """As launch.Kernel, of that program."""
+
+    def __init__(self, program: Program, *, device: int = -1, off: float = 0.0) -> None:
+        self.program, self.device, self.off = program, device, off
+        self.name = f"the {program.kind} kernel for n = {program.n}"
+        self.recorded = Recorded(0, GRID_OF_SUM, 128, 0, 1, (Parameter(0, 0),))
+        self.launches: list[tuple[int, int, dict[str, int]]] = []
+
+    def elsewhere(self, stream: int, grid: int, values: Sequence[int]) -> None:
+        self(stream, grid, values)
+
+    def __call__(self, stream: int, grid: int, values: Sequence[int]) -> None:
+        program = self.program
+        named = dict(zip((*program.inputs, *program.outputs), values, strict=True))
+        self.launches.append((stream, grid, named))
+        {"forward": self._forward, "backward": self._backward, "column_sum": self._sum}[program.kind](grid, named)
+
+    def _rows(self, grid: int, named: dict[str, int]) -> int:
+        plan = self.program.plan
+        assert plan is not None
+        blocks, full = named["blocks"] // COUNT, named["first_left"] // COUNT
+        assert full == (blocks if plan.programs is None else min(blocks, plan.programs))
+        return blocks * plan.block + (grid // plan.cluster - full)
+
+    def _seen(self, name: str, dtype: torch.dtype, count: int, named: dict[str, int]) -> Tensor:
+        n = self.program.n
+        if name in ("weight", "rstd"):
+            return at(named[name], dtype, n if name == "weight" else count)
+        if f"{name}_outer" not in named:
+            return at(named[name], dtype, count * n).view(count, n)
+        group = named["group"] // COUNT
+        offset, outer, inner = (named[f"{name}_{level}"] // BYTES for level in ("offset", "outer", "inner"))
+        starts = [offset + row // group * outer + row % group * inner for row in range(count)]
+        whole = at(named[name], dtype, max(starts) // dtype.itemsize + n)
+        return whole, starts  # pyright: ignore[reportReturnType]
+
+    def _read(self, name: str, dtype: str, count: int, named: dict[str, int]) -> Tensor:
+        seen: Any = self._seen(name, getattr(torch, dtype), count, named)
+        if isinstance(seen, Tensor):
+            return seen.clone()
+        whole, starts = seen
+        return torch.stack([whole[start // whole.itemsize :][: self.program.n] for start in starts])
+
+    def _write(self, name: str, value: Tensor, count: int, named: dict[str, int]) -> None:
+        seen: Any = self._seen(name, value.dtype, count, named)
+        if isinstance(seen, Tensor):
+            seen.copy_(value)
+            return
+        whole, starts = seen
+        for start, row in zip(starts, value, strict=True):
+            whole[start // whole.itemsize :][: self.program.n] = row
+
+    def _forward(self, grid: int, named: dict[str, int]) -> None:
+        count = self._rows(grid, named)
+        given = {name: self._read(name, dtype, count, named) for name, dtype in self.program.dtypes}
+        x, residual, weight = given["x"], given.get("residual"), given.get("weight")
+        y, s, rstd = statements.forward(x, residual, weight, self.program.spec, with_rstd=True)
+        results = {"y": y + self.off if self.off else y, "s": s, "rstd": rstd}  # -0.0 + 0.0 is 0.0
+        for name in self.program.outputs:
+            value = results[name]
+            assert value is not None
+            self._write(name, value, count, named)
+
+    def _backward(self, grid: int, named: dict[str, int]) -> None:
+        count, plan = self._rows(grid, named), self.program.plan
+        assert isinstance(plan, BackwardPlan)
+        given = {name: self._read(name, dtype, count, named) for name, dtype in self.program.dtypes}
+        x, weight, dy = given["x"], given.get("weight"), given["dy"]
+        dx, _ = statements.backward(
+            x, weight, given["rstd"], dy, given.get("ds"), self.program.spec, with_dweight=False
+        )
+        self._write("dx", dx + self.off if self.off else dx, count, named)
+        if "dweight" in self.program.outputs:
+            unit = x.float() * given["rstd"][:, None]
+            if self.program.spec.cast_before_scale:
+                unit = unit.to(x.dtype).float()
+            used = grid // plan.cluster
+            parts = at(named["dweight"], torch.float32, used * self.program.n).view(used, -1)
+            parts.zero_()
+            for row, product in enumerate(dy.float() * unit):
+                parts[row % used] += product
+
+    def _sum(self, grid: int, named: dict[str, int]) -> None:
+        count, n = named["rows"] // COUNT, self.program.n
+        assert grid == GRID_OF_SUM
+        total = at(named["parts"], torch.float32, count * n).view(count, n).sum(0)
+        at(named["dweight"], getattr(torch, self.program.dweight_dtype), n).copy_(total)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> dict[Program, FakeKernel]:
+    """CPU tensors take the direct launch inside, with fake kernels, which are kept here by program."""
+    kernels: dict[Program, FakeKernel] = {}
+
+    def kernel(program: Program, device: int) -> FakeKernel:
+        return kernels.setdefault(program, FakeKernel(program, device=device))
+
+    monkeypatch.setattr(launch, "kernel", kernel)
+    monkeypatch.setattr(_library, "path", lambda x: direct)
+    for module in (prepared, rows):
+        monkeypatch.setattr(module, "ALIGNMENT", ALIGNMENT)
+    for cache in ("_forward", "_backward_calls"):
+        monkeypatch.setattr(prepared, cache, {})
+    monkeypatch.setattr(ops, "_prepared", {})
+    monkeypatch.setattr(direct, "_refused", {})
+    monkeypatch.setattr(prepared, "_stream", lambda device: 99)
+    return kernels

@@ -1,0 +1,202 @@
+"""Prepared calls, with fake kernels that compute from the memory whose addresses they are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pallas_norm._spec import Spec
+from pallas_norm_torch import add_rms_norm, direct, explain, launch, ops, prepared, rms_norm, statements
+from pallas_norm_torch.programs import Program
+from tests.interop.cases import DTYPES, assert_same, draw
+from tests.interop.fake_kernels import FakeKernel, made  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.usefixtures("made")
+# A warp's rows with some left over, one warpgroup's, a pipeline's, a cluster's.
+SHAPES = [(1, 33), (37, 128), (64, 96), (5, 1000), (3, 4096), (2, 32768), (3, 131072)]
+
+
+def expected(x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None = None) -> Any:
+    return statements.forward(x, residual, weight, Spec(), with_rstd=False)[:2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "n"), SHAPES)
+def test_every_way_in_gives_the_kernel_the_right_memory(rows: int, n: int, dtype: torch.dtype) -> None:
+    x, residual, weight = draw(rows, n, dtype=dtype), draw(rows, n, dtype=dtype, seed=1), draw(n, dtype=dtype, seed=2)
+    y, _ = expected(x, weight)
+    for _ in range(2):  # prepared, and then found
+        assert_same(rms_norm(x, weight), y)
+        assert_same(rms_norm(x), expected(x, None)[0])
+        out = torch.full_like(y, torch.nan)
+        assert rms_norm(x, weight, out=out) is out
+        assert_same(out, y)
+        in_place = x.clone()
+        assert rms_norm(in_place, weight, out=in_place) is in_place
+        assert_same(in_place, y)
+        for found, right in zip(add_rms_norm(x, residual, weight), expected(x, weight, residual), strict=True):
+            assert_same(found, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_at_strides_are_read_and_written_where_they_lie(
+    dtype: torch.dtype,
+    made: dict[Program, FakeKernel],  # noqa: F811
+) -> None:
+    tokens, heads, n = 5, 3, 128
+    qkv = draw(tokens, heads + 2, n, dtype=dtype)
+    weight, before = draw(n, dtype=dtype, seed=1), qkv.clone()
+    for _ in range(2):
+        assert_same(rms_norm(qkv[:, 1 : 1 + heads], weight), expected(before[:, 1 : 1 + heads], weight)[0])
+    assert any(program.strided for program in made)
+    rms_norm(qkv[:, 1 : 1 + heads], weight, out=qkv[:, 1 : 1 + heads])
+    assert_same(qkv[:, 1 : 1 + heads], expected(before[:, 1 : 1 + heads], weight)[0])
+    assert_same(qkv[:, :1], before[:, :1])
+    assert_same(qkv[:, 1 + heads :], before[:, 1 + heads :])
+
+
+def test_rows_that_no_kernel_can_read_are_copied(made: dict[Program, FakeKernel]) -> None:  # noqa: F811
+    x, weight = draw(128, 6, dtype=torch.float32).t(), draw(128, dtype=torch.float32)
+    assert not x.is_contiguous()
+    assert_same(rms_norm(x, weight), expected(x, weight)[0])
+    assert not any(program.strided for program in made)
+    shifted = draw(128 * 6 + 1, dtype=torch.bfloat16)[1:].view(6, 128)
+    assert_same(rms_norm(shifted), expected(shifted, None)[0])
+
+
+@pytest.mark.parametrize("n", [40000, 65536, 131072])
+def test_a_row_that_is_read_twice_is_not_written_where_out_lies(n: int, made: dict[Program, FakeKernel]) -> None:  # noqa: F811
+    """In place at strides, y is a tensor of its own, without gaps: with the strides of `out` a launch wrote past its
+    end, which memcheck found."""
+    heads = draw(4, 5, n, dtype=torch.float32)[:, 1:4]
+    right = expected(heads.clone(), None)[0]
+    rms_norm(heads, out=heads)
+    assert_same(heads, right)
+    ((_, _, named),) = [found for program, kernel in made.items() if program.strided for found in kernel.launches]
+    assert named["y"] != named["x"]
+
+
+@pytest.mark.parametrize(
+    ("n", "count", "in_place"), [(128, 64, True), (128, 65, False), (4096, 65, True), (32, 12, False)]
+)
+def test_rows_that_every_warp_holds_are_not_written_in_place(
+    n: int,
+    count: int,
+    *,
+    in_place: bool,
+    made: dict[Program, FakeKernel],  # noqa: F811
+) -> None:
+    """Those that fill no block: the four warps do not wait for each other, and one that came late read what another had
+    written. racecheck, which slows them down, showed the norm of a norm."""
+    x = draw(count, n, dtype=torch.float32)
+    rms_norm(x, out=x)
+    (kernel,) = made.values()
+    ((_, _, named),) = kernel.launches
+    assert (named["y"] == named["x"]) == in_place
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "n"), [(37, 128), (300, 1000), (5, 4096), (3, 32768)])
+def test_gradients_come_from_two_launches(
+    rows: int,
+    n: int,
+    dtype: torch.dtype,
+    made: dict[Program, FakeKernel],  # noqa: F811
+) -> None:
+    x, weight, dy = draw(rows, n, dtype=dtype), draw(n, dtype=dtype, seed=1), draw(rows, n, dtype=dtype, seed=2)
+    y, _, rstd = statements.forward(x, None, weight, Spec(), with_rstd=True)
+    assert rstd is not None
+    dx, dweight = statements.backward(x, weight, rstd, dy, None, Spec(), with_dweight=True)
+    for _ in range(2):
+        x_leaf, weight_leaf = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        found = rms_norm(x_leaf, weight_leaf)
+        assert_same(found.detach(), y)
+        before = sum(len(kernel.launches) for kernel in made.values())
+        gradients = torch.autograd.grad(found, (x_leaf, weight_leaf), dy)
+        assert_same(gradients[0], dx)
+        assert dweight is not None
+        scale = dweight.float().abs().max()
+        assert (gradients[1].float() - dweight.float()).abs().max() <= 2.0**-7 * scale  # added in another order
+        after = sum(len(kernel.launches) for kernel in made.values())
+        assert after - before == 2
+
+
+def test_a_gradient_of_what_is_not_trained_takes_no_sum(made: dict[Program, FakeKernel]) -> None:  # noqa: F811
+    x, weight = draw(4, 128, dtype=torch.float32).requires_grad_(), draw(128, dtype=torch.float32)
+    rms_norm(x, weight).sum().backward()
+    assert {program.kind for program in made} == {"forward", "backward"}
+    assert not any("dweight" in program.outputs for program in made)
+
+
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])
+def test_the_residual_form_trains_whichever_result_is_used(used: tuple[int, ...]) -> None:
+    x, residual, weight = (
+        draw(*shape, dtype=torch.float32, seed=i) for i, shape in enumerate([(6, 128)] * 2 + [(128,)])
+    )
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, residual, weight)]
+    results = add_rms_norm(*leaves)
+    found = torch.autograd.grad(sum(results[i].square().sum() for i in used), leaves, allow_unused=True)
+    others = [tensor.clone().requires_grad_() for tensor in (x, residual, weight)]
+    s = others[0] + others[1]
+    y = others[2] * (s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + 1e-6))
+    right = torch.autograd.grad(sum((y, s)[i].square().sum() for i in used), others, allow_unused=True)
+    for mine, theirs in zip(found, right, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_a_kernel_that_cannot_be_launched_takes_the_other_way_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where only the form with rstd, or for strides, turns out not to be."""
+    x, weight = draw(6, 128, dtype=torch.float32), draw(128, dtype=torch.float32)
+    right = launch.kernel
+
+    def refusing(program: Program, device: int) -> Any:
+        if "rstd" in program.outputs or program.strided:
+            raise launch.Unavailable("it is Sunday")
+        return right(program, device)
+
+    monkeypatch.setattr(launch, "kernel", refusing)
+    assert_same(rms_norm(x, weight), expected(x, weight)[0])
+    assert ops._prepared
+    leaf = x.clone().requires_grad_()
+    rms_norm(leaf, weight).sum().backward()
+    assert leaf.grad is not None
+    assert direct._refused[128, -1] == "it is Sunday"
+    assert not ops._prepared
+    wide = draw(6, 256, dtype=torch.float32)[:, :128]
+    rms_norm(x, weight)
+    assert_same(rms_norm(wide, weight), expected(wide, weight)[0])
+
+
+def test_numbers_equal_to_those_that_were_checked_are_checked_too() -> None:
+    x, weight = draw(4, 128, dtype=torch.float32), draw(128, dtype=torch.float32)
+    rms_norm(x, weight, 1.0)
+    with pytest.raises(TypeError, match="eps"):
+        rms_norm(x, weight, True)  # noqa: FBT003
+
+
+def test_no_rows_are_no_launch(made: dict[Program, FakeKernel]) -> None:  # noqa: F811
+    x, weight = torch.empty(0, 128, requires_grad=True), torch.ones(128, requires_grad=True)
+    y = rms_norm(x, weight)
+    assert y.shape == (0, 128)
+    y.sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
+    assert not any(kernel.launches for kernel in made.values())
+
+
+def test_explain_tells_what_was_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    direct.refuse(128, 0, "its trial run failed")
+    assert explain(128, torch.bfloat16, "cuda:0").endswith("because its trial run failed")
+
+
+def test_one_call_for_each_kernel_and_device() -> None:
+    x, weight = draw(4, 128, dtype=torch.float32), draw(128, dtype=torch.float32)
+    rms_norm(x, weight)
+    rms_norm(x[:2], weight)
+    assert len(prepared._forward) == 1
