@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function
 
 from pallas_norm._plan import Source
 from pallas_norm._spec import Spec
 from pallas_norm._strided import COUNT
 
-from . import _asked, _dtensor, _library, _options, _torch_state, _validate, direct, launch
+from . import _asked, _library, _options, _torch_state, _validate, direct, launch
 from .rows import ALIGNMENT
 
 Tensor = torch.Tensor
@@ -143,6 +144,9 @@ def rms_norm(
                 if out is not None:
                     torch.autograd.graph.increment_version(out)
                 return y
+    if _torch_state.is_stand_in(x, weight, out):
+        named: Any = {"out": out, "cast_before_scale": cast_before_scale, "weight_offset": weight_offset}
+        return handle_torch_function(rms_norm, (x, weight, out), x, weight, eps, **named)
     spec = _options.spec(x, None, weight, eps, cast_before_scale, weight_offset, with_residual=False)
     differentiates = torch.is_grad_enabled() and _requires_grad(x, weight)
     if out is not None:
@@ -193,6 +197,9 @@ def add_rms_norm(
         return y, s
     if (results := _short_add(x, residual, weight, eps, cast_before_scale, weight_offset)) is not None:
         return results
+    if _torch_state.is_stand_in(x, residual, weight):
+        named: Any = {"cast_before_scale": cast_before_scale, "weight_offset": weight_offset}
+        return handle_torch_function(add_rms_norm, (x, residual, weight), x, residual, weight, eps, **named)
     spec = _options.spec(x, residual, weight, eps, cast_before_scale, weight_offset, with_residual=True)
     if not _plain(x, residual, weight):
         y, s, _ = _operator(x, residual, weight, spec)
@@ -220,9 +227,10 @@ def _plain(*tensors: Tensor | None) -> bool:
 
 
 def _operator(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> Any:
-    _dtensor.register()
     options = spec.eps, spec.cast_before_scale, spec.weight_offset
-    if _torch_state.differentiated():  # torch.func differentiates no operators of a library
+    if _transformation() is not None and _torch_state.functionalized():
+        return _library.functional(x, residual, weight, spec)
+    if _transformation() is not None:  # torch.func differentiates no operators of a library
         return _library.Norm.apply(x, residual, weight, *options)
     if residual is None:
         return torch.ops.pallas_norm.rms_norm(x, weight, *options)

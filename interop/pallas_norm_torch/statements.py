@@ -1,5 +1,7 @@
 """The same functions as torch's own statements, with Hugging Face's rounding in Hugging Face's order: for CPU tensors,
-and where no kernel can be launched. They run on torch's current stream, also into a CUDA graph, and start nothing."""
+and where no kernel can be launched. They run on torch's current stream, also into a CUDA graph, and start nothing.
+
+Nothing is written in place, so they are also what the operators decompose into."""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ def forward(
     s = None if residual is None else (x + residual).contiguous()
     x = x.contiguous() if s is None else s
     wide = x.float()
-    rstd = wide.pow(2).mean(-1, keepdim=True).add_(spec.eps).rsqrt_()
-    unit = wide * rstd if wide is x else wide.mul_(rstd)
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + spec.eps)
+    unit = wide * rstd
     if spec.cast_before_scale:
         unit = unit.to(x.dtype)  # Hugging Face rounds here, before the weight
     if weight is None:
@@ -60,9 +62,8 @@ def backward(
         g = dy.float() * _scale(weight, spec)
         g = g.to(x.dtype).float() if spec.cast_before_scale else g
     mean = (g * unit).mean(-1, keepdim=True)
-    dx = (g - unit * mean).mul_(rstd).to(x.dtype)
-    if ds is not None:
-        dx.add_(ds)
+    dx = (rstd * (g - unit * mean)).to(x.dtype)
+    dx = dx if ds is None else dx + ds
     if weight is None or not with_dweight:
         return dx, None
     factor = unit.to(x.dtype) if spec.cast_before_scale else unit
