@@ -53,6 +53,11 @@ def is_stand_in(*values: Any) -> bool:
     return any(not isinstance(value, Tensor) and hasattr(type(value), "__torch_function__") for value in values)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """No subclass, mode or transformation that must see operators instead of their effects."""
+    return type(tensor) in TENSORS and not dispatch_modes() and transformation() is None and tracing() is None
+
+
 def inside_jvp() -> bool:
     """Whether a transformation of torch.func around this call is forward mode."""
     stack = torch._C._functorch.get_interpreter_stack() or []

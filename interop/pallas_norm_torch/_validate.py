@@ -74,6 +74,35 @@ def _same_sizes(found: Sequence[int], needed: Sequence[int]) -> bool:
     return len(found) == len(needed) and all(later or a == b for (a, b), later in zip(pairs, unknown, strict=True))
 
 
+def _is_usual(value: Tensor) -> bool:
+    return (
+        type(value) in _torch_state.TENSORS
+        and (value.is_cpu or value.is_cuda)
+        and value.dtype in DTYPES
+        and value.layout is torch.strided
+        and not (value.is_nested or value.is_neg() or value._is_zerotensor())
+    )
+
+
+def are_usual(x: Any, residual: Any, weight: Any, *, with_residual: bool) -> bool:
+    """All that `operands` checks, at a glance and without a message: it costs 2 us of a call, not 8."""
+    return (
+        _is_usual(x)
+        and (weight is None or (_is_usual(weight) and weight.shape == x.shape[-1:] and weight.device == x.device))
+        and x.ndim > 0
+        and x.shape[-1] > 0
+        and (
+            not with_residual
+            or (
+                _is_usual(residual)
+                and residual.shape == x.shape
+                and residual.dtype == x.dtype
+                and residual.device == x.device
+            )
+        )
+    )
+
+
 def operands(x: Any, residual: Any, weight: Any, *, with_residual: bool) -> None:
     x = _tensor("x", x)
     if x.ndim == 0:
@@ -241,12 +270,14 @@ def takes_y(out: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> b
 
 def no_tangents(*tensors: Any) -> None:
     """Forward mode has no rule here, and must not come out as zeros."""
-    if _torch_state.inside_jvp():
+    if _torch_state.transformation() is not None and _torch_state.inside_jvp():
         raise NotImplementedError(
             "forward-mode differentiation (torch.func.jvp) of rms_norm is not implemented; use reverse mode: "
             "torch.func.vjp, grad or jacrev"
         )
-    if any(isinstance(tensor, Tensor) and _torch_state.has_tangent(tensor) for tensor in tensors):
+    if _torch_state.forward_mode() and any(
+        isinstance(tensor, Tensor) and _torch_state.has_tangent(tensor) for tensor in tensors
+    ):
         raise NotImplementedError(
             "forward-mode differentiation (torch.autograd.forward_ad) of rms_norm is not implemented; use reverse "
             "mode: torch.autograd.grad or backward"

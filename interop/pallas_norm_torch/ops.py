@@ -144,7 +144,7 @@ def rms_norm(
                 if out is not None:
                     torch.autograd.graph.increment_version(out)
                 return y
-    if _torch_state.is_stand_in(x, weight, out):
+    if not usual and _torch_state.is_stand_in(x, weight, out):
         named: Any = {"out": out, "cast_before_scale": cast_before_scale, "weight_offset": weight_offset}
         return handle_torch_function(rms_norm, (x, weight, out), x, weight, eps, **named)
     spec = _options.spec(x, None, weight, eps, cast_before_scale, weight_offset, with_residual=False)
@@ -219,7 +219,7 @@ def _requires_grad(*tensors: Tensor | None) -> bool:
 def _plain(*tensors: Tensor | None) -> bool:
     """No subclass, mode, transformation or device that must see an operator instead of a launch."""
     return (
-        all(tensor is None or (type(tensor) in TENSORS and tensor.device.type != "meta") for tensor in tensors)
+        all(tensor is None or (type(tensor) in TENSORS and not tensor.is_meta) for tensor in tensors)
         and not _dispatch_modes()
         and _transformation() is None
         and _tracing() is None

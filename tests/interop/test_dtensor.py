@@ -55,6 +55,8 @@ def test_placements(axis: int | None, mesh_of_one: Any, *, trains: bool) -> None
     def place(tensor: torch.Tensor, placement: Any) -> Any:
         return DTensor.from_local(tensor, mesh_of_one, [placement], run_check=False)
 
+    last = place(draw(4, 32, dtype=torch.float32), Shard(1))
+    assert rms_norm(last).placements[0] in (Replicate(), Shard(0))
     x, weight = place(draw(2, 4, 64, dtype=torch.float32), placement), place(torch.ones(64), Replicate())
     with torch.inference_mode():  # what is made here meets no autograd
         made = place(draw(2, 4, 64, dtype=torch.float32), placement), place(torch.ones(64), Replicate())
@@ -72,8 +74,6 @@ def test_placements(axis: int | None, mesh_of_one: Any, *, trains: bool) -> None
     (first,) = torch.autograd.grad(rms_norm(x, weight).sin().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x)
     assert second.placements == (placement,)
-    last = place(draw(4, 32, dtype=torch.float32), Shard(1))
-    assert rms_norm(last).placements[0] in (Replicate(), Shard(0))
 
 
 def test_what_goes_wrong_is_told(tmp_path: Path) -> None:
