@@ -1,6 +1,7 @@
 """pallas_norm for PyTorch programs. Importing this imports torch and jax; importing pallas_norm never imports torch."""
 
 try:
+    from ._decompositions import decompositions as decompositions
     from ._explain import explain as explain
     from .exchange import call_jax as call_jax
     from .exchange import to_jax as to_jax

@@ -16,7 +16,10 @@ _registered: set[str] = set()
 
 
 def register() -> None:
-    """Once somebody has imported torch.distributed.tensor, as whoever holds a DTensor has; it takes 0.7 s to import."""
+    """Once somebody has imported torch.distributed.tensor, as whoever holds a DTensor has; it takes 0.7 s to import.
+
+    The autograd rules of the operators call it: DTensors meet them in inference mode, too.
+    """
     if _registered or not hasattr(sys.modules.get("torch.distributed.tensor"), "DTensor"):
         return
     from torch.distributed.tensor.experimental import register_sharding

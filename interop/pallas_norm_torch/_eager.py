@@ -44,7 +44,11 @@ class KernelNorm(torch.autograd.Function):
             return ds if wants_x else None, ds if wants_residual else None, None, None
         call, spec = ctx.call, ctx.call.kernel.spec
         # To be differentiated again, or by a tangent, or a batch of gradients: not for a launch of raw memory.
-        if torch.is_grad_enabled() or _torch_state.forward_mode() or not (_is_plain(dy) and _is_plain(ds)):
+        if (
+            torch.is_grad_enabled()
+            or _torch_state.forward_mode()
+            or not (_torch_state.is_memory(dy) and _torch_state.is_memory(ds))
+        ):
             options = spec.eps, spec.cast_before_scale, spec.weight_offset
             rstd = rstd.view(x.shape[:-1])
             dx, dweight = _library.Gradient.apply(x, weight, rstd, dy, ds, *options, wants_weight)
@@ -74,7 +78,3 @@ def _gradient(
         direct.refuse(call.n, call.device, str(reason))
         rstd, spec = rstd.view(x.shape[:-1]), call.kernel.spec
         return _library.backward(x, weight, rstd, dy, ds, spec, with_dweight=with_dweight)
-
-
-def _is_plain(tensor: Tensor | None) -> bool:
-    return tensor is None or (type(tensor) in _torch_state.TENSORS and not _torch_state.is_batched(tensor))

@@ -34,6 +34,11 @@ library.define(
 )
 
 
+def operator(name: str) -> Any:
+    """The overload of that name."""
+    return getattr(torch.ops.pallas_norm, name).default
+
+
 def path(x: Tensor) -> Any:
     """The module whose forward and backward a call takes."""
     if x.is_cuda and direct.unavailable(x.shape[-1], x.device.index) is None:
@@ -59,6 +64,18 @@ def backward(x: Tensor, *operands: Any, **options: Any) -> tuple[Tensor, Tensor 
         except launch.Unavailable as reason:
             direct.refuse(x.shape[-1], x.device.index, str(reason))
     return statements.backward(x, *operands, **options)
+
+
+def functional(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> Any:
+    """Under torch.func.functionalize, which has no rule for autograd.Function: the operator, if there is nothing else
+    around it; or torch's statements, of which every transformation knows the derivatives."""
+    options = spec.eps, spec.cast_before_scale, spec.weight_offset
+    if not _torch_state.alone():
+        y, s, rstd = statements.forward(x, residual, weight, spec, with_rstd=True)
+        return (y, rstd) if s is None else (y, s, rstd)
+    if residual is None:
+        return torch.ops.pallas_norm.rms_norm(x, weight, *options)
+    return torch.ops.pallas_norm.add_rms_norm(x, residual, weight, *options)
 
 
 # --- what they compute ------------------------------------------------------------------------------------------------
@@ -211,14 +228,6 @@ library.impl("add_rms_norm", Norm.apply, "Autograd")
 library.impl("rms_norm_backward", Gradient.apply, "Autograd")
 
 
-def _is_plain(tensor: Tensor | None) -> bool:
-    return tensor is None or (
-        type(tensor) in _torch_state.TENSORS
-        and not _torch_state.is_batched(tensor)
-        and not _torch_state.is_lazy(tensor)
-    )
-
-
 class EagerNorm(torch.autograd.Function):
     """Norm for plain tensors: without the operators' dispatch and with the context in forward, which saves most of
     190 us a call."""
@@ -239,7 +248,7 @@ class EagerNorm(torch.autograd.Function):
             return ds if wants_x else None, ds if wants_residual else None, None, None
         spec = ctx.spec
         # To be differentiated again, or by a tangent, or a batch of gradients: not for a launch of raw memory.
-        if torch.is_grad_enabled() or _torch_state.forward_mode() or not all(map(_is_plain, (dy, ds))):
+        if torch.is_grad_enabled() or _torch_state.forward_mode() or not all(map(_torch_state.is_memory, (dy, ds))):
             options = spec.eps, spec.cast_before_scale, spec.weight_offset
             dx, dweight = Gradient.apply(x, weight, rstd, dy, ds, *options, wants_weight)
         else:

@@ -22,7 +22,8 @@ def spec(
     with_residual: bool,
 ) -> Spec:
     """The call's options, everything checked."""
-    _validate.operands(x, residual, weight, with_residual=with_residual)
+    if not _validate.are_usual(x, residual, weight, with_residual=with_residual):
+        _validate.operands(x, residual, weight, with_residual=with_residual)
     _validate.no_tangents(x, residual, weight)
     if type(eps) is float and type(weight_offset) is float and type(cast_before_scale) is bool:
         known = _specs.get((eps, cast_before_scale, weight_offset))

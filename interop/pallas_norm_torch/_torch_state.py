@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._decomp
 from torch.autograd import forward_ad
 
 Tensor = torch.Tensor
@@ -25,17 +26,53 @@ current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda:
 stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
 
+holds_later: Callable[..., None] = torch._check  # of unbacked sizes: what torch.compile makes a guard or an assertion
+
+
+def is_unbacked(size: int | torch.SymInt) -> bool:
+    """Whether torch.compile does not know it, not even an example of it."""
+    if type(size) is not torch.SymInt:
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+
+    return has_free_unbacked_symbols(size)
+
+
+def register_decomposition(overload: torch._ops.OpOverload[..., Any], function: Callable[..., Any]) -> None:
+    """What torch.onnx.export finds; torch.compile and run_decompositions look into no table but that they are given.
+
+    Fake tensors of symbolic sizes would compute with it, too, without the checks of a call, unless the operator has a
+    meta function of Python's, which is its fake one.
+    """
+    torch._decomp.decomposition_table[overload] = function
+    torch._decomp.meta_table[overload] = overload
+
+
+def is_stand_in(*values: Any) -> bool:
+    """Whether one is no tensor and sees torch's functions instead, as the proxies of torch.fx do."""
+    return any(not isinstance(value, Tensor) and hasattr(type(value), "__torch_function__") for value in values)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """No subclass, mode or transformation that must see operators instead of their effects."""
+    return type(tensor) in TENSORS and not dispatch_modes() and transformation() is None and tracing() is None
+
+
 def inside_jvp() -> bool:
     """Whether a transformation of torch.func around this call is forward mode."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return any(interpreter.key() == torch._C._functorch.TransformType.Jvp for interpreter in stack)
 
 
-def differentiated() -> bool:
-    """Whether the innermost transformation of torch.func has a rule for autograd.Function; functionalize has none, and
-    takes operators as they are."""
-    innermost = transformation()
-    return innermost is not None and innermost.key() != torch._C._functorch.TransformType.Functionalize
+def functionalized() -> bool:
+    """Whether functionalize is one of the transformations of torch.func around this call."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(interpreter.key() == torch._C._functorch.TransformType.Functionalize for interpreter in stack)
+
+
+def alone() -> bool:
+    """Whether the transformation around this call is the only one."""
+    return len(torch._C._functorch.get_interpreter_stack() or []) == 1
 
 
 def forward_mode() -> bool:
@@ -56,6 +93,11 @@ def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 def is_lazy(tensor: Tensor) -> bool:
     """Whether its memory holds other values than it has, negated ones, or it has none, as autograd's zeros."""
     return tensor.is_neg() or tensor._is_zerotensor()
+
+
+def is_memory(tensor: Tensor | None) -> bool:
+    """Whether a launch may read it as it lies: no subclass, batch or lazy values; or there is none."""
+    return tensor is None or (type(tensor) in TENSORS and not is_batched(tensor) and not is_lazy(tensor))
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function
 
 from pallas_norm._spec import Spec
 
-from . import _asked, _dtensor, _eager, _library, _options, _torch_state, _validate, direct, launch
+from . import _asked, _eager, _library, _options, _torch_state, _validate, direct, launch
 from .prepared import ForwardCall
 
 Tensor = torch.Tensor
@@ -24,6 +25,7 @@ _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = _torch_state.dispatch_modes
 _transformation = _torch_state.transformation
 _tracing = _torch_state.tracing
+_is_lazy = _torch_state.is_lazy
 _takes_y = _validate.takes_y
 
 # By dtypes, n, options, device and form: the call for operands like some that were checked.
@@ -94,10 +96,17 @@ def rms_norm(
                     return _eager.norm(x, None, weight, call)
             elif out is None and weight is not None:
                 return call.plain(x, weight)
-            elif out is None or _takes_y(out, x, weight, call.y_dtype or x.dtype):
+            elif (
+                out is None
+                or (out is x and call.y_dtype is None and not x.is_inference())
+                or _takes_y(out, x, weight, call.y_dtype or x.dtype)
+            ):
                 return call(x, None, weight, out)[0]
         except launch.Unavailable as reason:  # of the form with rstd, or for strides
             _refuse(x, reason)
+    if _torch_state.is_stand_in(x, weight, out):
+        named: Any = {"out": out, "cast_before_scale": cast_before_scale, "weight_offset": weight_offset}
+        return handle_torch_function(rms_norm, (x, weight, out), x, weight, eps, **named)
     spec = _options.spec(x, None, weight, eps, cast_before_scale, weight_offset, with_residual=False)
     differentiates = torch.is_grad_enabled() and _requires_grad(x, weight)
     if out is not None:
@@ -155,6 +164,9 @@ def add_rms_norm(
             return _added(x, residual, weight, call)
         except launch.Unavailable as reason:
             _refuse(x, reason)
+    if _torch_state.is_stand_in(x, residual, weight):
+        named: Any = {"cast_before_scale": cast_before_scale, "weight_offset": weight_offset}
+        return handle_torch_function(add_rms_norm, (x, residual, weight), x, residual, weight, eps, **named)
     spec = _options.spec(x, residual, weight, eps, cast_before_scale, weight_offset, with_residual=True)
     if not _plain(x, residual, weight):
         y, s, _ = _operator(x, residual, weight, spec)
@@ -178,7 +190,7 @@ def _requires_grad(*tensors: Tensor | None) -> bool:
 def _plain(*tensors: Tensor | None) -> bool:
     """No subclass, mode, transformation or device that must see an operator instead of a launch."""
     return (
-        all(tensor is None or (type(tensor) in TENSORS and tensor.device.type != "meta") for tensor in tensors)
+        all(tensor is None or (type(tensor) in TENSORS and not tensor.is_meta) for tensor in tensors)
         and not _dispatch_modes()
         and _transformation() is None
         and _tracing() is None
@@ -186,9 +198,10 @@ def _plain(*tensors: Tensor | None) -> bool:
 
 
 def _operator(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> Any:
-    _dtensor.register()
     options = spec.eps, spec.cast_before_scale, spec.weight_offset
-    if _torch_state.differentiated():  # torch.func differentiates no operators of a library
+    if _transformation() is not None and _torch_state.functionalized():
+        return _library.functional(x, residual, weight, spec)
+    if _transformation() is not None:  # torch.func differentiates no operators of a library
         return _library.Norm.apply(x, residual, weight, *options)
     if residual is None:
         return torch.ops.pallas_norm.rms_norm(x, weight, *options)
@@ -221,18 +234,18 @@ def _prepared_for(
             n, dtype = x.shape[-1], None
         else:
             n, dtype = weight.numel(), weight.dtype
-            if weight.dim() != 1 or weight.get_device() != device or weight.is_neg() or x.shape[-1] != n:
+            if weight.dim() != 1 or weight.get_device() != device or _is_lazy(weight) or x.shape[-1] != n:
                 return None
         call = _prepared[x.dtype, n, dtype, eps, cast_before_scale, weight_offset, device, residual is not None]
     except (KeyError, IndexError, RuntimeError):  # like none before, without an axis, or sparse
         return None
-    if x.is_neg() or (
+    if _is_lazy(x) or (
         residual is not None
         and (
             residual.shape != x.shape
             or residual.dtype != x.dtype
             or residual.get_device() != device
-            or residual.is_neg()
+            or _is_lazy(residual)
         )
     ):
         return None

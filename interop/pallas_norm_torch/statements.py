@@ -1,11 +1,15 @@
 """The same functions as torch's own statements, with Hugging Face's rounding in Hugging Face's order: for CPU tensors,
-and where no kernel can be launched. They run on torch's current stream, also into a CUDA graph, and start nothing."""
+and where no kernel can be launched. They run on torch's current stream, also into a CUDA graph, and start nothing.
+
+They are also what the operators decompose into."""
 
 from __future__ import annotations
 
 import torch
 
 from pallas_norm._spec import Spec  # pyright: ignore[reportPrivateUsage]
+
+from . import _torch_state
 
 Tensor = torch.Tensor
 
@@ -26,8 +30,8 @@ def forward(
     s = None if residual is None else (x + residual).contiguous()
     x = x.contiguous() if s is None else s
     wide = x.float()
-    rstd = wide.pow(2).mean(-1, keepdim=True).add_(spec.eps).rsqrt_()
-    unit = wide * rstd if wide is x else wide.mul_(rstd)
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + spec.eps)
+    unit = torch.mul(wide, rstd, out=None if wide is x else _reused(wide))
     if spec.cast_before_scale:
         unit = unit.to(x.dtype)  # Hugging Face rounds here, before the weight
     if weight is None:
@@ -59,14 +63,20 @@ def backward(
     else:
         g = dy.float() * _scale(weight, spec)
         g = g.to(x.dtype).float() if spec.cast_before_scale else g
-    mean = (g * unit).mean(-1, keepdim=True)
-    dx = (g - unit * mean).mul_(rstd).to(x.dtype)
-    if ds is not None:
-        dx.add_(ds)
+    product = g * unit
+    mean, space = product.mean(-1, keepdim=True), _reused(product)
+    dx = torch.mul(torch.sub(g, torch.mul(unit, mean, out=space), out=space), rstd, out=space).to(x.dtype)
+    dx = dx if ds is None else dx + ds
     if weight is None or not with_dweight:
         return dx, None
     factor = unit.to(x.dtype) if spec.cast_before_scale else unit
-    return dx, (dy.float() * factor).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    return dx, torch.mul(dy.float(), factor, out=_reused(unit)).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+
+
+def _reused(buffer: Tensor) -> Tensor | None:
+    """As out=: of a plain call's own intermediate results, each new buffer costs as much as what is computed. A program
+    that torch makes of the statements writes nothing in place."""
+    return buffer if _torch_state.is_plain(buffer) else None
 
 
 def _scale(weight: Tensor, spec: Spec) -> Tensor:

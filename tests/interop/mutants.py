@@ -81,6 +81,20 @@ MUTANTS = {
     "out of autograd's zeros is written": Mutant("_validate", "        bool(start)\n        and not start", "        not start", "test_what_memory_means.py::test_a_call_like"),
     "gradients negated lazily are launched": Mutant("_library", "        and not _torch_state.is_lazy(tensor)\n", "", "test_what_memory_means.py::test_gradients_that"),
     "tensors of inference mode saved": Mutant("_torch_state", "tensor.clone() if tensor.is_inference() else tensor", "tensor", "test_what_memory_means.py::test_operands_made"),
+    # programs that torch makes
+    "proxies refused": Mutant("_torch_state", "    return any(not isinstance(value, Tensor) and", "    return False and any(not isinstance(value, Tensor) and", "test_programs.py::test_symbolic_trace_keeps"),
+    "a proxy for x alone": Mutant("ops", "_torch_state.is_stand_in(x, weight, out)", "_torch_state.is_stand_in(x)", "test_programs.py::test_a_proxy"),
+    "fake tensors decompose": Mutant("_torch_state", "    torch._decomp.meta_table[overload] = overload\n", "", "test_programs.py::test_the_decompositions"),
+    "dweight does not decompose": Mutant("_decompositions", "with_dweight=with_dweight", "with_dweight=False", "test_programs.py::test_gradients"),
+    "unbacked rows guarded": Mutant("_validate", "    if torch.SymInt not in map(type, (*found, *needed)):\n", "    if True:\n", "test_programs.py::test_unbacked_rows_compile"),
+    "functionalize meets an autograd.Function": Mutant("ops", "    if _transformation() is not None and _torch_state.functionalized():\n", "    if False:\n", "test_programs.py::test_functionalize_takes"),
+    "functionalize beside others meets it": Mutant("_library", "    if not _torch_state.alone():\n", "    if False:\n", "test_programs.py::test_functionalize_beside"),
+    # DTensor
+    "dweight of each rank is the whole": Mutant("_dtensor", "Partial() if with_dweight and not isinstance(rows, Replicate) else Replicate()", "Replicate()", "test_dtensor.py::test_placements"),
+    "dweight of all rows is a part": Mutant("_dtensor", "if with_dweight and not isinstance(rows, Replicate) else", "if with_dweight else", "test_dtensor.py::test_placements"),
+    "a part of a row is normalised": Mutant("_dtensor", "range(len(x.shape) - 1)", "range(len(x.shape))", "test_dtensor.py::test_placements"),
+    "one sharding for all options": Mutant("_dtensor", '        _torch_state.options_decide_sharding(overload, "eps")\n', "", "test_dtensor.py::test_placements"),
+    "plain zeros beside DTensors": Mutant("_library", "        ctx.set_materialize_grads(False)\n        if not ctx.with_dweight:", "        if not ctx.with_dweight:", "test_dtensor.py::test_placements"),
     # exchange
     "a view shared as if it were contiguous": Mutant("exchange", "    if not tensor.is_contiguous():\n        return", "    if False:\n        return", "test_exchange.py"),
     "copied without being asked": Mutant("exchange", "    if copy:\n", "    if copy or _share_of(tensor) is not None:\n", "test_exchange.py"),

@@ -8,7 +8,7 @@ import torch
 
 from pallas_norm import dlpack
 from pallas_norm_torch import rms_norm
-from tests.interop.cases import DEVICES, assert_same, draw
+from tests.interop.cases import DEVICES, assert_same, draw, way_of_jax
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -25,7 +25,7 @@ def test_a_parameter_is_the_weight_of_a_numpy_array() -> None:
     x, weight = draw(3, 64, dtype=torch.float32), torch.nn.Parameter(draw(64, dtype=torch.float32, seed=1))
     y = dlpack.rms_norm(x.numpy(), weight)
     assert isinstance(y, np.ndarray)
-    assert_same(torch.from_numpy(y), rms_norm(x, weight.detach()))
+    assert_same(torch.from_numpy(y), rms_norm(x, weight.detach(), **way_of_jax(x)))
 
 
 def test_a_numpy_array_is_the_weight_of_a_tensor() -> None:
