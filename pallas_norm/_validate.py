@@ -169,6 +169,13 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def axis_name(value: Any) -> tuple[str, ...]:
+    names: tuple[Any, ...] = () if value is None else value if isinstance(value, tuple) else (value,)  # pyright: ignore[reportUnknownVariableType]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"axis_name is {_shown(value)}; needed the name of a mesh axis, or a tuple of names")
+    return names
+
+
 def weight_offset(value: Any, weight: Any) -> float:
     value = number("weight_offset", value)
     if value and weight is None:
