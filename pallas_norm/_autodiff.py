@@ -47,7 +47,7 @@ def _norm_forward(primals: Any, spec: Spec, with_rstd: bool) -> tuple[Arrays, Ar
     return results if with_rstd else {name: results[name] for name in results if name != "rstd"}, saved
 
 
-def _norm_backward(spec: Spec, with_rstd: bool, saved: Arrays, cotangents: Any) -> tuple[Arrays]:  # noqa: FBT001
+def _norm_backward(spec: Spec, with_rstd: bool, saved: Arrays, cotangents: Any) -> tuple[Any]:  # noqa: FBT001
     del with_rstd
     given: Arrays = {
         name: cotangents[of]
@@ -57,15 +57,11 @@ def _norm_backward(spec: Spec, with_rstd: bool, saved: Arrays, cotangents: Any) 
     if "dy" in given:
         gradients = gradient(saved | given, spec)
     else:  # y is not used: what reaches x is the gradient of s as it is, and no product makes 0 * inf of it
-        gradients = {"dx": given.get("ds", jnp.zeros_like(saved["x"]))}
-        if "weight" in saved:
-            gradients["dweight"] = jnp.zeros_like(saved["weight"])
-    operands = {"x": gradients["dx"]}
-    if "s" in cotangents:
-        operands["residual"] = gradients["dx"]
-    if "weight" in saved:
-        operands["weight"] = gradients["dweight"]
-    return (operands,)
+        gradients = {"dx": given.get("ds")}
+    # None stands for zeros.
+    names = ("x", "residual", "weight") if "s" in cotangents else ("x", "weight")
+    of = {"x": "dx", "residual": "dx", "weight": "dweight"}
+    return ({name: gradients.get(of[name]) for name in names if name != "weight" or name in saved},)
 
 
 norm.defvjp(_norm_forward, _norm_backward, symbolic_zeros=True)
@@ -81,14 +77,15 @@ def _gradient_forward(operands: Arrays, spec: Spec) -> tuple[Arrays, Arrays]:
     return gradient(operands, spec), operands
 
 
-def _gradient_backward(spec: Spec, saved: Arrays, cotangents: Arrays) -> tuple[Arrays]:
+@functools.partial(jax.jit, static_argnames="spec")  # kept, as _transforms.forward is
+def _second(saved: Arrays, cotangents: Arrays, spec: Spec) -> Arrays:
     """The derivative of the backward formula as a function of x: rstd is computed again, because it depends on x."""
     rstd = saved["rstd"]
     over = _sharding.summed_over(saved)
 
     def formula(operands: Arrays) -> Arrays:
         x = operands["x"].astype(jnp.float32)
-        rstd = lax.rsqrt(reference.row_mean(x * x, **spec.split)[..., 0] + jnp.float32(spec.eps))
+        rstd = reference.inverse_root(reference.row_mean(x * x, **spec.split)[..., 0] + jnp.float32(spec.eps))
         weight, dy, ds = operands.get("weight"), operands["dy"], operands.get("ds")
         results = {"dx": reference.input_gradient(operands["x"], weight, rstd, dy, ds, **spec.rounding, **spec.split)}
         if weight is not None:
@@ -99,7 +96,11 @@ def _gradient_backward(spec: Spec, saved: Arrays, cotangents: Arrays) -> tuple[A
 
     _, pullback = jax.vjp(formula, {name: value for name, value in saved.items() if name != "rstd"})
     (operands,) = pullback(cotangents)
-    return (operands | {"rstd": jnp.zeros_like(rstd)},)
+    return operands | {"rstd": jnp.zeros_like(rstd)}
+
+
+def _gradient_backward(spec: Spec, saved: Arrays, cotangents: Arrays) -> tuple[Arrays]:
+    return (_second(saved, cotangents, spec),)
 
 
 gradient.defvjp(_gradient_forward, _gradient_backward)
