@@ -54,11 +54,8 @@ def _norm_backward(spec: Spec, with_rstd: bool, saved: Arrays, cotangents: Any) 
         for name, of in (("dy", "y"), ("ds", "s"))
         if of in cotangents and not isinstance(cotangents[of], SymbolicZero)
     }
-    if "dy" in given:
-        gradients = gradient(saved | given, spec)
-    else:  # y is not used: what reaches x is the gradient of s as it is, and no product makes 0 * inf of it
-        gradients = {"dx": given.get("ds")}
-    # None stands for zeros.
+    # Where y is not used, what reaches x is the gradient of s as it is: no product makes 0 * inf of it. None is zeros.
+    gradients = gradient(saved | given, spec) if "dy" in given else {"dx": given.get("ds")}
     names = ("x", "residual", "weight") if "s" in cotangents else ("x", "weight")
     of = {"x": "dx", "residual": "dx", "weight": "dweight"}
     return ({name: gradients.get(of[name]) for name in names if name != "weight" or name in saved},)

@@ -138,6 +138,11 @@ def vary_like(result: jax.Array, operand: jax.Array) -> jax.Array:
 # --- Auto axes: a kernel between the partitioner's collectives --------------------------------------------------------
 
 
+def _as_used(sharding: Any, shape: Any, config: Any) -> Any:
+    del shape, config
+    return sharding
+
+
 def register_partitioner(name: str, partition: Callable[..., Any], infer: Callable[..., Any]) -> None:
     """`partition` for custom calls to `name`, in this process's compiler and in those of plugins."""
     from jax._src import xla_bridge
@@ -146,7 +151,7 @@ def register_partitioner(name: str, partition: Callable[..., Any], infer: Callab
     register = functools.partial(
         xla_client.register_custom_call_partitioner,
         name=name,
-        prop_user_sharding=lambda sharding, shape, config: sharding,
+        prop_user_sharding=_as_used,
         partition=partition,
         infer_sharding_from_operands=infer,
         can_side_effecting_have_replicated_sharding=True,
@@ -192,7 +197,7 @@ def local_program(
     from jax.interpreters.mlir import SPMDAxisContext
 
     axis, size = shards
-    mesh = jax.sharding.AbstractMesh((size,), (axis,))
+    mesh: Any = jax.sharding.AbstractMesh((size,), (axis,))  # where the devices are, nobody asks
     with core.extend_axis_env_nd([shards]):
         closed = jax.make_jaxpr(function, axis_env=[shards])(*structs)
         module = mlir.build_mlir_module_helper(

@@ -102,7 +102,9 @@ def explain(n: int, dtype: jax.typing.DTypeLike, implementation: str | None) -> 
     if (reason := _older_gpu()) is not None:
         return _by_xla(reason)
     assert path.plan is not None
-    if (reason := _lowering.too_large(Call("forward", ("x",), Spec()), jax.ShapeDtypeStruct((1, n), dtype))) is not None:
+    if (
+        reason := _lowering.too_large(Call("forward", ("x",), Spec()), jax.ShapeDtypeStruct((1, n), dtype))
+    ) is not None:
         return _by_xla(reason)
     return path
 
@@ -145,9 +147,7 @@ class Call:
             y, rstd = reference.forward(s.get("s", x), weight, eps=spec.eps, **options)
             return {"y": y, **s, **({"rstd": rstd} if self.with_rstd else {})}
         rstd, dy, options = operands["rstd"], operands["dy"], spec.rounding | spec.split
-        gradients = {
-            "dx": reference.input_gradient(x, operands.get("weight"), rstd, dy, operands.get("ds"), **options)
-        }
+        gradients = {"dx": reference.input_gradient(x, operands.get("weight"), rstd, dy, operands.get("ds"), **options)}
         if self.with_dweight:
             exact = reference.weight_gradient(x, rstd, dy, cast_before_scale=spec.cast_before_scale)
             gradients["dweight"] = reference.round_to(exact, self.dweight_dtype)

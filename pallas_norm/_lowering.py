@@ -11,7 +11,6 @@ import functools
 from typing import Any, Protocol
 
 import jax
-import jax.core
 import jax.extend.core
 from jax.interpreters import mlir
 

@@ -120,7 +120,7 @@ def _partition(
     """The compiler's question: a program for one device, and how its operands and results lie."""
     del result_sharding
     assert _decode is not None
-    call = _decode(config.decode() if isinstance(config, bytes) else config)
+    call = _decode(config.decode())
     rows = _tiles(call, arg_shapes, arg_shardings)
     operands = [_sharding(name, rows) for name in call.names]
     structs = [
@@ -134,6 +134,6 @@ def _partition(
 
 def _infer(arg_shapes: Sequence[Any], arg_shardings: Sequence[Any], result_shape: Any, config: bytes) -> Any:
     assert _decode is not None
-    call = _decode(config.decode() if isinstance(config, bytes) else config)
+    call = _decode(config.decode())
     rows = _tiles(call, arg_shapes, arg_shardings)
     return _compat.tuple_of_shardings(result_shape, [_sharding(name, rows) for name in call.results])

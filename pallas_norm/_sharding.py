@@ -60,7 +60,11 @@ def _rows(operands: Arrays) -> tuple[Any, ...]:
     structs = [
         jax.ShapeDtypeStruct(value.shape, "float32", sharding=jax.typeof(value).sharding) for value in whole
     ]  # fmt: skip
-    found: Any = jax.eval_shape(lambda *values: reduce(operator.add, values), *structs)
+
+    def total(*values: Any) -> Any:
+        return reduce(operator.add, values)
+
+    found: Any = jax.eval_shape(total, *structs)
     spec = tuple(found.sharding.spec)
     return (*spec, *[None] * (len(found.shape) - len(spec)))
 
@@ -73,7 +77,7 @@ def _of(name: str, rows: tuple[Any, ...], rank: int) -> PartitionSpec:
 
 
 def aligned(operands: Arrays) -> Arrays:
-    """On Explicit axes, operands that are split alike: the weight as the columns of x are, gathered where x is whole."""
+    """On Explicit axes, operands that are split alike: the weight as the columns of x, gathered where x is whole."""
     mesh = _mesh(operands)
     if mesh is None:
         return operands

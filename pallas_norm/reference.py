@@ -13,7 +13,8 @@ Normalization", 2019.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +70,8 @@ def row_mean(
     """The mean of each row; of the whole row, where every shard over `axis_name` holds some of its columns."""
     if not axis_name:
         return jnp.mean(values, axis=-1, keepdims=True)
-    total = lax.psum(jnp.sum(values, axis=-1, keepdims=True), axis_name, axis_index_groups=axis_index_groups)
-    return total / F32(values.shape[-1] * lax.psum(1, axis_name, axis_index_groups=axis_index_groups))
+    add_up: Any = functools.partial(lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups)
+    return add_up(jnp.sum(values, axis=-1, keepdims=True)) / F32(values.shape[-1] * add_up(1))
 
 
 def inverse_root(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

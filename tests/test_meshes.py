@@ -21,7 +21,9 @@ pytestmark = pytest.mark.skipif(
     jax.local_device_count("cpu") < 8 or jax.default_backend() != "cpu",
     reason="needs 8 CPU devices (jax.config jax_num_cpu_devices) and no other backend",
 )
-COLLECTIVE = re.compile(r"= \(?(\w+\[[\d,]*\]).*? (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[\w-]*\(")
+COLLECTIVE = re.compile(
+    r"= \(?(\w+\[[\d,]*\]).*? (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[\w-]*\("
+)
 NAMES = ("data", "model")
 KINDS = {
     "explicit": (AxisType.Explicit, AxisType.Explicit),
@@ -48,7 +50,7 @@ def draw(*shape: int, seed: int, dtype: str = "bfloat16") -> Any:
     return np.random.default_rng(seed).standard_normal(shape).astype(jnp.dtype(dtype))
 
 
-# Small integers: sums of their squares are exact, so no order of additions, XLA's or a number of shards', changes a bit.
+# Small integers: sums of their squares are exact, so no order of additions, XLA's or that of shards, changes a bit.
 X, RESIDUAL = np.round(draw(8, 16, N, seed=0)), np.round(draw(8, 16, N, seed=1))
 WEIGHT = draw(N, seed=2, dtype="float32")  # so that dweight shows its sum, not its last rounding
 DY, DS = draw(8, 16, N, seed=3, dtype="float32"), draw(8, 16, N, seed=4)
@@ -76,7 +78,10 @@ def second(x: Any, residual: Any, weight: Any, dy: Any, ds: Any) -> Any:
 OPERANDS = (X, RESIDUAL, WEIGHT, DY, DS)
 
 
-def placed(mesh: Any, spec: P, *operands: Any, weight: P = P()) -> list[Any]:
+WHOLE = P()
+
+
+def placed(mesh: Any, spec: P, *operands: Any, weight: P = WHOLE) -> list[Any]:
     def allowed(value: Any) -> P:
         return spec if value.ndim > 1 else weight
 
@@ -245,7 +250,9 @@ def test_two_meshes_in_one_program(kind: str) -> None:
 def test_an_abstract_mesh_is_enough_to_lower(kind: str, platform: str) -> None:
     mesh = jax.sharding.AbstractMesh((4, 2), NAMES, axis_types=KINDS[kind])
     operands = [
-        jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, P("data") if value.ndim > 1 else P()))
+        jax.ShapeDtypeStruct(
+            value.shape, value.dtype, sharding=NamedSharding(mesh, P("data") if value.ndim > 1 else P())
+        )
         for value in OPERANDS
     ]
     text = jax.jit(gradient).trace(*operands).lower(lowering_platforms=(platform,)).as_text()

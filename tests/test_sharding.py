@@ -50,7 +50,7 @@ def draw(*shape: int, seed: int, dtype: str = "bfloat16") -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-# Small integers: sums of their squares are exact, so no order of additions, XLA's or a number of shards', changes a bit.
+# Small integers: sums of their squares are exact, so no order of additions, XLA's or that of shards, changes a bit.
 X, RESIDUAL = jnp.round(draw(*SHAPE, seed=0)), jnp.round(draw(*SHAPE, seed=1))
 WEIGHT = draw(256, seed=2, dtype="float32")  # so that dweight shows its sum, not its last rounding
 DY, DS = draw(*SHAPE, seed=3, dtype="float32"), draw(*SHAPE, seed=4)

@@ -84,7 +84,9 @@ def test_forward_and_backward_reduce_one_number_a_row(kind: AxisType, spec: P, d
     assert {name for name, _ in collectives} == {"all-reduce"}
     rows = ROWS // (2 if spec[0] else 1)
     for _, shape in collectives:  # of (rows, 1), and of dweight's columns where rows are shared out too
-        sizes = [int(np.prod([int(size) for size in one.split(",") if size])) for one in re.findall(r"\[([\d,]*)\]", shape)]
+        sizes = [
+            int(np.prod([int(size) for size in one.split(",") if size])) for one in re.findall(r"\[([\d,]*)\]", shape)
+        ]
         assert all(size in (rows, N // 4) for size in sizes), shape
 
 
