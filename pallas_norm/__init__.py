@@ -6,6 +6,10 @@ from ._api import explain as explain
 from ._api import rms_norm as rms_norm
 from ._autodiff import RSTD as RSTD
 from ._dispatch import Explanation as Explanation
+from ._patching import Report as Report
+from ._patching import Skipped as Skipped
+from ._patching import patch as patch
+from ._patching import unpatch as unpatch
 from ._plan import Plan as Plan
 from .regimes import plan_for as plan_for
 

@@ -13,7 +13,7 @@ import jax.core
 import numpy as np
 from jax import lax
 
-from . import _autodiff, _compat, _dispatch, _validate
+from . import _autodiff, _compat, _dispatch, _sharding, _validate
 from ._spec import Implementation, Spec
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def rms_norm(
     weight_offset: float = 0.0,
     implementation: Implementation | None = None,
     return_rstd: bool = False,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Any:
     r"""y = weight * round(x / sqrt(mean(x^2) + eps)): RMSNorm with Hugging Face's rounding.
 
@@ -45,6 +46,8 @@ def rms_norm(
             which. "mosaic_gpu" or "xla" forces one. "interpret" runs the kernel in Pallas's interpreter, on a CPU, for
             tests.
         return_rstd: also return rstd = 1 / sqrt(mean(x^2) + eps), `[...]` in float32. No gradient flows through it.
+        axis_name: inside jax.shard_map, the mesh axis or axes over which the rows themselves are split; x and weight
+            are then the columns of this shard, n those of all shards. XLA compiles this form.
 
     Returns: y, `[..., n]`, of dtype promote_types(x, weight): a float32 weight makes a bfloat16 x float32, as in
         Hugging Face. With return_rstd, (y, rstd).
@@ -54,6 +57,11 @@ def rms_norm(
 
     Special values: a NaN makes its row NaN. An infinity becomes NaN and the rest of its row signed zeros, as after an
         overflow of the sum of squares. A row of zeros gives signed zeros for eps > 0 and NaN for eps = 0.
+
+    Sharding: rows shared out over any mesh axes need no communication, and y lies where x lies; dweight is summed over
+        the shards in float32. A last axis that is split is not gathered: each shard adds up its own columns, a psum of
+        one float32 a row adds up the shards, and XLA compiles it. The order of that sum has one level more, so the last
+        bit of rstd depends on the number of shards.
 
     Differentiation: reverse mode, also of second order, under jit, vmap, scan and remat; forward mode raises TypeError.
         rstd is kept in float32 between the passes, under the name `RSTD` for checkpoint policies.
@@ -66,7 +74,7 @@ def rms_norm(
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; `LlamaRMSNorm` in Hugging Face's
         transformers.
     """
-    results = _norm(x, None, weight, eps, cast_before_scale, weight_offset, implementation, return_rstd)
+    results = _norm(x, None, weight, eps, cast_before_scale, weight_offset, implementation, return_rstd, axis_name)
     return results if return_rstd else results[0]
 
 
@@ -80,13 +88,14 @@ def add_rms_norm(
     weight_offset: float = 0.0,
     implementation: Implementation | None = None,
     return_rstd: bool = False,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Any:
     """s = round(x + residual); y = rms_norm(s): the residual form of every decoder layer, in one kernel.
 
     Arguments:
         x: `[..., n]`, bfloat16, float16 or float32.
         residual: `[..., n]`, of the dtype of x.
-        weight, eps, cast_before_scale, weight_offset, implementation, return_rstd: as for `rms_norm`.
+        weight, eps, cast_before_scale, weight_offset, implementation, return_rstd, axis_name: as for `rms_norm`.
 
     Returns: (y, s), with return_rstd (y, s, rstd). s has the dtype of x and is rounded before it is normalised, so the
         bits are those of `s = x + residual; y = rms_norm(s, weight)`, forward, and backward in bfloat16 and float16. In
@@ -97,12 +106,16 @@ def add_rms_norm(
     Source: `LlamaDecoderLayer` in Hugging Face's transformers, where the addition and the norm are two steps.
     """
     _validate.given("residual", residual)
-    return _norm(x, residual, weight, eps, cast_before_scale, weight_offset, implementation, return_rstd)
+    return _norm(x, residual, weight, eps, cast_before_scale, weight_offset, implementation, return_rstd, axis_name)
+
+
+def _aligned_norm(operands: dict[str, jax.Array], spec: Spec, with_rstd: bool) -> dict[str, jax.Array]:  # noqa: FBT001
+    return _autodiff.norm(_sharding.aligned(operands), spec, with_rstd)
 
 
 # A call outside any jit would trace its kernel, and compile for each platform, again every time (60 ms on a CPU).
 # Inside a transformation this would only hide rstd's name from checkpoint policies (jax 0.12).
-_jitted = jax.jit(_autodiff.norm, static_argnums=(1, 2))
+_jitted = jax.jit(_aligned_norm, static_argnums=(1, 2))
 
 
 def _norm(
@@ -114,6 +127,7 @@ def _norm(
     weight_offset: Any,
     implementation: Any,
     return_rstd: Any,
+    axis_name: Any,
 ) -> tuple[jax.Array, ...]:
     operands = _compat.vary_alike(_validate.arrays(x, residual, weight))
     spec = Spec(
@@ -121,10 +135,11 @@ def _norm(
         cast_before_scale=_validate.flag("cast_before_scale", cast_before_scale),
         weight_offset=_validate.weight_offset(weight_offset, weight),
         implementation=_validate.implementation(implementation),
+        axis_name=_validate.axis_name(axis_name),
     )
     with_rstd = _validate.flag("return_rstd", return_rstd)
     traced = any(isinstance(operand, jax.core.Tracer) for operand in operands.values())
-    results = (_autodiff.norm if traced else _jitted)(operands, spec, with_rstd)
+    results = (_aligned_norm if traced else _jitted)(operands, spec, with_rstd)
     if with_rstd:
         results |= {"rstd": lax.stop_gradient(results["rstd"])}
     return tuple(results[name] for name in ("y", "s", "rstd") if name in results)

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
-from . import _transforms, reference
+from . import _sharding, _transforms, reference
 from ._spec import Spec
 
 Arrays = dict[str, jax.Array]
@@ -37,7 +38,8 @@ def norm(operands: Arrays, spec: Spec, with_rstd: bool) -> Arrays:  # noqa: FBT0
     return _transforms.forward(operands, spec, with_rstd=with_rstd)
 
 
-def _norm_forward(operands: Arrays, spec: Spec, with_rstd: bool) -> tuple[Arrays, Arrays]:  # noqa: FBT001
+def _norm_forward(primals: Any, spec: Spec, with_rstd: bool) -> tuple[Arrays, Arrays]:  # noqa: FBT001
+    operands: Arrays = {name: primal.value for name, primal in primals.items()}
     results: Arrays = norm(operands, spec, True)  # noqa: FBT003  through `norm`, so that it can be differentiated again
     saved = {"x": results.get("s", operands["x"]), "rstd": checkpoint_name(results["rstd"], RSTD)}
     if "weight" in operands:
@@ -45,19 +47,21 @@ def _norm_forward(operands: Arrays, spec: Spec, with_rstd: bool) -> tuple[Arrays
     return results if with_rstd else {name: results[name] for name in results if name != "rstd"}, saved
 
 
-def _norm_backward(spec: Spec, with_rstd: bool, saved: Arrays, cotangents: Arrays) -> tuple[Arrays]:  # noqa: FBT001
+def _norm_backward(spec: Spec, with_rstd: bool, saved: Arrays, cotangents: Any) -> tuple[Any]:  # noqa: FBT001
     del with_rstd
-    given = {"dy": cotangents["y"]} | ({"ds": cotangents["s"]} if "s" in cotangents else {})
-    gradients = gradient(saved | given, spec)
-    operands = {"x": gradients["dx"]}
-    if "ds" in given:
-        operands["residual"] = gradients["dx"]
-    if "weight" in saved:
-        operands["weight"] = gradients["dweight"]
-    return (operands,)
+    given: Arrays = {
+        name: cotangents[of]
+        for name, of in (("dy", "y"), ("ds", "s"))
+        if of in cotangents and not isinstance(cotangents[of], SymbolicZero)
+    }
+    # Where y is not used, what reaches x is the gradient of s as it is: no product makes 0 * inf of it. None is zeros.
+    gradients = gradient(saved | given, spec) if "dy" in given else {"dx": given.get("ds")}
+    names = ("x", "residual", "weight") if "s" in cotangents else ("x", "weight")
+    of = {"x": "dx", "residual": "dx", "weight": "dweight"}
+    return ({name: gradients.get(of[name]) for name in names if name != "weight" or name in saved},)
 
 
-norm.defvjp(_norm_forward, _norm_backward)
+norm.defvjp(_norm_forward, _norm_backward, symbolic_zeros=True)
 
 
 @_custom_vjp(1)
@@ -70,23 +74,30 @@ def _gradient_forward(operands: Arrays, spec: Spec) -> tuple[Arrays, Arrays]:
     return gradient(operands, spec), operands
 
 
-def _gradient_backward(spec: Spec, saved: Arrays, cotangents: Arrays) -> tuple[Arrays]:
+@functools.partial(jax.jit, static_argnames="spec")  # kept, as _transforms.forward is
+def _second(saved: Arrays, cotangents: Arrays, spec: Spec) -> Arrays:
     """The derivative of the backward formula as a function of x: rstd is computed again, because it depends on x."""
     rstd = saved["rstd"]
+    over = _sharding.summed_over(saved)
 
     def formula(operands: Arrays) -> Arrays:
         x = operands["x"].astype(jnp.float32)
-        rstd = lax.rsqrt(jnp.mean(x * x, axis=-1) + jnp.float32(spec.eps))
+        rstd = reference.inverse_root(reference.row_mean(x * x, **spec.split)[..., 0] + jnp.float32(spec.eps))
         weight, dy, ds = operands.get("weight"), operands["dy"], operands.get("ds")
-        results = {"dx": reference.input_gradient(operands["x"], weight, rstd, dy, ds, **spec.rounding)}
+        results = {"dx": reference.input_gradient(operands["x"], weight, rstd, dy, ds, **spec.rounding, **spec.split)}
         if weight is not None:
             dweight = reference.weight_gradient(operands["x"], rstd, dy, cast_before_scale=spec.cast_before_scale)
-            results["dweight"] = reference.round_to(dweight, weight.dtype)
+            total = lax.psum(dweight, over) if over else dweight
+            results["dweight"] = reference.round_to(total, weight.dtype)
         return results
 
     _, pullback = jax.vjp(formula, {name: value for name, value in saved.items() if name != "rstd"})
     (operands,) = pullback(cotangents)
-    return (operands | {"rstd": jnp.zeros_like(rstd)},)
+    return operands | {"rstd": jnp.zeros_like(rstd)}
+
+
+def _gradient_backward(spec: Spec, saved: Arrays, cotangents: Arrays) -> tuple[Arrays]:
+    return (_second(saved, cotangents, spec),)
 
 
 gradient.defvjp(_gradient_forward, _gradient_backward)

@@ -64,6 +64,30 @@ def cuda_capabilities() -> list[tuple[int, int]]:
     return [(int(major), int(minor)) for major, minor in (capability.split(".") for capability in found)]
 
 
+def devices_are_known() -> bool:
+    """Whether JAX's backends run already. Before that nothing here may start them: jax.distributed.initialize would
+    fail."""
+    from jax._src import xla_bridge
+
+    return xla_bridge.backends_are_initialized()
+
+
+def shared_memory_is_small() -> bool:
+    """Whether a block of the local GPU has less than the 227 KB of Hopper."""
+    if _import_error is not None:
+        return False
+    from jax.experimental.mosaic.gpu import core
+
+    bounds = [getattr(device, "shared_memory_per_block_optin", None) for device in jax.local_devices()]
+    bounds.append(getattr(core, "_SMEM_SIZE_BOUND", None))  # artificial_shared_memory_limit, for tests
+    return any(bound is not None and bound < 227 * 1024 for bound in bounds)
+
+
+def exceeds_shared_memory(error: ValueError) -> bool:
+    """Mosaic GPU says so while it lowers, of the local GPU, of 227 KB without one."""
+    return "exceeds available shared memory" in str(error)
+
+
 # --- manual axes: inside jax.shard_map ------------------------------------------------------------------------------
 
 
@@ -71,22 +95,158 @@ def _varying(value: jax.Array) -> frozenset[str]:
     return jax.typeof(value).manual_axis_type.varying
 
 
+def missing_axes(operand: jax.Array, like: jax.Array) -> tuple[str, ...]:
+    """The mesh axes over which `like` varies and `operand` does not."""
+    return tuple(sorted(_varying(like) - _varying(operand)))
+
+
 def vary_alike(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Inside shard_map, operands that vary over the same mesh axes, as a kernel needs; the cast's transpose sums a
-    replicated weight's gradient over the shards."""
+    """Inside shard_map, rows that vary over the same mesh axes, those of the weight among them; the cast's transpose
+    sums the gradient of replicated rows over the shards."""
     axes = frozenset[str]().union(*map(_varying, operands.values()))
 
-    def cast(value: jax.Array) -> jax.Array:
-        missing = tuple(sorted(axes - _varying(value)))
+    def cast(name: str, value: jax.Array) -> jax.Array:
+        missing = () if name == "weight" else tuple(sorted(axes - _varying(value)))
         return lax.pcast(value, missing, to="varying") if missing else value
 
-    return {name: cast(value) for name, value in operands.items()}
+    return {name: cast(name, value) for name, value in operands.items()}
+
+
+def vmapped_mesh_axes() -> frozenset[str]:
+    """Explicit axes over which the members of a vmap around lie; a shard_map inside may not name them."""
+    from jax._src import core
+
+    return frozenset(core.get_axis_env().explicit_mesh_axis_names)
+
+
+def spans_devices(context: Any) -> bool:
+    """Whether what is lowered here still is to be partitioned: of a program of several devices, outside a shard_map
+    over all mesh axes. `context` is that of a lowering rule."""
+    axes = context.module_context.axis_context
+    if hasattr(axes, "manual_axes"):  # SPMDAxisContext
+        sizes = dict(axes.mesh.shape)
+        return math.prod(size for name, size in sizes.items() if name not in axes.manual_axes) > 1
+    return getattr(axes, "num_devices", 1) > 1  # ShardingContext, or pmap's
 
 
 def vary_like(result: jax.Array, operand: jax.Array) -> jax.Array:
     """A kernel's result, of which Pallas forgets the mesh axes over which its operands vary."""
-    axes = tuple(sorted(_varying(operand) - _varying(result)))
+    axes = missing_axes(result, operand)
     return lax.pcast(result, axes, to="varying") if axes else result
+
+
+# --- Auto axes: a kernel between the partitioner's collectives --------------------------------------------------------
+
+
+def _as_used(sharding: Any, shape: Any, config: Any) -> Any:
+    del shape, config
+    return sharding
+
+
+def register_partitioner(name: str, partition: Callable[..., Any], infer: Callable[..., Any]) -> None:
+    """`partition` for custom calls to `name`, in this process's compiler and in those of plugins."""
+    from jax._src import xla_bridge
+    from jax._src.lib import xla_client
+
+    register = functools.partial(
+        xla_client.register_custom_call_partitioner,
+        name=name,
+        prop_user_sharding=_as_used,
+        partition=partition,
+        infer_sharding_from_operands=infer,
+        can_side_effecting_have_replicated_sharding=True,
+    )
+    register()
+    xla_bridge.register_plugin_callbacks(register)
+
+
+def partitioned_call(
+    context: Any, values: Sequence[Any], *, target: str, config: str, rule: str, replicated: tuple[str, ...]
+) -> Any:
+    """A custom call for the partitioner of that name, with Shardy's rule for how shardings spread."""
+    from jax._src.custom_partitioning_sharding_rule import sdy_sharding_rule_to_mlir, str_to_sdy_sharding_rule
+    from jax.interpreters import mlir
+    from jaxlib.mlir.dialects import stablehlo
+
+    def types(avals: Sequence[Any]) -> list[Any]:
+        return [mlir.aval_to_ir_type(context.module_context, aval) for aval in avals]
+
+    results = types(context.avals_out)
+    call = stablehlo.CustomCallOp(
+        results,
+        list(values),
+        call_target_name=ir.StringAttr.get(target),
+        has_side_effect=ir.BoolAttr.get(False),
+        api_version=mlir.i32_attr(2),
+        called_computations=ir.ArrayAttr.get([]),
+        backend_config=ir.StringAttr.get(config),
+        operand_layouts=None,
+        result_layouts=None,
+    )
+    parsed = str_to_sdy_sharding_rule(rule, need_replication_factors=replicated)
+    call.attributes["sdy.sharding_rule"] = sdy_sharding_rule_to_mlir(parsed, types(context.avals_in), results)
+    return call.results
+
+
+def local_program(
+    function: Callable[..., Any], structs: Sequence[jax.ShapeDtypeStruct], shards: tuple[str, int], platform: str
+) -> bytes:
+    """`function` of the local operands as the partitioner takes it; `shards` names the axis of all devices."""
+    from jax._src import core
+    from jax._src.interpreters import mlir
+    from jax.interpreters.mlir import SPMDAxisContext
+
+    axis, size = shards
+    mesh: Any = jax.sharding.AbstractMesh((size,), (axis,))  # where the devices are, nobody asks
+    with core.extend_axis_env_nd([shards]):
+        closed = jax.make_jaxpr(function, axis_env=[shards])(*structs)
+        module = mlir.build_mlir_module_helper(
+            closed,
+            name="pallas_norm",
+            platforms=[platform],
+            backend=None,
+            axis_context=SPMDAxisContext(mesh, frozenset([axis])),
+        )
+    return mlir.module_to_bytecode(module)
+
+
+def tiling(sharding: Any, rank: int, devices: int) -> Any:
+    """The devices of an HloSharding as an array: `rank` axes of tiles, one of replicas, one of manual axes."""
+    import numpy as np
+
+    if sharding is None or sharding.is_replicated():
+        return np.arange(devices).reshape([1] * rank + [devices, 1])
+    if sharding.is_manual():
+        return np.arange(devices).reshape([1] * rank + [1, devices])
+    found = np.array(sharding.tile_assignment_devices()).reshape(sharding.tile_assignment_dimensions())
+    kinds = [str(kind).rpartition(".")[2] for kind in sharding.subgroup_types()]
+    if sharding.replicate_on_last_tile_dim() and not kinds:
+        kinds = ["REPLICATED"]
+    rest = range(rank, found.ndim)
+    manual = [axis for axis, kind in zip(rest, kinds, strict=True) if kind == "MANUAL"]
+    others = [axis for axis in rest if axis not in manual]
+    sizes = [math.prod(found.shape[axis] for axis in axes) for axes in (others, manual)]
+    return found.transpose([*range(rank), *others, *manual]).reshape([*found.shape[:rank], *sizes])
+
+
+def from_tiling(devices: Any) -> Any:
+    """The HloSharding of what `tiling` gives."""
+    from jax._src.lib import xla_client
+
+    if math.prod(devices.shape[:-2]) == 1 and devices.shape[-1] == 1:
+        return xla_client.HloSharding.replicate()
+    proto = xla_client.OpSharding()
+    proto.type = xla_client.OpSharding.Type.OTHER
+    proto.tile_assignment_dimensions = list(devices.shape)
+    proto.tile_assignment_devices = [int(device) for device in devices.reshape(-1)]
+    proto.last_tile_dims = [xla_client.OpSharding.Type.REPLICATED, xla_client.OpSharding.Type.MANUAL]
+    return xla_client.HloSharding.from_proto(proto)
+
+
+def tuple_of_shardings(shape: Any, shardings: Sequence[Any]) -> Any:
+    from jax._src.lib import xla_client
+
+    return xla_client.HloSharding.tuple_sharding(shape, list(shardings)) if shape.is_tuple() else shardings[0]
 
 
 # --- reading and writing blocks -------------------------------------------------------------------------------------

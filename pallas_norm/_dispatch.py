@@ -1,31 +1,28 @@
 """Which path a call takes: a documented rule of n, platform and JAX version, the same rounding on every path.
 
 With implementation=None the choice is made when the program is lowered, for each platform it is lowered for: the
-Mosaic GPU kernel for CUDA, the reference elsewhere. Where n has no kernel, where this JAX cannot build one, or where
-a local GPU is older than Hopper, CUDA takes the reference too.
+Mosaic GPU kernel for CUDA, the reference elsewhere. Where n has no kernel, where this JAX cannot build one, where a
+local GPU is older than Hopper or has too little shared memory for the plan, or where a row is split over devices, CUDA
+takes the reference too. Tracing asks no device.
 """
-
-# pyright: reportUnknownVariableType=false
-# (lax.platform_dependent has few types.)
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
+import json
+import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
-from . import _backward, _compat, _forward, reference
+from . import _backward, _compat, _forward, _lowering, reference
 from ._plan import Plan
 from ._spec import Spec
 from .regimes import LARGEST_N, SMALLEST_N, backward_plan_for, plan_for
 
 Arrays = dict[str, jax.Array]
-Function = Callable[[Arrays], Arrays]
+
+COLUMNS, PER_ROW = ("weight", "dweight"), ("rstd",)  # (n,) and (...,); everything else is whole rows, (..., n)
 
 NEEDED_CAPABILITY = (9, 0)
 
@@ -66,7 +63,17 @@ def no_gpu() -> str | None:
     return None
 
 
-def explain(n: int, dtype: jax.typing.DTypeLike, implementation: str | None) -> Explanation:
+def _by_xla(reason: str) -> Explanation:
+    return Explanation("xla", "xla", f"{reason}, so XLA compiles the reference, with the same rounding", None)
+
+
+def _older_gpu() -> str | None:
+    """Why a GPU of this process cannot run the kernels, where it has one."""
+    return no_gpu() if _compat.cuda_capabilities() else None
+
+
+def _planned(n: int, dtype: jax.typing.DTypeLike, implementation: str | None) -> Explanation:
+    """The path as far as it is known without a device."""
     if implementation == "xla":
         return Explanation("xla", "xla", 'implementation="xla" was asked for', None)
     reason = no_kernel_for(n)
@@ -78,10 +85,8 @@ def explain(n: int, dtype: jax.typing.DTypeLike, implementation: str | None) -> 
         return Explanation(
             implementation, implementation, f'implementation="{implementation}" was asked for', plan_for(n, dtype)
         )
-    if reason is None and _compat.cuda_capabilities():
-        reason = no_gpu()
     if reason is not None:
-        return Explanation("xla", "xla", f"{reason}, so XLA compiles the reference, with the same rounding", None)
+        return _by_xla(reason)
     plan = plan_for(n, dtype)
     why = (
         f"{plan.regime.value} kernel for n = {n}, chosen when the program is lowered; "
@@ -90,67 +95,118 @@ def explain(n: int, dtype: jax.typing.DTypeLike, implementation: str | None) -> 
     return Explanation("mosaic_gpu", "xla", why, plan)
 
 
-def _require_gpu() -> None:
-    """A forced kernel that cannot run raises here, not in the middle of a compilation."""
-    if (reason := no_gpu()) is not None:
-        raise NotImplementedError(
-            f'implementation="mosaic_gpu" cannot run: {reason}; pass implementation=None to let XLA compile the '
-            "reference where there is no such GPU"
-        )
+def explain(n: int, dtype: jax.typing.DTypeLike, implementation: str | None) -> Explanation:
+    path = _planned(n, dtype, implementation)
+    if (path.cuda, path.elsewhere) != ("mosaic_gpu", "xla"):
+        return path
+    if (reason := _older_gpu()) is not None:
+        return _by_xla(reason)
+    assert path.plan is not None
+    if (
+        reason := _lowering.too_large(Call("forward", ("x",), Spec()), jax.ShapeDtypeStruct((1, n), dtype))
+    ) is not None:
+        return _by_xla(reason)
+    return path
 
 
-def _choose(by_kernel: Callable[..., Arrays], by_reference: Function, operands: Arrays, spec: Spec) -> Arrays:
-    rows, n = operands["x"].shape
-    path = explain(n, operands["x"].dtype, spec.implementation)
-    if path.cuda == path.elsewhere == "mosaic_gpu":
-        _require_gpu()
-    if rows == 0 or path.plan is None:
-        return by_reference(operands)
-    kernel = functools.partial(by_kernel, interpret=path.cuda == "interpret")
-    if path.cuda == path.elsewhere:
-        return kernel(operands)
-    return lax.platform_dependent(operands, cuda=kernel, default=by_reference)
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One pass over rows, as a value: what `_lowering` chooses a path for, and `_partitioning` writes into programs."""
 
+    operation: str  # "forward" or "backward"
+    names: tuple[str, ...]  # of the operands
+    spec: Spec
+    with_rstd: bool = False
+    with_dweight: bool = False
+    dweight_dtype: str = "float32"
 
-def forward(operands: Arrays, spec: Spec, *, with_rstd: bool) -> Arrays:
-    """y, with a residual also s, on request rstd; of x (rows, n), and where given residual and weight."""
+    @property
+    def results(self) -> tuple[str, ...]:
+        if self.operation == "forward":
+            found = ["y", *(["s"] if "residual" in self.names else []), *(["rstd"] if self.with_rstd else [])]
+        else:
+            found = ["dx", *(["dweight"] if self.with_dweight else [])]
+        return tuple(found)
 
-    def by_reference(operands: Arrays) -> Arrays:
-        x, residual, weight = operands["x"], operands.get("residual"), operands.get("weight")
-        s = {} if residual is None else {"s": reference.add(x, residual)}
-        y, rstd = reference.forward(s.get("s", x), weight, eps=spec.eps, **spec.rounding)
-        return {"y": y, **s, **({"rstd": rstd} if with_rstd else {})}
+    def encoded(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
-    def by_kernel(operands: Arrays, *, interpret: bool) -> Arrays:
-        x = operands["x"]
-        plan = plan_for(x.shape[1], x.dtype, residual="residual" in operands)
-        return _forward.forward(operands, plan=plan, spec=spec, with_rstd=with_rstd, interpret=interpret)
+    @staticmethod
+    def decoded(text: str) -> Call:
+        fields = json.loads(text)
+        spec = Spec(**fields["spec"] | {"axis_name": tuple(fields["spec"]["axis_name"])})
+        return Call(**fields | {"names": tuple(fields["names"]), "spec": spec})
 
-    return _choose(by_kernel, by_reference, operands, spec)
-
-
-def backward(operands: Arrays, spec: Spec, *, with_dweight: bool, dweight_dtype: Any = jnp.float32) -> Arrays:
-    """dx, on request dweight, rounded to dweight_dtype; of x (rows, n), rstd, dy, and where given weight and ds."""
-
-    def by_reference(operands: Arrays) -> Arrays:
-        x, rstd, dy = operands["x"], operands["rstd"], operands["dy"]
-        dx = reference.input_gradient(x, operands.get("weight"), rstd, dy, operands.get("ds"), **spec.rounding)
-        gradients = {"dx": dx}
-        if with_dweight:
+    def by_reference(self, operands: Arrays) -> Arrays:
+        """Of operands with any leading axes."""
+        x, spec = operands["x"], self.spec
+        if self.operation == "forward":
+            residual, weight = operands.get("residual"), operands.get("weight")
+            s = {} if residual is None else {"s": reference.add(x, residual)}
+            options = spec.rounding | spec.split
+            y, rstd = reference.forward(s.get("s", x), weight, eps=spec.eps, **options)
+            return {"y": y, **s, **({"rstd": rstd} if self.with_rstd else {})}
+        rstd, dy, options = operands["rstd"], operands["dy"], spec.rounding | spec.split
+        gradients = {"dx": reference.input_gradient(x, operands.get("weight"), rstd, dy, operands.get("ds"), **options)}
+        if self.with_dweight:
             exact = reference.weight_gradient(x, rstd, dy, cast_before_scale=spec.cast_before_scale)
-            gradients["dweight"] = reference.round_to(exact, dweight_dtype)
+            gradients["dweight"] = reference.round_to(exact, self.dweight_dtype)
         return gradients
 
-    def by_kernel(operands: Arrays, *, interpret: bool) -> Arrays:
-        x, dy = operands["x"], operands["dy"]
-        plan = backward_plan_for(x.shape[1], x.dtype, dy_dtype=dy.dtype, residual="ds" in operands)
+    def by_kernel(self, operands: Arrays, *, interpret: bool = False) -> Arrays:
+        """As by_reference; the kernels take rows (rows, n)."""
+        *batch, n = operands["x"].shape
+        rows = math.prod(batch)
+
+        def shape(name: str, *leading: int) -> tuple[int, ...]:
+            return (n,) if name in COLUMNS else leading if name in PER_ROW else (*leading, n)
+
+        flat = {name: value.reshape(shape(name, rows)) for name, value in operands.items()}
+        found = self._by_kernel(flat, interpret=interpret)
+        return {name: value.reshape(shape(name, *batch)) for name, value in found.items()}
+
+    def _by_kernel(self, operands: Arrays, *, interpret: bool) -> Arrays:
+        x, spec = operands["x"], self.spec
+        if self.operation == "forward":
+            plan = plan_for(x.shape[1], x.dtype, residual="residual" in operands)
+            return _forward.forward(operands, plan=plan, spec=spec, with_rstd=self.with_rstd, interpret=interpret)
+        plan = backward_plan_for(x.shape[1], x.dtype, dy_dtype=operands["dy"].dtype, residual="ds" in operands)
         return _backward.backward(
             operands,
             plan=plan,
             spec=spec,
-            with_dweight=with_dweight,
-            dweight_dtype=dweight_dtype,
+            with_dweight=self.with_dweight,
+            dweight_dtype=self.dweight_dtype,
             interpret=interpret,
         )
 
-    return _choose(by_kernel, by_reference, operands, spec)
+    def refused(self) -> str | None:
+        """Why no kernel can run on the GPUs here, asked when a program is lowered for CUDA."""
+        return _older_gpu() if _compat.devices_are_known() else None
+
+    def run(self, operands: Arrays) -> Arrays:
+        x, forced = operands["x"], self.spec.implementation
+        path = _planned(x.shape[-1], x.dtype, forced)
+        if self.spec.axis_name and forced in ("mosaic_gpu", "interpret"):
+            axes = ", ".join(self.spec.axis_name)
+            raise NotImplementedError(
+                f'implementation="{forced}" cannot run: the rows are split over the mesh axes {axes}, and a kernel '
+                "needs whole rows; pass implementation=None, or gather the last axis of x first"
+            )
+        if self.spec.axis_name or path.plan is None or math.prod(x.shape[:-1]) == 0:
+            return self.by_reference(operands)
+        if forced == "interpret":
+            return self.by_kernel(operands, interpret=True)
+        return _lowering.chosen(self, operands)
+
+
+def forward(operands: Arrays, spec: Spec, *, with_rstd: bool) -> Arrays:
+    """y, with a residual also s, on request rstd; of x (..., n), and where given residual and weight."""
+    return Call("forward", tuple(operands), spec, with_rstd=with_rstd).run(operands)
+
+
+def backward(operands: Arrays, spec: Spec, *, with_dweight: bool, dweight_dtype: Any = "float32") -> Arrays:
+    """dx, on request dweight, rounded to dweight_dtype; of x (..., n), rstd, dy, and where given weight and ds."""
+    name = jax.numpy.dtype(dweight_dtype).name
+    call = Call("backward", tuple(operands), spec, with_dweight=with_dweight, dweight_dtype=name)
+    return call.run(operands)

@@ -102,6 +102,13 @@ def _array(name: str, value: Any) -> jax.Array:
     return jnp.asarray(value)
 
 
+def _settled(value: jax.Array, other: jax.Array) -> jax.Array:
+    """JAX's own rule for x * weight: what was made of Python numbers alone (jnp.full(n, 0.7)) has a weak dtype, which
+    gives way to that of the other operand."""
+    weak, weak_other = jax.typeof(value).weak_type, jax.typeof(other).weak_type
+    return value.astype(other.dtype) if weak and not weak_other else value
+
+
 def given(name: str, value: Any) -> None:
     if value is None:
         raise TypeError(f"{name} is None; needed an array: call rms_norm where there is nothing to add")
@@ -113,7 +120,9 @@ def arrays(x: Any, residual: Any, weight: Any) -> dict[str, jax.Array]:
     x = operands["x"]
     rows("x", x)
     if residual is not None:
-        operands["residual"] = residual = _array("residual", residual)
+        residual = _array("residual", residual)
+        x = operands["x"] = _settled(x, residual)
+        operands["residual"] = residual = _settled(residual, x)
         if residual.shape != x.shape or residual.dtype != x.dtype:
             error = ValueError if residual.shape != x.shape else TypeError
             raise error(
@@ -121,7 +130,7 @@ def arrays(x: Any, residual: Any, weight: Any) -> dict[str, jax.Array]:
                 "broadcast or cast it first"
             )
     if weight is not None:
-        operands["weight"] = weight = _array("weight", weight)
+        operands["weight"] = weight = _settled(_array("weight", weight), x)
         if weight.shape != x.shape[-1:]:
             raise ValueError(
                 f"weight has shape {weight.shape} but the last axis of x has length {x.shape[-1]} (x: {describe(x)}); "
@@ -167,6 +176,13 @@ def flag(name: str, value: Any) -> bool:
     if type(value) not in (bool, np.bool_):
         raise TypeError(f"{name} is {describe(value)}; needed True or False")
     return bool(value)
+
+
+def axis_name(value: Any) -> tuple[str, ...]:
+    names: tuple[Any, ...] = () if value is None else value if isinstance(value, tuple) else (value,)  # pyright: ignore[reportUnknownVariableType]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"axis_name is {_shown(value)}; needed the name of a mesh axis, or a tuple of names")
+    return names
 
 
 def weight_offset(value: Any, weight: Any) -> float:

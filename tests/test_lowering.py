@@ -174,11 +174,10 @@ def test_one_traced_program_can_be_lowered_for_each_platform() -> None:
     assert kernels == [1, 0]
 
 
-def test_a_program_for_both_platforms_at_once_is_refused_by_jax_unless_it_has_no_kernel() -> None:
-    """A limit of Pallas Mosaic GPU, up to JAX 0.12; the day it falls, this test says so."""
+def test_a_program_for_both_platforms_at_once_has_the_kernel_for_one_of_them() -> None:
+    """Pallas Mosaic GPU refuses to be lowered for several platforms; here it is lowered for CUDA only."""
     x, both = array(ROWS, 256, dtype="bfloat16"), {"lowering_platforms": ("cuda", "cpu")}
-    with pytest.raises(NotImplementedError, match=r"^mpmd_map does not support multi-platform lowering$"):
-        jax.jit(rms_norm).trace(x).lower(**both)
+    assert kernels_in(jax.jit(rms_norm).trace(x).lower(**both).as_text()) == 1
     by_xla = jax.jit(lambda x: rms_norm(x, implementation="xla")).trace(x).lower(**both)
     assert kernels_in(by_xla.as_text()) == 0
 

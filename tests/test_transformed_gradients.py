@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_norm
@@ -102,13 +102,14 @@ def rematerialised(implementation: str, policy: Any = None) -> Function:
     return jax.jit(run)
 
 
-def devices() -> Mesh:
+def devices(kind: AxisType = AxisType.Auto) -> Mesh:
     found = jax.devices()
-    return Mesh(np.array(found[: 8 if len(found) >= 8 else 1]), ("data",))
+    found = found[: 8 if len(found) >= 8 else 1]
+    return jax.make_mesh((len(found),), ("data",), axis_types=(kind,), devices=found)
 
 
-def sharded(run: Function) -> Function:
-    rows, columns = (NamedSharding(devices(), spec) for spec in (P("data"), P()))
+def sharded(run: Function, kind: AxisType = AxisType.Auto) -> Function:
+    rows, columns = (NamedSharding(devices(kind), spec) for spec in (P("data"), P()))
 
     def call(x: Any, weight: Any, dy: Any) -> Results:
         return jax.jit(run)(jax.device_put(x, rows), jax.device_put(weight, columns), jax.device_put(dy, rows))
@@ -145,6 +146,8 @@ COMPILED: dict[str, Callable[[str], Function]] = {
     "remat that saves rstd": functools.partial(rematerialised, policy=SAVE_RSTD),
     "vmap of remat": lambda path: by_members(4, vmapped, rematerialised(path)),
     "rows on eight devices": lambda path: sharded(gradients(path)),
+    "rows on an explicit mesh": lambda path: sharded(gradients(path), AxisType.Explicit),
+    "remat on an explicit mesh": lambda path: sharded(rematerialised(path), AxisType.Explicit),
     "remat on eight devices": lambda path: sharded(rematerialised(path)),
     "shard_map": lambda path: in_shard_map(gradients(path)),
     "vmap in shard_map": lambda path: in_shard_map(by_members(2, vmapped, gradients(path))),
@@ -183,15 +186,15 @@ def test_a_transformation_of_a_compiled_program_changes_no_bit(path: str, name: 
 
 WRONG = {
     "dweight not summed over the devices": (
-        Rewrite("_transforms", "lax.psum(results[name], tuple(axes))", "results[name]"),
-        "rows on eight devices",
+        Rewrite("_transforms", 'lax.psum(results["dweight"], summed_over)', 'results["dweight"]'),
+        "rows on an explicit mesh",
     ),
     "dweight of a member times another's dy": (
         Rewrite("_transforms", "jax.vmap(dweight)(*rows)", "jax.vmap(dweight)(rows[0], rows[1], rows[2][::-1])"),
         "vmap",
     ),
     "a member takes another's weight": (
-        Rewrite("_transforms", "lax.map(batched, whole)", 'lax.map(batched, whole | {"x": whole["x"][::-1]})'),
+        Rewrite("_transforms", "y = unit * _scale_of_members(weight", "y = unit * _scale_of_members(weight[::-1] * 3"),
         "vmap, a weight each",
     ),
     "dweight counted twice": (

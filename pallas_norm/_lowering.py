@@ -1,0 +1,116 @@
+"""What runs is decided when a program is lowered, for each platform: a primitive with a rule for CUDA and one for the
+rest. Tracing it asks no device, and traces no kernel.
+"""
+
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false, reportUntypedFunctionDecorator=false
+# (Primitives and lowering rules have no types.)
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Protocol
+
+import jax
+import jax.extend.core
+from jax.interpreters import mlir
+
+from . import _compat, _partitioning
+
+Arrays = dict[str, jax.Array]
+
+
+class Call(Protocol):
+    """As `_dispatch.Call`."""
+
+    names: tuple[str, ...]
+    spec: Any
+
+    @property
+    def results(self) -> tuple[str, ...]: ...
+    def by_reference(self, operands: Arrays) -> Arrays: ...
+    def by_kernel(self, operands: Arrays) -> Arrays: ...
+    def refused(self) -> str | None: ...
+
+
+_chosen = jax.extend.core.Primitive("pallas_norm")
+_chosen.multiple_results = True
+
+
+def chosen(call: Any, operands: Arrays) -> Arrays:
+    """call.by_kernel(operands) where that can run, else call.by_reference(operands)."""
+    values = [operands[name] for name in call.names]
+    reference = jax.make_jaxpr(functools.partial(_flat, call, "by_reference"))(*values)
+    return dict(zip(call.results, _chosen.bind(*values, call=call, reference=reference), strict=True))
+
+
+def _flat(call: Any, way: str, *values: jax.Array) -> list[jax.Array]:
+    found = getattr(call, way)(dict(zip(call.names, values, strict=True)))
+    return [found[name] for name in call.results]
+
+
+@_chosen.def_abstract_eval
+def _abstract_eval(*_: Any, call: Any, reference: Any) -> Any:
+    del call
+    return reference.out_avals
+
+
+@_chosen.def_impl
+def _impl(*values: Any, **params: Any) -> Any:
+    with jax.disable_jit(False):  # noqa: FBT003  only there a primitive meets arrays
+        return jax.jit(functools.partial(_chosen.bind, **params))(*values)
+
+
+def _cannot_run(reason: str) -> NotImplementedError:
+    return NotImplementedError(
+        f'implementation="mosaic_gpu" cannot run: {reason}; pass implementation=None to let XLA compile the reference '
+        "where there is no such GPU"
+    )
+
+
+def _by_reference(context: Any, *values: Any, call: Any, reference: Any) -> Any:
+    if call.spec.implementation == "mosaic_gpu":
+        none = not _compat.cuda_capabilities()
+        raise _cannot_run("this process has no CUDA device" if none else "the program is lowered for another platform")
+    return mlir.lower_fun(jax.extend.core.jaxpr_as_fun(reference))(context, *values)
+
+
+def _by_kernel(context: Any, *values: Any, call: Any, reference: Any) -> Any:
+    forced = call.spec.implementation == "mosaic_gpu"
+    kernel = mlir.lower_fun(functools.partial(_flat, call, "by_kernel"))
+    x = context.avals_in[call.names.index("x")]
+    reason = call.refused()
+    if reason is None:
+        if not all(isinstance(size, int) for size in x.shape):
+            rows = ", ".join(map(str, x.shape[:-1]))
+            raise NotImplementedError(
+                f"x has {rows} rows, a number that this program does not know, and a kernel's grid is compiled for its "
+                'rows; export one program for each number of rows, or pass implementation="xla"'
+            )
+        if _compat.spans_devices(context):
+            return _partitioning.lowered(context, values, call)
+        try:
+            return kernel(context, *values)
+        except ValueError as error:
+            if not _compat.exceeds_shared_memory(error):
+                raise
+            reason = f"its plan for n = {x.shape[-1]} takes more shared memory than the GPU has ({error})"
+    if forced:
+        raise _cannot_run(reason)
+    return mlir.lower_fun(jax.extend.core.jaxpr_as_fun(reference))(context, *values)
+
+
+mlir.register_lowering(_chosen, _by_reference)
+mlir.register_lowering(_chosen, _by_kernel, platform="cuda")
+
+
+def too_large(call: Any, x: jax.ShapeDtypeStruct) -> str | None:
+    """Why the local GPU cannot hold the kernel's shared memory; None if it can, or if there is none."""
+    if not _compat.shared_memory_is_small():
+        return None
+    try:
+        jax.jit(functools.partial(_flat, call, "by_kernel")).trace(x).lower(lowering_platforms=("cuda",))
+    except ValueError as error:
+        if not _compat.exceeds_shared_memory(error):
+            raise
+        return f"the kernel for n = {x.shape[-1]} takes more shared memory than the GPU has"
+    return None

@@ -1,0 +1,139 @@
+"""Auto mesh axes on CUDA: only the partitioner knows how operands lie, so it is asked while the program is compiled.
+
+Not jax.experimental.custom_partitioning: that writes the address of a Python object into the program, which no cache
+and no other process can use, and wants one concrete mesh for the whole program. Here the call's description is in the
+program, and the devices come from the operands' own shardings.
+
+Each device works on its own rows. Where the last axis is split, XLA compiles the reference for the shards, with a psum
+of (rows,), and gathers nothing.
+"""
+
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+# (The compiler's shapes and shardings have no types.)
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import _compat, reference
+from ._sharding import COLUMNS, PER_ROW
+
+TARGET = "pallas_norm"
+SHARDS = "shards"  # the axis of all devices, in the order of their numbers in the program
+
+_decode: Callable[[str], Any] | None = None
+
+
+@functools.cache
+def _register(decode: Callable[[str], Any]) -> None:
+    """Once in a process, when a program first needs it."""
+    global _decode
+    _decode = decode
+    _compat.register_partitioner(TARGET, _partition, _infer)
+
+
+def lowered(context: Any, values: Sequence[Any], call: Any) -> Any:
+    """The call, still to be partitioned, in the program that is being lowered."""
+    _register(type(call).decoded)
+    rank = len(context.avals_in[call.names.index("x")].shape)
+    batch = " ".join(f"b{axis}" for axis in range(rank - 1))
+
+    def factors(name: str) -> str:
+        return "columns" if name in COLUMNS else batch if name in PER_ROW else f"{batch} n"
+
+    def side(names: Sequence[str]) -> str:
+        return ", ".join(factors(name) for name in names)
+
+    # The weight's factor is its own: a weight that lies split over the columns (FSDP) must not split the rows of x.
+    replicated = ("columns",) if {*call.names, *call.results} & {*COLUMNS} else ()
+    return _compat.partitioned_call(
+        context,
+        values,
+        target=TARGET,
+        config=call.encoded(),
+        rule=f"{side(call.names)} -> {side(call.results)}",
+        replicated=replicated,
+    )
+
+
+def _sharding(name: str, rows: Any) -> Any:
+    """Of an operand or a result, from the tiling of x: (rows..., columns, replicas, manual)."""
+    if name in PER_ROW:
+        *tiles, replicas, manual = rows.shape
+        rows = rows.reshape(*tiles[:-1], tiles[-1] * replicas, manual)
+    elif name in COLUMNS:
+        *batch, columns, replicas, manual = rows.shape
+        order = [len(batch), *range(len(batch)), len(batch) + 1, len(batch) + 2]
+        rows = rows.transpose(order).reshape(columns, math.prod(batch) * replicas, manual)
+    return _compat.from_tiling(rows)
+
+
+def _groups(rows: Any, axes: range) -> list[list[int]]:
+    """The devices that differ in these axes of the tiling only."""
+    others = [axis for axis in range(rows.ndim) if axis not in axes]
+    moved = rows.transpose([*others, *axes])
+    return moved.reshape(-1, math.prod(rows.shape[axis] for axis in axes)).tolist()
+
+
+def _tiles(call: Any, arg_shapes: Sequence[Any], arg_shardings: Sequence[Any]) -> Any:
+    at = call.names.index("x")
+    given = [sharding for sharding in arg_shardings if sharding is not None and not sharding.is_replicated()]
+    devices = max([math.prod(sharding.tile_assignment_dimensions()) for sharding in given], default=1)
+    return _compat.tiling(arg_shardings[at], len(arg_shapes[at].dimensions()), devices)
+
+
+def _local(call: Any, rows: Any) -> Callable[..., Any]:
+    """What a device does with its operands."""
+    rank = rows.ndim - 2
+    shared_out, split = (_groups(rows, axes) for axes in (range(rank - 1), range(rank - 1, rank)))
+    dtype = call.dweight_dtype
+    part = dataclasses.replace(call, dweight_dtype="float32") if len(shared_out[0]) > 1 else call
+    is_split = len(split[0]) > 1
+    if is_split:
+        groups = tuple(map(tuple, split))
+        part = dataclasses.replace(
+            part, spec=dataclasses.replace(part.spec, axis_name=(SHARDS,), axis_index_groups=groups)
+        )
+
+    def run(*values: jax.Array) -> list[jax.Array]:
+        operands = dict(zip(call.names, values, strict=True))
+        results = part.by_reference(operands) if is_split else part.by_kernel(operands)
+        if len(shared_out[0]) > 1 and "dweight" in results:
+            total = lax.psum(results["dweight"], SHARDS, axis_index_groups=shared_out)
+            results["dweight"] = reference.round_to(total, jnp.dtype(dtype))
+        return [results[name] for name in call.results]
+
+    return run
+
+
+def _partition(
+    arg_shapes: Sequence[Any], arg_shardings: Sequence[Any], result_shape: Any, result_sharding: Any, config: bytes
+) -> tuple[bytes, Sequence[Any], Any]:
+    """The compiler's question: a program for one device, and how its operands and results lie."""
+    del result_sharding
+    assert _decode is not None
+    call = _decode(config.decode())
+    rows = _tiles(call, arg_shapes, arg_shardings)
+    operands = [_sharding(name, rows) for name in call.names]
+    structs = [
+        jax.ShapeDtypeStruct(sharding.tile(shape).dimensions(), shape.numpy_dtype())
+        for sharding, shape in zip(operands, arg_shapes, strict=True)
+    ]
+    program = _compat.local_program(_local(call, rows), structs, (SHARDS, rows.size), "cuda")
+    results = [_sharding(name, rows) for name in call.results]
+    return program, operands, _compat.tuple_of_shardings(result_shape, results)
+
+
+def _infer(arg_shapes: Sequence[Any], arg_shardings: Sequence[Any], result_shape: Any, config: bytes) -> Any:
+    assert _decode is not None
+    call = _decode(config.decode())
+    rows = _tiles(call, arg_shapes, arg_shardings)
+    return _compat.tuple_of_shardings(result_shape, [_sharding(name, rows) for name in call.results])

@@ -1,0 +1,45 @@
+"""Equinox: RMSNorm with the constructor, the fields and the dtypes of equinox.nn.RMSNorm. Needs equinox."""
+
+# pyright: reportAttributeAccessIssue=false, reportMissingTypeStubs=false, reportMissingImports=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false, reportUntypedBaseClass=false
+# (equinox is optional.)
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from ._api import rms_norm
+
+_NOTHING = object()
+
+
+class RMSNorm(eqx.nn.RMSNorm):
+    """y = x / sqrt(mean(x^2) + eps) * weight + bias, with the kernels of `pallas_norm.rms_norm`.
+
+    Arguments: those of equinox.nn.RMSNorm: shape, eps, use_weight, use_bias, dtype. As there, x is one member, of
+        `shape`: `jax.vmap(norm)(x)` is one call on all of them.
+
+    Rounding: as Equinox: float32 throughout, one rounding to the dtype of x at the end. Equinox lets JAX order the
+        sum, so a last bit may differ.
+    """
+
+    def __call__(self, x: Any, state: Any = _NOTHING, *, key: Any = None) -> Any:
+        del key
+        if x.shape != self.shape:
+            raise ValueError(
+                f"x has shape {x.shape} but this norm has shape {self.shape}; pass one member, or jax.vmap(norm)(x)"
+            )
+        row = x.reshape(-1)
+        weight = None if self.weight is None else self.weight.reshape(-1)
+        if self.bias is not None and weight is None:
+            row = row.astype(jnp.float32)  # the bias is added before the rounding
+        elif weight is not None and (self.bias is not None or weight.dtype != x.dtype):
+            weight = weight.astype(jnp.float32)
+        y = rms_norm(row, weight, eps=self.eps, cast_before_scale=False)
+        if self.bias is not None:
+            y = y.astype(jnp.float32) + self.bias.reshape(-1).astype(jnp.float32)
+        y = y.reshape(x.shape).astype(x.dtype)
+        return y if state is _NOTHING else (y, state)

@@ -1,0 +1,56 @@
+"""Flax Linen: RMSNorm with the attributes, the parameters and the dtypes of flax.linen.RMSNorm. Needs flax."""
+
+# pyright: reportMissingTypeStubs=false, reportMissingImports=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false, reportUntypedBaseClass=false, reportUntypedFunctionDecorator=false
+# (flax is optional, and has few types.)
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import dtypes
+
+from . import _flax, reference
+from ._api import rms_norm
+from ._spec import Implementation
+
+
+class RMSNorm(nn.RMSNorm):
+    """y = x / sqrt(mean(x^2) + epsilon) * scale over the last axis, with the kernels of `pallas_norm.rms_norm`.
+
+    Attributes: those of flax.linen.RMSNorm, of which `reduction_axes` and `feature_axes` have to be the last axis, and
+        cast_before_scale: False, as Flax computes, multiplies in float32 and rounds once. True rounds before the scale,
+            as Hugging Face's models do.
+        implementation: as for `rms_norm`.
+
+    Rounding: the result has Flax's dtype. The sum, rstd and the products are float32. Flax multiplies rstd by the scale
+        first, so a last bit may differ from Flax's.
+
+    Raises:
+        NotImplementedError: statistics over other axes than the last, with a mask, or not in float32.
+    """
+
+    cast_before_scale: bool = False
+    implementation: Implementation | None = None
+
+    @nn.compact
+    def __call__(self, x: Any, *, mask: Any = None) -> Any:
+        _flax.check(self)
+        _flax.no_mask(mask)
+        scale = self.param("scale", self.scale_init, (x.shape[-1],), self.param_dtype) if self.use_scale else None
+        given = [x] if scale is None else [x, scale]
+        dtype = dtypes.canonicalize_dtype(*given, dtype=self.dtype)
+        narrow = reference.result_dtype(x.dtype, None if scale is None else scale.dtype)
+        if not self.cast_before_scale and narrow not in (dtype, jnp.float32):
+            x = x.astype(jnp.float32)  # one rounding, to `dtype`
+        y = rms_norm(
+            x,
+            scale,
+            eps=self.epsilon,
+            cast_before_scale=self.cast_before_scale,
+            implementation=self.implementation,
+            axis_name=self.axis_name,
+        )
+        return y.astype(dtype)

@@ -1,0 +1,58 @@
+"""Flax NNX: RMSNorm with the constructor, the parameters and the dtypes of flax.nnx.RMSNorm. Needs flax."""
+
+# pyright: reportMissingTypeStubs=false, reportMissingImports=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false, reportUntypedBaseClass=false, reportUnknownParameterType=false
+# (flax is optional, and has few types.)
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+
+from . import _flax
+from ._api import rms_norm
+from ._spec import Implementation
+
+
+class RMSNorm(nnx.RMSNorm):
+    """y = x / sqrt(mean(x^2) + epsilon) * scale over the last axis, with the kernels of `pallas_norm.rms_norm`.
+
+    Arguments: those of flax.nnx.RMSNorm, of which `reduction_axes` and `feature_axes` have to be the last axis, and
+        cast_before_scale: False, as Flax computes, multiplies in float32 and rounds once. True rounds before the scale,
+            as Hugging Face's models do.
+        implementation: as for `rms_norm`.
+
+    Rounding: the dtypes are Flax's: x and scale are promoted to `dtype`, or to each other. The sum, rstd and the
+        products are float32. Flax multiplies rstd by the scale first, so a last bit may differ from Flax's.
+
+    Raises:
+        NotImplementedError: statistics over other axes than the last, or with a mask.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        cast_before_scale: bool = False,
+        implementation: Implementation | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, **options)
+        self.cast_before_scale = cast_before_scale
+        self.implementation = implementation
+        _flax.check(self)
+
+    def __call__(self, x: Any, mask: Any = None) -> Any:
+        _flax.no_mask(mask)
+        scale = None if self.scale is None else self.scale[...]
+        x, scale = self.promote_dtype((x, scale), dtype=self.dtype)
+        return rms_norm(
+            x,
+            scale,
+            eps=self.epsilon,
+            # a module that `patch` replaced was made without these two
+            cast_before_scale=getattr(self, "cast_before_scale", False),
+            implementation=getattr(self, "implementation", None),
+            axis_name=self.axis_name,
+        )
