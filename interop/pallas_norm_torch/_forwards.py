@@ -15,6 +15,8 @@ from torch.nn import functional
 
 from .ops import add_rms_norm, rms_norm
 
+TORCH_EPS = 2.0**-23
+"""What torch.nn.RMSNorm means by None: the epsilon of the dtype that it computes in, float32 for 16 bits too."""
 Forward = Callable[..., torch.Tensor]
 AddNorm = Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -139,7 +141,8 @@ def kimi(self: Any, hidden_states: torch.Tensor, gate: Any = None) -> torch.Tens
 
 
 def torch_rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-    return rms_norm(x, self.weight, self.eps, cast_before_scale=False).to(x.dtype)
+    eps = TORCH_EPS if self.eps is None else self.eps
+    return rms_norm(x, self.weight, eps, cast_before_scale=False).to(x.dtype)
 
 
 def _add_llama(self: Any, hidden_states: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ its source as `patch` does, and computes with the module's own forward where tha
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from ._classes import Row, recognise
 from ._forwards import Forward
+from ._replacing import guarded
 
 # kernels takes the smallest interval that holds the device's capability, and the hub's entries hold all of them.
 CAPABILITIES = (90, 100, 103, 110, 120, 121)
@@ -25,7 +27,8 @@ _forwards: dict[type[Any], Forward] = {}
 
 def _learn(owner: type[Any]) -> Forward:
     row = recognise(owner)
-    _forwards[owner] = row.forward if isinstance(row, Row) and row.forward is not None else owner.forward
+    own = inspect.getattr_static(owner, "forward")
+    _forwards[owner] = guarded(owner, own, row) if isinstance(row, Row) else own
     return _forwards[owner]
 
 

@@ -19,6 +19,7 @@ from transformers.utils.import_utils import is_kernels_available
 
 from pallas_norm_torch import _forwards, _replacing, hub_kernels
 from pallas_norm_torch.huggingface import patch, patched, unpatch
+from tests.interop.launched import kernels_everywhere  # noqa: F401 (a fixture of every test here)
 from tests.interop.tiny_models import (
     build,
     logits,
@@ -164,7 +165,7 @@ def test_kernelize_leaves_patched_norms(named: None) -> None:
     expected = logits(model, "llama")
     hub_kernels.kernelize(model)
     assert "forward" not in vars(model.model.norm)
-    assert type(model.model.norm).forward is _forwards.llama
+    assert type(model.model.norm).forward.ours is _forwards.llama
     assert same(logits(model, "llama"), expected)
     assert unpatch(model).restored == {"LlamaRMSNorm": 5}
 

@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pallas_norm_torch import _classes, _forwards, huggingface
 from pallas_norm_torch._classes import ROWS, Kind, Row
+from tests.interop.launched import kernels_everywhere  # noqa: F401 (a fixture of every test here)
 from tests.interop.norm_classes import F32, N, build, classes_of, found, gemma, imported, llama, unknown
 
 LLAMA = next(digest for digest, row in ROWS.items() if row.example == "LlamaRMSNorm")
@@ -147,7 +148,7 @@ def test_changed_into_another_known_body(tmp_path: pathlib.Path, monkeypatch: py
     )
     module = build(owner, F32)
     assert huggingface.patch(module).replaced == {"LlamaRMSNorm": 1}
-    assert type(module).forward is _forwards.olmo2
+    assert type(module).forward.ours is _forwards.olmo2
 
 
 def test_changed_words_only(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,8 +216,11 @@ def test_the_report_is_words() -> None:
         "model with model.to, or leave it"
     )
     left = f"left 2 LlamaRMSNorm (d and 1 more): {refused}"
-    assert str(huggingface.patch(model)) == f"replaced 3: 1 GemmaRMSNorm, 2 LlamaRMSNorm\n{left}"
-    assert str(huggingface.patch(model)) == f"replaced before 3: 1 GemmaRMSNorm, 2 LlamaRMSNorm\n{left}"
+    where = "3 of them run in their own forward: they are on cpu, and the kernels take CUDA tensors"
+    assert str(huggingface.patch(model)) == (
+        f"replaced 3: 1 GemmaRMSNorm, 2 LlamaRMSNorm\nrecognised by source: GemmaRMSNorm, LlamaRMSNorm\n{where}\n{left}"
+    )
+    assert str(huggingface.patch(model)) == f"replaced before 3: 1 GemmaRMSNorm, 2 LlamaRMSNorm\n{where}\n{left}"
     assert str(huggingface.unpatch(model)) == "restored 3: 1 GemmaRMSNorm, 2 LlamaRMSNorm"
     assert str(huggingface.unpatch(model)) == "found no RMSNorm"
 
