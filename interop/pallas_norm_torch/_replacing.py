@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import _launches
+from . import _computed, _launches
 from ._classes import Row, recognise
 from ._decoder_layers import fused_forward
+from ._forms import Computation
 from ._forwards import RESIDUAL_FORMS, AddNorm
-from ._sources import helpers
+from ._sources import fingerprint, helpers
 
 ORIGINAL = "_pallas_norm_original"  # on a replacing class: the class that it replaces
 REBUILD = "_pallas_norm_rebuild"  # and how pickle finds it again
@@ -114,6 +115,20 @@ def norm_class(owner: type, row: Row) -> type[nn.Module]:
     return _norm_class(owner, inspect.getattr_static(owner, "forward"), row)
 
 
+@functools.cache
+def _computed_class(owner: type, own: Callable[..., Any], computation: Computation) -> type[nn.Module]:
+    hidden = helpers(owner)
+    functions = _computed.Functions(owner, own, hidden, computation)
+    forward = _computed.replacing(owner, own, functions)
+    marked(forward, functions.forward, hidden, functions.takes, functions.add)
+    return _subclass(owner, forward, _new_computed, computation, fingerprint(owner))
+
+
+def computed_class(owner: type, computation: Computation) -> type[nn.Module]:
+    """The class that replaces the norm `owner` where it computes this."""
+    return _computed_class(owner, inspect.getattr_static(owner, "forward"), computation)
+
+
 def layer_class(owner: type) -> type[nn.Module] | str:
     """The class that replaces the decoder layer `owner`, or why there is none."""
     return _layer_class(owner, inspect.getattr_static(owner, "forward", None))
@@ -135,10 +150,10 @@ def is_fused(module: nn.Module) -> bool:
     return original(module) is not None and vars(type(module))[REBUILD][0] is _new_layer
 
 
-def _new(owner: type, replacing: type[nn.Module] | str | None) -> nn.Module:
+def _new(owner: type, replacing: type[nn.Module] | str) -> nn.Module:
     if not isinstance(replacing, type):
         raise pickle.UnpicklingError(
-            f"the pickle holds a patched {owner.__name__}, but here {replacing or 'it is no RMSNorm'}; needed the "
+            f"the pickle holds a patched {owner.__name__}, but here {replacing}; needed the "
             "version of its package that wrote the pickle, or a pickle of the model after unpatch"
         )
     return object.__new__(replacing)
@@ -147,7 +162,12 @@ def _new(owner: type, replacing: type[nn.Module] | str | None) -> nn.Module:
 def _new_norm(owner: type) -> nn.Module:
     """For pickle and deepcopy, as the next."""
     row = recognise(owner)
-    return _new(owner, norm_class(owner, row) if isinstance(row, Row) else row)
+    return _new(owner, norm_class(owner, row) if isinstance(row, Row) else row or "its forward is another")
+
+
+def _new_computed(owner: type, computation: Computation, code: str) -> nn.Module:
+    other = "the code of its forward is other code"
+    return _new(owner, computed_class(owner, computation) if fingerprint(owner) == code else other)
 
 
 def _new_layer(owner: type) -> nn.Module:

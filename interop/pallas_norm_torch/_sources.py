@@ -175,6 +175,13 @@ def read_source(owner: type) -> str | None:
     return None if unread else source
 
 
+def fingerprint(owner: type) -> str:
+    """Of the code of forward and of the methods that it may call, where they have no text."""
+    names = ("forward", *helpers(owner))
+    functions = [inspect.unwrap(inspect.getattr_static(owner, name)) for name in names]
+    return digest(repr([_computes(one.__code__) for one in functions if isinstance(one, types.FunctionType)]))
+
+
 def helpers(owner: type) -> tuple[str, ...]:
     """The methods of the class's own that its forward may call through self. An instance may hide one by an attribute
     of that name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
@@ -11,24 +12,31 @@ from torch import nn
 
 from . import _launches
 from ._changes import Change, apply_all, is_rebound
-from ._classes import Kind, Row, recognise
+from ._classes import Kind, Row
+from ._forms import Computation
 from ._launches import DTYPES
-from ._replacing import ORIGINAL, is_fused, layer_class, norm_class, original
+from ._recognition import Recognised, Recogniser
+from ._replacing import ORIGINAL, is_fused, layer_class, original
 from ._report import Draft
 from ._report import Left as Left
 from ._report import Report as Report
 from ._sources import helpers
 
 REBOUND = "its forward was bound to the instance by something else (kernels, accelerate, Liger?): undo that first"
-BY_SOURCE = "source"
 WRAPPED = "its class was changed again after it had been replaced (fully_shard?): undo that first"
 
 
-def _objection(module: nn.Module, row: Row) -> str | None:
+def _objection(module: nn.Module, what: Row | Computation) -> str | None:
     """What this instance has that its class's replacement cannot take."""
-    weight, eps = getattr(module, "weight", None), getattr(module, row.eps, None)
     if is_rebound(module):
         return REBOUND
+    if hasattr(module, "parametrizations"):
+        return "its weight is parametrized, which changes its class too: remove the parametrization first"
+    return (_row_objection(module, what) if isinstance(what, Row) else None) or shadowing(module)
+
+
+def _row_objection(module: nn.Module, row: Row) -> str | None:
+    weight, eps = getattr(module, "weight", None), getattr(module, row.eps, None)
     if isinstance(weight, torch.Tensor) and (weight.dim() != 1 or weight.dtype not in DTYPES):
         return (
             f"its weight is {weight.dtype} of shape {tuple(weight.shape)}; needed one dimension in bfloat16, float16 "
@@ -40,9 +48,7 @@ def _objection(module: nn.Module, row: Row) -> str | None:
         return "force_float32_reductions is False, so it sums squares in x's dtype; needed float32: set it, or leave it"
     if len(shape := getattr(module, "normalized_shape", (0,))) != 1:
         return f"it normalises {len(shape)} dimensions, {tuple(shape)}, together; needed the last one alone: leave it"
-    if hasattr(module, "parametrizations"):
-        return "its weight is parametrized, which changes its class too: remove the parametrization first"
-    return shadowing(module)
+    return None
 
 
 def shadowing(module: nn.Module) -> str | None:
@@ -65,9 +71,8 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [*model.named_modules()]
 
 
-def _norms(model: nn.Module, draft: Draft) -> Iterator[Change]:
+def _norms(model: nn.Module, recognised: Recogniser, draft: Draft) -> Iterator[Change]:
     """Of the norms that can be replaced, and of those that have been."""
-    recognised: dict[type, Row | str | None] = {}
     for name, module in _modules(model):
         owner = type(module)
         if (before := original(module)) is not None:
@@ -75,16 +80,14 @@ def _norms(model: nn.Module, draft: Draft) -> Iterator[Change]:
                 draft.already[owner.__name__] += 1
                 yield Change(module, before, owner)
             continue
-        if owner not in recognised:
-            recognised[owner] = WRAPPED if hasattr(owner, ORIGINAL) else recognise(owner)
-        row = recognised[owner]
-        reason = _objection(module, row) if isinstance(row, Row) else row
+        found = WRAPPED if hasattr(owner, ORIGINAL) else recognised(module)
+        reason = found if not isinstance(found, Recognised) else _objection(module, found.what)
         if reason is not None:
             draft.left.append(Left(name, owner.__name__, reason))
-        elif isinstance(row, Row):
+        elif isinstance(found, Recognised):
             draft.replaced[owner.__name__] += 1
-            draft.known[owner.__name__] = BY_SOURCE
-            yield Change(module, owner, norm_class(owner, row))
+            draft.known[owner.__name__] = found.way
+            yield Change(module, owner, found.replacing(owner))
 
 
 def _layers(model: nn.Module, norms: Mapping[nn.Module, type[Any]], draft: Draft, *, fuse: bool) -> Iterator[Change]:
@@ -110,9 +113,13 @@ def _layers(model: nn.Module, norms: Mapping[nn.Module, type[Any]], draft: Draft
             draft.left.append(Left(name, owner.__name__, wrapper))
 
 
-def _patch(model: nn.Module, *, fuse_residual: bool) -> tuple[list[Change], Report]:
+Known = Mapping[type, Mapping[str, Any]]
+NOTHING: Known = types.MappingProxyType({})
+
+
+def _patch(model: nn.Module, known: Known, *, fuse_residual: bool) -> tuple[list[Change], Report]:
     draft = Draft()
-    norms = list(_norms(model, draft))
+    norms = list(_norms(model, Recogniser(known), draft))
     layers = _layers(model, {norm.module: norm.after for norm in norms}, draft, fuse=fuse_residual)
     changes = [change for change in (*norms, *layers) if type(change.module) is change.before]
     apply_all(changes)
@@ -120,27 +127,40 @@ def _patch(model: nn.Module, *, fuse_residual: bool) -> tuple[list[Change], Repo
     return changes, draft.report()
 
 
-def patch(model: nn.Module, *, fuse_residual: bool = False) -> Report:
+def patch(model: nn.Module, *, fuse_residual: bool = False, known: Known = NOTHING) -> Report:
     """Computes every known RMSNorm of `model` with `rms_norm`, rounding where the module's own forward does.
+
+    A norm is known by the source of its forward, where that is one of transformers', and otherwise by what it computes:
+    its forward is traced, matched with what `rms_norm` computes, and proved on inputs that separate every rounding.
+    What branches on data or shapes, changes anything, calls other modules or rounds elsewhere is left, with the reason.
 
     Changes the class of those modules to a subclass that overrides forward, and nothing else: parameters, buffers,
     hooks and state_dict stay as they are. A second call changes nothing. Copies and pickles are patched too.
 
+    Where no kernel would be launched the class's own forward runs, so a patched model computes as before: on a CPU, on
+    a GPU that the kernels do not run on, in float64, with DTensors, proxies and other subclasses, in forward mode. The
+    report says which of the two runs. torch.compile and torch.export keep the operator on every device.
+
     Arguments:
         model: a model of transformers, any module that holds norms, or a norm.
         fuse_residual: also replace the forward of Llama-shaped decoder layers, so that `residual + hidden` and the norm
-            after attention are one kernel: `add_rms_norm`, with the bits of the two steps. False takes that back.
+            after attention are one kernel: `add_rms_norm`, with the bits of the two steps. Two steps are taken wherever
+            calling the norm would do more than normalise. False takes that back.
+        known: what classes compute that are not recognised, taken at your word: by class, a dict of `eps` (the name of
+            its attribute, or a number), `weight` (a name, or None), `cast_before_scale` and `weight_offset` as for
+            `rms_norm`. y has x's dtype without cast_before_scale, and otherwise promote_types(x, weight).
 
     Returns:
-        What was replaced, and what looks like an RMSNorm and was left, with the reason: a class whose source is not
-        known, a body that rounds like none of ours, a weight or an eps that the kernel does not take.
+        What was replaced, how it was recognised, where it runs; and what looks like an RMSNorm and was left, with the
+        reason: a forward that computes something else, a weight or an eps that the kernel does not take.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module; `known` has another option.
+        ValueError: `known` gives no eps.
 
     Source: the forwards in transformers 5.17 and 5.23, listed in `_classes.py`.
     """
-    return _patch(model, fuse_residual=fuse_residual)[1]
+    return _patch(model, known, fuse_residual=fuse_residual)[1]
 
 
 def unpatch(model: nn.Module) -> Report:
@@ -168,12 +188,12 @@ def unpatch(model: nn.Module) -> Report:
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, *, fuse_residual: bool = False) -> Generator[Report]:
+def patched(model: nn.Module, *, fuse_residual: bool = False, known: Known = NOTHING) -> Generator[Report]:
     """`patch` on entry; on exit, also after an exception, what it changed is as before. What had been patched stays so.
 
     Arguments, Raises: those of `patch`, whose report is the value.
     """
-    changes, report = _patch(model, fuse_residual=fuse_residual)
+    changes, report = _patch(model, known, fuse_residual=fuse_residual)
     try:
         yield report
     finally:
