@@ -131,6 +131,7 @@ ROWS: dict[str, Row] = {
     "cba6ba41dc15234a": Row(
         Kind.WEIGHTLESS, "Llama4TextL2Norm", "Has no weight, or does not use it (EsmFold2).", forwards.weightless
     ),
+    "2c0d5a3de6fa5022": Row(Kind.WEIGHTLESS, "Inkling2UnweightedRMSNorm", "Of 5.24.", forwards.weightless_states),
     "cc985dec2d26fb49": Row(
         Kind.CENTERED,
         "MuseSparkTextCenteredRMSNorm",

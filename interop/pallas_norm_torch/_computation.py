@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,14 @@ SAME_DTYPES = ((BF16, BF16), (F16, F16), (F32, F32))
 Dtypes = tuple[torch.dtype, torch.dtype]  # of x and of the weight
 INTERNAL = {"_parameters", "_buffers", "_modules", "__class__", "training", "forward"}
 SIMPLE = (bool, int, float, str, type(None), torch.dtype)
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def _is_simple(value: Any) -> bool:
+    return all(isinstance(one, SIMPLE) for one in (value if isinstance(value, tuple) else (value,)))  # pyright: ignore[reportUnknownVariableType]
 
 
 class _Configuration:
@@ -63,26 +71,24 @@ class _Twin:
 
         members = {"__getattribute__": getattribute, "__setattr__": setattribute, "__module__": owner.__module__}
         copy = types.new_class(owner.__name__, (owner,), exec_body=lambda space: space.update(members))
-        self.copy = object.__new__(copy)
+        self.copy: Any = object.__new__(copy)
 
-    def seen(self, name: str, value: Any) -> Any:
-        value = self.changed.get((name,), value)
-        if isinstance(value, (types.MethodType, types.FunctionType, nn.Parameter)) or name.startswith("__"):
+    def seen(self, name: str, found: Any) -> Any:
+        """What the forward gets for an attribute, which is noted."""
+        value = self.changed.get((name,), found)
+        if isinstance(value, (types.MethodType, types.FunctionType, Tensor)) or name.startswith("__"):
             return value
-        if isinstance(value, Tensor):
-            return value
-        if (isinstance(value, tuple) and all(isinstance(one, SIMPLE) for one in value)) or isinstance(value, SIMPLE):  # pyright: ignore
+        if _is_simple(value):
             self.read[(name,)] = value
-        elif isinstance(value, (list, dict, set)) or callable(value):
-            raise Unknown(f"reads its attribute {name}, a {type(value).__name__}")
-        else:
-            return _Configuration(name, value, self)
-        return value
+            return value
+        if callable(value) or _kind(value) in ("list", "dict", "set"):
+            raise Unknown(f"reads its attribute {name}, a {_kind(value)}")
+        return _Configuration(name, value, self)
 
     def set(self, parameters: Mapping[str, Tensor | None], *, training: bool) -> None:
         vars(self.copy).clear()
         vars(self.copy).update(vars(self.module))
-        names = self.module._parameters, self.module._buffers
+        names = vars(self.module)["_parameters"], vars(self.module)["_buffers"]
         own, buffers = ({name: parameters.get(name) for name in one} for one in names)
         vars(self.copy).update(_parameters=own, _buffers=buffers, training=training)
 
@@ -144,13 +150,13 @@ def _elsewhere(twin: _Twin, n: int, x_dtype: torch.dtype) -> Term:
 
 
 def _shapes(module: nn.Module, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:
-    found = {**module._parameters, **module._buffers}
+    found = {**vars(module)["_parameters"], **vars(module)["_buffers"]}
     return {name: None if one is None else (tuple(one.shape), dtype) for name, one in found.items()}
 
 
 def _columns(module: nn.Module) -> list[int]:
     """What n may be."""
-    for parameter in (*module._parameters.values(), *module._buffers.values()):
+    for parameter in (*vars(module)["_parameters"].values(), *vars(module)["_buffers"].values()):
         if parameter is not None and parameter.dim() == 1 and parameter.numel() > 1:
             return [parameter.numel()]
     numbers = [value for value in vars(module).values() if type(value) is int and value > 1]
@@ -270,7 +276,7 @@ def _compute(module: nn.Module, n: int) -> Computation:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def _undisturbed() -> Generator[None]:
     """Whatever modes the caller is in."""
     with (
         torch.inference_mode(mode=False),
@@ -287,7 +293,7 @@ def _undisturbed() -> Iterator[None]:
 def compute(module: nn.Module) -> Computation | str:
     """What this norm computes, or why that is not known, in words that complete "its forward ..."."""
     try:
-        if children := [*module._modules]:
+        if children := [*vars(module)["_modules"]]:
             raise Unknown(f"may call other modules: it holds {', '.join(children)}")
         _purity.check(type(module))
         signature = [*inspect.signature(type(module).forward).parameters.values()][2:]

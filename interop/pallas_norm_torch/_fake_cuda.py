@@ -1,9 +1,12 @@
 """A tensor on a CUDA device that need not exist, with row counts that are not known, and autocast there."""
 
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,11 +19,11 @@ def may_be_cuda() -> bool:
 
 
 @contextlib.contextmanager
-def fake_input(n: int, dtype: torch.dtype, device: str) -> Iterator[tuple[torch.Tensor, Callable[[], list[str]]]]:
+def fake_input(n: int, dtype: torch.dtype, device: str) -> Generator[tuple[torch.Tensor, Callable[[], list[str]]]]:
     """(x, branches): x of shape [any, any, n], and what was asked of its row counts since."""
     environment = ShapeEnv()
     mode = FakeTensorMode(shape_env=environment)
-    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
     example = mode.from_tensor(torch.empty(5, 7, n, dtype=dtype), symbolic_context=dynamic)
     with mode:
         x = torch.empty(example.shape, dtype=dtype, device=device)
@@ -29,7 +32,7 @@ def fake_input(n: int, dtype: torch.dtype, device: str) -> Iterator[tuple[torch.
 
 
 @contextlib.contextmanager
-def autocast(*, on: bool) -> Iterator[None]:
+def autocast(*, on: bool) -> Generator[None]:
     """As torch.autocast("cuda", enabled=on), which warns and does nothing where there is no CUDA."""
     enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", on)

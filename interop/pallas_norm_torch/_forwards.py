@@ -13,10 +13,9 @@ from typing import Any, cast
 import torch
 from torch.nn import functional
 
+from .module import TORCH_EPS
 from .ops import add_rms_norm, rms_norm
 
-TORCH_EPS = 2.0**-23
-"""What torch.nn.RMSNorm means by None: the epsilon of the dtype that it computes in, float32 for 16 bits too."""
 Forward = Callable[..., torch.Tensor]
 AddNorm = Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -60,6 +59,10 @@ def gemma4(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 def weightless(self: Any, x: torch.Tensor) -> torch.Tensor:
     return rms_norm(x, None, self.eps)
+
+
+def weightless_states(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    return weightless(self, hidden_states)
 
 
 def muse_centered(self: Any, x: torch.Tensor) -> torch.Tensor:

@@ -139,10 +139,9 @@ def _called(owner: type, function: types.FunctionType, code: types.CodeType) -> 
             raise Unknown(f"uses {name}, of which is not known what it does")
     for name in code.co_names:
         for base in owner.__mro__:  # super() may call any of them
-            method = vars(base).get(name)
+            method: Any = vars(base).get(name)
             if isinstance(method, property):
                 method = method.fget
-            if isinstance(method, (staticmethod, classmethod)):
-                method = method.__func__
+            method = getattr(method, "__func__", method)  # of a staticmethod or a classmethod
             if isinstance(method, types.FunctionType) and base is not nn.Module:
                 yield method

@@ -46,9 +46,9 @@ def _instance(module: nn.Module) -> tuple[Any, ...]:
 
 def _may_be_one(module: nn.Module) -> bool:
     """Whether to look at what a module computes that does not look like a norm: a small one of its own."""
-    parameters = [*module._parameters.values()]
+    parameters = [*vars(module)["_parameters"].values()]
     return (
-        not module._modules
+        not vars(module)["_modules"]
         and not type(module).__module__.startswith("torch.")
         and (len(parameters) in (1, 2) or (not parameters and "norm" in type(module).__name__.lower()))
         and all(one is None or one.dim() == 1 for one in parameters)

@@ -73,7 +73,7 @@ TRANSPARENT = {"5ee280b434265524"}
 def _computes(code: types.CodeType) -> tuple[Any, ...]:
     """What of a code object decides what it does, without the lines that it came from."""
     constants = tuple(
-        _computes(one) if isinstance(one, types.CodeType) else (type(one), repr(one)) for one in code.co_consts
+        _computes(one) if isinstance(one, types.CodeType) else (type(one).__name__, repr(one)) for one in code.co_consts
     )
     shape = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
     names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
@@ -123,8 +123,8 @@ def _defaults_are_those(function: types.FunctionType, definition: ast.FunctionDe
         return False
 
 
-def _real_modules() -> dict[str, object]:
-    modules = {"torch": torch, "nn": nn, "F": nn.functional, "functional": nn.functional}
+def _real_modules() -> dict[str, Any]:
+    modules: dict[str, Any] = {"torch": torch, "nn": nn, "F": nn.functional, "functional": nn.functional}
     activations = sys.modules.get("transformers.activations")
     return modules | ({} if activations is None else {"ACT2FN": activations.ACT2FN})
 

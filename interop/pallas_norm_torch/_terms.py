@@ -4,6 +4,9 @@ The operators are recorded below autograd, where `x.float()` and `x.to(torch.flo
 or not, are the same. A term carries the dtype in which it was computed, so roundings are in it.
 """
 
+# pyright: reportPrivateUsage=false
+# (the identity of a storage has no public name)
+
 from __future__ import annotations
 
 import dataclasses
@@ -52,7 +55,7 @@ def _to(term: Term, dtype: torch.dtype) -> Term:
 
 def _both(name: str, a: Term | float, b: Term | float, dtype: torch.dtype) -> Term:
     """Commutative, of operands widened to the dtype of the result, which changes nothing."""
-    operands = [one if isinstance(one, float) else widened(one) for one in (a, b)]
+    operands = [widened(one) if isinstance(one, Term) else one for one in (a, b)]
     return Term(name, dtype, tuple(sorted(operands, key=str)))
 
 
@@ -63,6 +66,10 @@ def _multiply(a: Term | float, b: Term | float, dtype: torch.dtype) -> Term:
         if one == 1.0 and isinstance(other, Term) and other.dtype == dtype:  # 1.0 / x is 1.0 * reciprocal(x)
             return other
     return _both("multiply", a, b, dtype)
+
+
+def _add(a: Term | float, b: Term | float, dtype: torch.dtype) -> Term:
+    return _both("add", a, b, dtype)
 
 
 def _power(a: Term, exponent: float, dtype: torch.dtype) -> Term:
@@ -81,7 +88,7 @@ def _one(name: str, a: Term, dtype: torch.dtype) -> Term:
 
 
 def _divide(a: Term | float, b: Term | float, dtype: torch.dtype) -> Term:
-    if isinstance(b, float):
+    if not isinstance(b, Term):
         assert isinstance(a, Term)
         return Term("divide", dtype, (widened(a), b))
     if a == 1.0:
@@ -179,7 +186,7 @@ class Recorder(TorchDispatchMode):
         if kwargs.get("rounding_mode") is not None:
             raise Unknown("rounds a quotient")
         second = self.term(rest[0])
-        build: Any = {"mul": _multiply, "add": lambda *all: _both("add", *all), "div": _divide}[name]
+        build: Any = {"mul": _multiply, "add": _add, "div": _divide}[name]
         return lambda result: build(first, second, result.dtype)
 
     def _kept_rows(self, name: str, a: Tensor, term: Any, result: Tensor) -> Term:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import warnings
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -33,9 +34,28 @@ def _learn(owner: type[Any]) -> Forward:
 
 
 def _forward_of(owner: type[Any]) -> Forward:
-    """torch.compile can look a class up, but not read its source: `kernelize` below and the first eager call do."""
+    """torch.compile can look a class up, but not read its source: `kernelize` below, `Repository.load` and the first
+    eager call do."""
     forward = _forwards.get(owner)
+    if forward is None and torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{owner.__name__} was bound to a kernel of pallas_norm_torch before it was looked at, and its source "
+            "cannot be read while it is compiled: call the model once before compiling it"
+        )
     return _learn(owner) if forward is None else forward
+
+
+def _subclasses(owner: type[Any]) -> Iterator[type[Any]]:
+    for one in owner.__subclasses__():
+        yield one
+        yield from _subclasses(one)
+
+
+def _learn_all(layer_name: str) -> None:
+    """The classes that transformers has given that name, so that a model may be compiled before it is called."""
+    for owner in {*_subclasses(nn.Module)}:
+        if getattr(owner, "kernel_layer_name", None) == layer_name and owner not in _forwards:
+            _learn(owner)
 
 
 # kernels refuses layers with a constructor or with members of other names than these.
@@ -85,6 +105,7 @@ class Repository:
         return self.layer.__name__
 
     def load(self) -> type[nn.Module]:
+        _learn_all(self.layer_name)
         return self.layer
 
     def __str__(self) -> str:
@@ -113,7 +134,7 @@ def kernel_mapping() -> dict[str, dict[Any, Repository]]:
         kernels.register_kernel_mapping(kernel_mapping())
 
     transformers registers the hub's kernels at that moment, but for every capability, and `kernels` prefers the entry
-    for one. On a GPU older than compute capability 9.0 the hub's are left. Compile such a model after one call of it.
+    for one. On a GPU older than compute capability 9.0 the hub's are left.
 
     Raises:
         ImportError: kernels is not installed.
@@ -139,15 +160,22 @@ def kernelize(model: nn.Module, *, mode: Any = None, device: str | torch.device 
 
     Raises:
         ImportError: kernels is not installed.
+        ValueError: no module has a name for kernels.
 
     Source: `kernels.kernelize`; the forwards are those of `_forwards.py`.
     """
     kernels = _kernels()
     if mode is None:
         mode = kernels.Mode.TRAINING if model.training else kernels.Mode.INFERENCE
-    for module in model.modules():
-        if hasattr(type(module), "kernel_layer_name"):
-            _learn(type(module))
+    named = {type(module) for module in model.modules() if hasattr(type(module), "kernel_layer_name")}
+    if not named:
+        raise ValueError(
+            f"no module of {type(model).__name__} has a name for kernels, so there is nothing to bind; transformers "
+            f"gives names only with a version of kernels that it accepts (installed: {kernels.__version__}): install "
+            "that version, or use pallas_norm_torch.patch, which needs none"
+        )
+    for owner in named:
+        _learn(owner)
     with kernels.use_kernel_mapping(kernel_mapping(), inherit_mapping=False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "\nNo kernel mapping found")  # for the other layers, which stay as they are
         return kernels.kernelize(model, mode=mode, device=device)

@@ -110,6 +110,7 @@ def test_tensors_of_inference_mode_train_in_its_own_forward() -> None:
         assert module.weight.grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # torch's own, for its formulas
 def test_forward_mode_is_its_own_forward_s() -> None:
     module, x = llama(), torch.randn(4, N)
     expected = torch.func.jvp(module, (x,), (x,))
