@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 
 from ._classes import Row, recognise
 from ._forwards import Forward
-from ._replacing import guarded
+from ._replacing import ORIGINAL, guarded
 
 # kernels takes the smallest interval that holds the device's capability, and the hub's entries hold all of them.
 CAPABILITIES = (90, 100, 103, 110, 120, 121)
@@ -26,36 +25,18 @@ CAPABILITIES = (90, 100, 103, 110, 120, 121)
 _forwards: dict[type[Any], Forward] = {}
 
 
-def _learn(owner: type[Any]) -> Forward:
-    row = recognise(owner)
-    own = inspect.getattr_static(owner, "forward")
-    _forwards[owner] = guarded(owner, own, row) if isinstance(row, Row) else own
-    return _forwards[owner]
+@torch.compiler.assume_constant_result  # torch.compile runs it, as source cannot be read in a compiled program
+def _learn(owner: type[Any]) -> bool:
+    if owner not in _forwards:
+        row = recognise(owner)
+        own = inspect.getattr_static(owner, "forward")
+        _forwards[owner] = guarded(owner, own, row) if isinstance(row, Row) else own
+    return True
 
 
 def _forward_of(owner: type[Any]) -> Forward:
-    """torch.compile can look a class up, but not read its source: `kernelize` below, `Repository.load` and the first
-    eager call do."""
-    forward = _forwards.get(owner)
-    if forward is None and torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{owner.__name__} was bound to a kernel of pallas_norm_torch before it was looked at, and its source "
-            "cannot be read while it is compiled: call the model once before compiling it"
-        )
-    return _learn(owner) if forward is None else forward
-
-
-def _subclasses(owner: type[Any]) -> Iterator[type[Any]]:
-    for one in owner.__subclasses__():
-        yield one
-        yield from _subclasses(one)
-
-
-def _learn_all(layer_name: str) -> None:
-    """The classes that transformers has given that name, so that a model may be compiled before it is called."""
-    for owner in {*_subclasses(nn.Module)}:
-        if getattr(owner, "kernel_layer_name", None) == layer_name and owner not in _forwards:
-            _learn(owner)
+    _learn(owner)
+    return _forwards[owner]
 
 
 # kernels refuses layers with a constructor or with members of other names than these.
@@ -105,7 +86,6 @@ class Repository:
         return self.layer.__name__
 
     def load(self) -> type[nn.Module]:
-        _learn_all(self.layer_name)
         return self.layer
 
     def __str__(self) -> str:
@@ -168,14 +148,12 @@ def kernelize(model: nn.Module, *, mode: Any = None, device: str | torch.device 
     if mode is None:
         mode = kernels.Mode.TRAINING if model.training else kernels.Mode.INFERENCE
     named = {type(module) for module in model.modules() if hasattr(type(module), "kernel_layer_name")}
-    if not named:
+    if not named and not any(hasattr(type(module), ORIGINAL) for module in model.modules()):
         raise ValueError(
             f"no module of {type(model).__name__} has a name for kernels, so there is nothing to bind; transformers "
             f"gives names only with a version of kernels that it accepts (installed: {kernels.__version__}): install "
             "that version, or use pallas_norm_torch.patch, which needs none"
         )
-    for owner in named:
-        _learn(owner)
     with kernels.use_kernel_mapping(kernel_mapping(), inherit_mapping=False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "\nNo kernel mapping found")  # for the other layers, which stay as they are
         return kernels.kernelize(model, mode=mode, device=device)
