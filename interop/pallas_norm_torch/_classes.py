@@ -8,22 +8,15 @@ without docstrings and annotations. Another digest is another class, whatever it
 from __future__ import annotations
 
 import ast
-import copy
 import dataclasses
 import enum
-import functools
-import hashlib
-import inspect
 import re
-import textwrap
-import types
-from collections.abc import Callable
-
-from torch import nn
 
 from . import _forwards as forwards
-
-FindMethod = Callable[[str], "ast.FunctionDef | None"]
+from ._sources import digest as digest
+from ._sources import read_source as read_source
+from ._sources import source_of as source_of
+from .module import RMSNorm
 
 
 class Kind(enum.Enum):
@@ -44,43 +37,6 @@ class Kind(enum.Enum):
     GATED_OUTPUT_WIDE = "round(unit * weight * act(gate))"
     GATED_GROUPS = "round(unit * weight), over groups, x * silu(gate) before or after"
     REFUSED = "not replaced"
-
-
-def _bare(definition: ast.FunctionDef) -> ast.FunctionDef:
-    """A copy without docstring and annotations, which compute nothing."""
-    bare = copy.deepcopy(definition)
-    names = bare.args
-    for argument in (*names.posonlyargs, *names.args, *names.kwonlyargs, names.vararg, names.kwarg):
-        if argument is not None:
-            argument.annotation = None
-    bare.returns = None
-    if ast.get_docstring(bare) is not None:
-        bare.body = bare.body[1:] or [ast.Pass()]
-    return bare
-
-
-def source_of(find: FindMethod) -> str | None:
-    """forward and the methods that it reaches through self, in that order; None without a forward.
-
-    `find` gives the definition of the class's method of that name, or None.
-    """
-    found: dict[str, str] = {}
-    names = ["forward"]
-    for name in names:  # grows
-        if name not in found and (definition := find(name)) is not None:
-            bare = _bare(definition)
-            found[name] = ast.unparse(bare)
-            names += [
-                node.attr
-                for node in ast.walk(bare)
-                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
-            ]
-    return "\n".join(found.values()) if "forward" in found else None
-
-
-def digest(source: str) -> str:
-    """The first 64 bits of SHA-256: enough against changes, which nobody makes on purpose to collide."""
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def _squares(node: ast.expr) -> bool:
@@ -118,6 +74,8 @@ class Row:
     note: str
     forward: forwards.Forward | None = None
     eps: str = "eps"  # the attribute that holds eps
+    torch_eps: bool = False  # None means torch's default
+    autocast: bool = False  # its operator may be on autocast's list of those in float32
 
 
 ROWS: dict[str, Row] = {
@@ -161,6 +119,8 @@ ROWS: dict[str, Row] = {
         "torch.nn.RMSNorm",
         "DiffLlama's; torch.nn.functional.rms_norm rounds once, to x's dtype.",
         forwards.torch_rms_norm,
+        torch_eps=True,
+        autocast=True,
     ),
     "e0fd214fdd791989": Row(
         Kind.POW,
@@ -171,6 +131,7 @@ ROWS: dict[str, Row] = {
     "cba6ba41dc15234a": Row(
         Kind.WEIGHTLESS, "Llama4TextL2Norm", "Has no weight, or does not use it (EsmFold2).", forwards.weightless
     ),
+    "2c0d5a3de6fa5022": Row(Kind.WEIGHTLESS, "Inkling2UnweightedRMSNorm", "Of 5.24.", forwards.weightless_states),
     "cc985dec2d26fb49": Row(
         Kind.CENTERED,
         "MuseSparkTextCenteredRMSNorm",
@@ -239,48 +200,15 @@ ROWS: dict[str, Row] = {
 """By digest. A note ends in a full stop where it explains and is a reason where the row is refused."""
 
 
-# Digests of functions that call the one they wrap, unchanged: GradientCheckpointingLayer's, since 5.18 or later.
-TRANSPARENT = {"5ee280b434265524"}
-
-
-@functools.cache
-def _definition(code: types.CodeType) -> ast.FunctionDef | None:
-    """Of the code itself: a function that wraps another one with functools.wraps is not that other one."""
-    try:
-        statement = ast.parse(textwrap.dedent(inspect.getsource(code))).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError):
-        return None
-    return statement if isinstance(statement, ast.FunctionDef) else None
-
-
-def read_source(owner: type) -> str | None:
-    """source_of a class that has been imported; None where there is none to read: made with exec, typed at a prompt."""
-
-    def find(name: str) -> ast.FunctionDef | None:
-        method = inspect.getattr_static(owner, name, None)
-        if not isinstance(method, types.FunctionType) or method is inspect.getattr_static(nn.Module, name, None):
-            return None
-        definition = _definition(method.__code__)
-        wrapped = getattr(method, "__wrapped__", None)
-        if definition is not None and wrapped is not None and digest(ast.unparse(_bare(definition))) in TRANSPARENT:
-            return _definition(wrapped.__code__)
-        return definition
-
-    return source_of(find)
-
-
 def recognise(owner: type) -> Row | str | None:
-    """The row that says what computes this norm instead, the reason why nothing does, or None: it is no RMSNorm."""
+    """The row that says what computes this norm instead, the reason why nothing does, or None: no row knows it."""
     source = read_source(owner)
-    if source is None:
-        unread = "the source of its forward cannot be read, and it is recognised by that: define it in a file"
-        return unread if looks_like_rms_norm(owner.__name__, "") else None
-    key = digest(source)
-    if (row := ROWS.get(key)) is not None:
-        return row if row.forward is not None else row.note
-    if not looks_like_rms_norm(owner.__name__, source):
-        return None
-    return (
-        f"its forward, digest {key}, is none of the {len(ROWS)} that are known, so it may round differently; "
-        "needed a row in pallas_norm_torch/_classes.py: report the class and the version of its package"
-    )
+    row = None if source is None else ROWS.get(digest(source))
+    return row if row is None or row.forward is not None else row.note
+
+
+def looks_like_one(owner: type) -> bool:
+    """Whether a class that no row knows looks like an RMSNorm; this library's own is none to be replaced."""
+    if owner.forward is RMSNorm.forward:  # type: ignore[attr-defined]
+        return False
+    return looks_like_rms_norm(owner.__name__, read_source(owner) or "")

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch.nn import functional
 
+from .module import TORCH_EPS
 from .ops import add_rms_norm, rms_norm
 
 Forward = Callable[..., torch.Tensor]
@@ -58,6 +59,10 @@ def gemma4(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 def weightless(self: Any, x: torch.Tensor) -> torch.Tensor:
     return rms_norm(x, None, self.eps)
+
+
+def weightless_states(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    return weightless(self, hidden_states)
 
 
 def muse_centered(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -139,7 +144,8 @@ def kimi(self: Any, hidden_states: torch.Tensor, gate: Any = None) -> torch.Tens
 
 
 def torch_rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-    return rms_norm(x, self.weight, self.eps, cast_before_scale=False).to(x.dtype)
+    eps = TORCH_EPS if self.eps is None else self.eps
+    return rms_norm(x, self.weight, eps, cast_before_scale=False).to(x.dtype)
 
 
 def _add_llama(self: Any, hidden_states: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ its source as `patch` does, and computes with the module's own forward where tha
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from ._classes import Row, recognise
 from ._forwards import Forward
+from ._replacing import ORIGINAL, guarded
 
 # kernels takes the smallest interval that holds the device's capability, and the hub's entries hold all of them.
 CAPABILITIES = (90, 100, 103, 110, 120, 121)
@@ -23,16 +25,18 @@ CAPABILITIES = (90, 100, 103, 110, 120, 121)
 _forwards: dict[type[Any], Forward] = {}
 
 
-def _learn(owner: type[Any]) -> Forward:
-    row = recognise(owner)
-    _forwards[owner] = row.forward if isinstance(row, Row) and row.forward is not None else owner.forward
-    return _forwards[owner]
+@torch.compiler.assume_constant_result  # torch.compile runs it, as source cannot be read in a compiled program
+def _learn(owner: type[Any]) -> bool:
+    if owner not in _forwards:
+        row = recognise(owner)
+        own = inspect.getattr_static(owner, "forward")
+        _forwards[owner] = guarded(owner, own, row) if isinstance(row, Row) else own
+    return True
 
 
 def _forward_of(owner: type[Any]) -> Forward:
-    """torch.compile can look a class up, but not read its source: `kernelize` below and the first eager call do."""
-    forward = _forwards.get(owner)
-    return _learn(owner) if forward is None else forward
+    _learn(owner)
+    return _forwards[owner]
 
 
 # kernels refuses layers with a constructor or with members of other names than these.
@@ -110,7 +114,7 @@ def kernel_mapping() -> dict[str, dict[Any, Repository]]:
         kernels.register_kernel_mapping(kernel_mapping())
 
     transformers registers the hub's kernels at that moment, but for every capability, and `kernels` prefers the entry
-    for one. On a GPU older than compute capability 9.0 the hub's are left. Compile such a model after one call of it.
+    for one. On a GPU older than compute capability 9.0 the hub's are left.
 
     Raises:
         ImportError: kernels is not installed.
@@ -136,15 +140,20 @@ def kernelize(model: nn.Module, *, mode: Any = None, device: str | torch.device 
 
     Raises:
         ImportError: kernels is not installed.
+        ValueError: no module has a name for kernels.
 
     Source: `kernels.kernelize`; the forwards are those of `_forwards.py`.
     """
     kernels = _kernels()
     if mode is None:
         mode = kernels.Mode.TRAINING if model.training else kernels.Mode.INFERENCE
-    for module in model.modules():
-        if hasattr(type(module), "kernel_layer_name"):
-            _learn(type(module))
+    named = {type(module) for module in model.modules() if hasattr(type(module), "kernel_layer_name")}
+    if not named and not any(hasattr(type(module), ORIGINAL) for module in model.modules()):
+        raise ValueError(
+            f"no module of {type(model).__name__} has a name for kernels, so there is nothing to bind; transformers "
+            f"gives names only with a version of kernels that it accepts (installed: {kernels.__version__}): install "
+            "that version, or use pallas_norm_torch.patch, which needs none"
+        )
     with kernels.use_kernel_mapping(kernel_mapping(), inherit_mapping=False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "\nNo kernel mapping found")  # for the other layers, which stay as they are
         return kernels.kernelize(model, mode=mode, device=device)

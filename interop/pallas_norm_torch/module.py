@@ -8,6 +8,8 @@ from . import _validate
 from .ops import rms_norm
 
 Tensor = torch.Tensor
+TORCH_EPS = 2.0**-23
+"""What torch.nn.RMSNorm means by None: the epsilon of the dtype that it computes in, float32 for 16 bits too."""
 
 
 class RMSNorm(torch.nn.Module):
@@ -18,12 +20,14 @@ class RMSNorm(torch.nn.Module):
 
     Arguments:
         hidden_size: n, the length of the last axis.
-        eps, cast_before_scale, weight_offset: as in `rms_norm`.
+        eps, cast_before_scale, weight_offset: as in `rms_norm`; eps=None is what torch.nn.RMSNorm means by it, the
+            epsilon of float32, in which 16-bit rows are normalised too.
         with_weight: False leaves the weight out (`weight` is then None).
         device, dtype: of the weight, which starts as ones, or with a weight_offset as ones less that offset.
 
-    Raises: TypeError for a hidden_size that is no int, or a dtype whose tensors have no gradients; ValueError for a
-        hidden_size below 1, or a weight_offset without a weight; at the call, what `rms_norm` raises.
+    Raises: TypeError for a hidden_size that is no int, an eps that is no number, or a dtype whose tensors have no
+        gradients; ValueError for a hidden_size below 1, a negative eps, or a weight_offset without a weight; at the
+        call, what `rms_norm` raises.
 
     Source: `LlamaRMSNorm` in Hugging Face's transformers.
     """
@@ -33,7 +37,7 @@ class RMSNorm(torch.nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        eps: float = 1e-6,
+        eps: float | None = 1e-6,
         *,
         cast_before_scale: bool = True,
         weight_offset: float = 0.0,
@@ -46,7 +50,7 @@ class RMSNorm(torch.nn.Module):
         _validate.weight_offset(weight_offset, True if with_weight else None)
         if dtype is not None:
             _validate.parameter_dtype(dtype)
-        self.hidden_size, self.eps = hidden_size, eps
+        self.hidden_size, self.eps = hidden_size, TORCH_EPS if eps is None else _validate.eps(eps)
         self.cast_before_scale, self.weight_offset = cast_before_scale, weight_offset
         if with_weight:
             self.weight = torch.nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))

@@ -22,7 +22,7 @@ from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pallas_norm_torch import _classes, huggingface
+from pallas_norm_torch import _classes, _computation, huggingface
 from pallas_norm_torch._classes import ROWS, Kind
 from tests import oracle
 from tests.interop.rstd import bits, rstd_moved
@@ -153,10 +153,12 @@ def gemma() -> nn.Module:
     return build(GemmaRMSNorm, BF16)
 
 
-def unknown(owner: type) -> str:
-    source = _classes.read_source(owner)
-    assert source is not None
+def unknown(module: nn.Module) -> str:
+    """Why a module is left that no row knows and whose computation is none of ours."""
+    reason = _computation.compute(module)
+    assert isinstance(reason, str)
     return (
-        f"its forward, digest {_classes.digest(source)}, is none of the {len(ROWS)} that are known, so it may round "
-        "differently; needed a row in pallas_norm_torch/_classes.py: report the class and the version of its package"
+        f"its forward {reason}; if it computes what rms_norm does all the same, say so with "
+        f"patch(model, known={{{type(module).__name__}: dict(eps=..., cast_before_scale=...)}}), or make it a "
+        "pallas_norm_torch.RMSNorm or a call of rms_norm"
     )

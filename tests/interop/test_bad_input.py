@@ -116,6 +116,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "operator with a short dy": (lambda: torch.ops.pallas_norm.rms_norm_backward(X, W, torch.ones(8), X[:4], None, 1e-6, True, 0.0, True), ValueError, "dy has shape (4, 64); needed (8, 64), which belongs to x"),  # noqa: FBT003
     # the others
     "module with an offset alone": (lambda: RMSNorm(64, with_weight=False, weight_offset=1.0), ValueError, "weight_offset is 1.0 but weight is None: there is nothing to add it to; pass a weight"),
+    "module of a text as eps": (lambda: RMSNorm(64, eps="1e-6"), TypeError, "eps is str; needed a Python float: pass float(eps)"),
+    "module of a negative eps": (lambda: RMSNorm(64, eps=-1.0), ValueError, "eps is -1.0; needed eps >= 0: it is added to a mean of squares"),
     "module of no size": (lambda: RMSNorm(-1), ValueError, "hidden_size is below 1; needed the length of a row"),
     "module of a huge size": (lambda: RMSNorm(2**70), ValueError, "hidden_size is beyond int64; needed the length of a row"),
     "module of two axes": (lambda: RMSNorm((8, 64)), TypeError, "hidden_size is a tuple; needed an int: the length of the last axis"),

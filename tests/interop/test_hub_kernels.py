@@ -19,6 +19,7 @@ from transformers.utils.import_utils import is_kernels_available
 
 from pallas_norm_torch import _forwards, _replacing, hub_kernels
 from pallas_norm_torch.huggingface import patch, patched, unpatch
+from tests.interop.launched import kernels_everywhere  # noqa: F401 (a fixture of every test here)
 from tests.interop.tiny_models import (
     build,
     logits,
@@ -158,13 +159,38 @@ def test_kernelized_model(named: None) -> None:
 
 
 @needs_kernels
+def test_compiled_before_it_is_called(named: None) -> None:
+    """set_use_kernels and torch.compile at once: the classes are looked at when their layer is bound."""
+    module, x = LlamaRMSNorm(64).bfloat16(), torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with patched(module):
+        expected = module(x)
+    hub_kernels._forwards.clear()
+    with kernels.use_kernel_mapping(hub_kernels.kernel_mapping(), inherit_mapping=False):
+        kernels.kernelize(module, mode=kernels.Mode.INFERENCE, device="cpu")
+    torch.compiler.reset()
+    assert same(torch.compile(module, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+@needs_kernels
+def test_names_that_nobody_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernels that transformers does not accept: it names no layers, and nothing would be bound without a word."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole text follows)
+        hub_kernels.kernelize(nn.Sequential(nn.Linear(1, 1)))
+    assert str(error.value) == (
+        "no module of Sequential has a name for kernels, so there is nothing to bind; transformers gives names only "
+        f"with a version of kernels that it accepts (installed: {kernels.__version__}): install that version, or use "
+        "pallas_norm_torch.patch, which needs none"
+    )
+
+
+@needs_kernels
 def test_kernelize_leaves_patched_norms(named: None) -> None:
     model: Any = build("llama", "bf16")
     patch(model)
     expected = logits(model, "llama")
     hub_kernels.kernelize(model)
     assert "forward" not in vars(model.model.norm)
-    assert type(model.model.norm).forward is _forwards.llama
+    assert type(model.model.norm).forward.ours is _forwards.llama
     assert same(logits(model, "llama"), expected)
     assert unpatch(model).restored == {"LlamaRMSNorm": 5}
 

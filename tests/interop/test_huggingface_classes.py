@@ -15,9 +15,10 @@ from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pallas_norm_torch import _classes, _forwards, _replacing, huggingface
+from pallas_norm_torch import _changes, _classes, _forwards, _replacing, huggingface
 from pallas_norm_torch._classes import ROWS, Kind
 from tests import oracle
+from tests.interop.launched import kernels_everywhere  # noqa: F401 (a fixture of every test here)
 from tests.interop.norm_classes import (
     BF16,
     F32,
@@ -138,7 +139,7 @@ def check_unpatch() -> None:
     module, x = llama(), torch.randn(4, N, generator=torch.Generator().manual_seed(5))
     before = module(x)
     huggingface.patch(module)
-    assert type(module).forward is _forwards.llama
+    assert type(module).forward.ours is _forwards.llama
     assert huggingface.unpatch(module).restored == {"LlamaRMSNorm": 1}
     assert torch.equal(bits(module(x)), bits(before))
     assert type(module) is LlamaRMSNorm
@@ -150,7 +151,7 @@ def check_copies() -> None:
     module, x = llama(), torch.ones(1, N)
     huggingface.patch(module)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.copy(module)):
-        assert type(twin).forward is _forwards.llama
+        assert type(twin).forward.ours is _forwards.llama
         twin.variance_epsilon = 3.0
         torch.testing.assert_close(twin(x), module(x) / 2, rtol=1e-5, atol=0)
         huggingface.unpatch(twin)
@@ -215,11 +216,11 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[[], None
     "Gemma rounded twice": (forward_of(GEMMA, offset_after_the_rounding), check_bits_of_gemma),
     "1 + weight rounded": (forward_of(GEMMA, weight_rounded_with_its_offset), check_bits_of_gemma),
     "a stale forward after unpatch": (
-        lambda patch: patch.setattr(huggingface._Change, "apply", leaves_a_forward),
+        lambda patch: patch.setattr(_changes.Change, "apply", leaves_a_forward),
         check_unpatch,
     ),
     "a method bound to the instance": (
-        lambda patch: patch.setattr(huggingface, "_Change", BoundToTheInstance),
+        lambda patch: patch.setattr(huggingface, "Change", BoundToTheInstance),
         check_copies,
     ),
     "a pickle that forgets": (
@@ -232,12 +233,12 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[[], None
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_killed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate, check = MUTANTS[name]
-    _replacing._subclass.cache_clear()
+    _replacing._norm_class.cache_clear()
     mutate(monkeypatch)
     try:
         with pytest.raises((AssertionError, AttributeError, pickle.PicklingError)):
             check()
     finally:
         monkeypatch.undo()
-        _replacing._subclass.cache_clear()
+        _replacing._norm_class.cache_clear()
     check()

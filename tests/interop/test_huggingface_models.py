@@ -10,6 +10,7 @@ import torch
 from pallas_norm_torch import _forwards
 from pallas_norm_torch.huggingface import patch, patched, unpatch
 from pallas_norm_torch.ops import rms_norm
+from tests.interop.launched import kernels_everywhere  # noqa: F401 (a fixture of every test here)
 from tests.interop.rstd import rstd_moved
 from tests.interop.tiny_models import (
     DTYPES,

@@ -12,8 +12,9 @@ import pytest
 import torch
 import transformers
 
-from pallas_norm_torch import _forwards, _replacing, huggingface
+from pallas_norm_torch import _changes, _replacing
 from pallas_norm_torch.huggingface import patch, patched, unpatch
+from tests.interop.launched import kernels_everywhere  # noqa: F401 (a fixture of every test here)
 from tests.interop.tiny_models import (
     build,
     distance,
@@ -196,7 +197,7 @@ def test_norm_restored_alone_inside_a_fused_layer() -> None:
     expected = logits(model, "llama")
     for layer in model.model.layers:
         assert unpatch(layer.post_attention_layernorm).restored == {"LlamaRMSNorm": 1}
-    assert type(model.model.layers[0].post_attention_layernorm).forward is not _forwards.llama
+    assert _replacing.original(model.model.layers[0].post_attention_layernorm) is None
     assert distance(logits(model, "llama"), expected) <= spread(model, "llama")
 
 
@@ -227,14 +228,14 @@ def test_patched_leaves_what_was_patched() -> None:
 def test_nothing_is_half_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama", "bf16")
     before = [type(module) for module in model.modules()]
-    apply, calls = huggingface._Change.apply, iter(range(100))
+    apply, calls = _changes.Change.apply, iter(range(100))
 
     def fails_at_the_third(self: Any) -> None:
         if next(calls) == 2:
             raise RuntimeError("no memory")
         apply(self)
 
-    monkeypatch.setattr(huggingface._Change, "apply", fails_at_the_third)
+    monkeypatch.setattr(_changes.Change, "apply", fails_at_the_third)
     with pytest.raises(RuntimeError, match="no memory"):
         patch(model)
     assert [type(module) for module in model.modules()] == before
@@ -264,7 +265,7 @@ def test_unpatch_leaves_what_something_else_has_changed_since() -> None:
 
 
 def test_classes_are_made_once() -> None:
-    before = _replacing._subclass.cache_info().currsize
+    before = _replacing._norm_class.cache_info().currsize
     for _ in range(3):
         patch(build("llama", "bf16"))
-    assert _replacing._subclass.cache_info().currsize <= before + 1
+    assert _replacing._norm_class.cache_info().currsize <= before + 1

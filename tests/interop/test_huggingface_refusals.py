@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pallas_norm_torch import _classes, _forwards, huggingface
 from pallas_norm_torch._classes import ROWS, Kind, Row
+from tests.interop.launched import kernels_everywhere  # noqa: F401 (a fixture of every test here)
 from tests.interop.norm_classes import F32, N, build, classes_of, found, gemma, imported, llama, unknown
 
 LLAMA = next(digest for digest, row in ROWS.items() if row.example == "LlamaRMSNorm")
@@ -120,20 +121,27 @@ def changed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, old: str, n
 
 
 CHANGES = [
-    ("torch.float32", "torch.float64"),
-    ("self.weight * hidden_states.to(input_dtype)", "self.weight + hidden_states.to(input_dtype)"),
-    (".mean(-1, keepdim=True)", ".sum(-1, keepdim=True)"),
-    ("variance + self.variance_epsilon", "variance * self.variance_epsilon"),
-    ("hidden_states.pow(2)", "hidden_states.pow(3)"),
+    ("torch.float32", "torch.float64", "in float64, not in float32"),
+    (
+        "self.weight * hidden_states.to(input_dtype)",
+        "self.weight - hidden_states.to(input_dtype)",
+        "subtracts",
+    ),
+    (".mean(-1, keepdim=True)", ".sum(-1, keepdim=True)", "not of a mean of squares"),
+    ("variance + self.variance_epsilon", "variance * self.variance_epsilon", "not of a mean of squares"),
+    ("hidden_states.pow(2)", "hidden_states.pow(3)", "raises to the power 3"),
 ]
 
 
-@pytest.mark.parametrize(("old", "new"), CHANGES)
-def test_changed_upstream(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+@pytest.mark.parametrize(("old", "new", "why"), CHANGES)
+def test_changed_upstream(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, why: str
+) -> None:
     owner = changed(tmp_path, monkeypatch, old, new)
     module = nn.Sequential(build(owner, F32))
     report = huggingface.patch(module)
-    assert str(report) == f"left 1 LlamaRMSNorm (0): {unknown(owner)}"
+    assert str(report) == f"left 1 LlamaRMSNorm (0): {unknown(module[0])}"
+    assert why in str(report)
     assert type(module[0]) is owner
 
 
@@ -147,7 +155,7 @@ def test_changed_into_another_known_body(tmp_path: pathlib.Path, monkeypatch: py
     )
     module = build(owner, F32)
     assert huggingface.patch(module).replaced == {"LlamaRMSNorm": 1}
-    assert type(module).forward is _forwards.olmo2
+    assert type(module).forward.ours is _forwards.olmo2
 
 
 def test_changed_words_only(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,11 +166,12 @@ def test_changed_words_only(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_made_with_exec() -> None:
+    """There is no source to read, but it computes."""
     namespace: dict[str, Any] = {"torch": torch, "nn": nn, "__name__": "nowhere"}
     exec(inspect.getsource(LlamaRMSNorm).replace("@use_kernel_forward_from_hub", "# "), namespace)
-    assert reason(build(namespace["LlamaRMSNorm"], F32)) == (
-        "the source of its forward cannot be read, and it is recognised by that: define it in a file"
-    )
+    report = huggingface.patch(build(namespace["LlamaRMSNorm"], F32))
+    assert report.replaced == {"LlamaRMSNorm": 1}
+    assert report.known == {"LlamaRMSNorm": "computation"}
 
 
 def test_subclass_with_another_helper() -> None:
@@ -170,7 +179,9 @@ def test_subclass_with_another_helper() -> None:
         def _norm(self, x: torch.Tensor) -> torch.Tensor:
             return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
 
-    assert reason(build(OtherRMSNorm, F32)) == unknown(OtherRMSNorm)
+    module = build(OtherRMSNorm, F32)
+    assert reason(module) == unknown(module)
+    assert "divides by the root" in unknown(module)
 
 
 def test_subclass_with_the_same_methods() -> None:
@@ -189,7 +200,8 @@ def test_wrapped_forward_is_not_the_one_that_it_wraps(monkeypatch: pytest.Monkey
         return 2 * forward(self, hidden_states)
 
     monkeypatch.setattr(owner, "forward", doubled)
-    assert reason(build(owner, F32)) == unknown(owner)
+    module = build(owner, F32)
+    assert reason(module) == unknown(module)
 
 
 def test_unknown_class_that_does_not_look_like_a_norm_is_not_reported() -> None:
@@ -202,7 +214,9 @@ def test_class_with_the_body_but_another_name() -> None:
             variance = hidden_states.square().mean(-1, keepdim=True)
             return hidden_states * torch.rsqrt(variance + self.variance_epsilon)
 
-    assert reason(build(Scale, F32)) == unknown(Scale)
+    module = build(Scale, F32)
+    assert reason(module) == unknown(module)
+    assert "not in float32" in unknown(module)
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------
@@ -215,8 +229,11 @@ def test_the_report_is_words() -> None:
         "model with model.to, or leave it"
     )
     left = f"left 2 LlamaRMSNorm (d and 1 more): {refused}"
-    assert str(huggingface.patch(model)) == f"replaced 3: 1 GemmaRMSNorm, 2 LlamaRMSNorm\n{left}"
-    assert str(huggingface.patch(model)) == f"replaced before 3: 1 GemmaRMSNorm, 2 LlamaRMSNorm\n{left}"
+    where = "3 of them run in their own forward: they are on cpu, and the kernels take CUDA tensors"
+    assert str(huggingface.patch(model)) == (
+        f"replaced 3: 1 GemmaRMSNorm, 2 LlamaRMSNorm\nrecognised by source: GemmaRMSNorm, LlamaRMSNorm\n{where}\n{left}"
+    )
+    assert str(huggingface.patch(model)) == f"replaced before 3: 1 GemmaRMSNorm, 2 LlamaRMSNorm\n{where}\n{left}"
     assert str(huggingface.unpatch(model)) == "restored 3: 1 GemmaRMSNorm, 2 LlamaRMSNorm"
     assert str(huggingface.unpatch(model)) == "found no RMSNorm"
 
@@ -236,8 +253,8 @@ def test_pickle_where_the_class_is_another(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(pickle.UnpicklingError) as error:
         pickle.loads(written)
     assert str(error.value) == (
-        f"the pickle holds a patched LlamaRMSNorm, but here {unknown(LlamaRMSNorm)}; needed the version of its "
-        "package that wrote the pickle, or a pickle of the model after unpatch"
+        "the pickle holds a patched LlamaRMSNorm, but here its forward is another; needed the version of its package "
+        "that wrote the pickle, or a pickle of the model after unpatch"
     )
 
 

@@ -276,6 +276,7 @@ def test_the_module_has_the_parameter_and_the_bits_of_hugging_face_s(device: str
     assert gemma.weight.detach().abs().sum() == 0.0
     assert repr(gemma) == "RMSNorm(96, eps=1e-06, cast_before_scale=False, weight_offset=1.0)"
     assert RMSNorm(96, with_weight=False).weight is None
+    assert RMSNorm(96, eps=None).eps == torch.finfo(torch.float32).eps  # as torch.nn.RMSNorm
 
 
 @pytest.mark.parametrize("device", DEVICES)
