@@ -6,7 +6,7 @@ from ._api import explain as explain
 from ._api import rms_norm as rms_norm
 from ._autodiff import RSTD as RSTD
 from ._dispatch import Explanation as Explanation
-from ._plan import Plan as Plan
+from .plans.plan import Plan as Plan
 from .regimes import plan_for as plan_for
 
 __version__ = "0.1.0"

@@ -19,10 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import _backward, _compat, _forward, reference
-from ._plan import Plan
+from . import _compat, reference
 from ._spec import Spec
-from .regimes import LARGEST_N, SMALLEST_N, backward_plan_for, plan_for
+from .kernels import backward as backward_kernel
+from .kernels import forward as forward_kernel
+from .plans.lengths import LARGEST_N, SMALLEST_N
+from .plans.plan import Plan
+from .regimes import backward_plan_for, plan_for
 
 Arrays = dict[str, jax.Array]
 Function = Callable[[Arrays], Arrays]
@@ -124,7 +127,7 @@ def forward(operands: Arrays, spec: Spec, *, with_rstd: bool) -> Arrays:
     def by_kernel(operands: Arrays, *, interpret: bool) -> Arrays:
         x = operands["x"]
         plan = plan_for(x.shape[1], x.dtype, residual="residual" in operands)
-        return _forward.forward(operands, plan=plan, spec=spec, with_rstd=with_rstd, interpret=interpret)
+        return forward_kernel.forward(operands, plan=plan, spec=spec, with_rstd=with_rstd, interpret=interpret)
 
     return _choose(by_kernel, by_reference, operands, spec)
 
@@ -144,7 +147,7 @@ def backward(operands: Arrays, spec: Spec, *, with_dweight: bool, dweight_dtype:
     def by_kernel(operands: Arrays, *, interpret: bool) -> Arrays:
         x, dy = operands["x"], operands["dy"]
         plan = backward_plan_for(x.shape[1], x.dtype, dy_dtype=dy.dtype, residual="ds" in operands)
-        return _backward.backward(
+        return backward_kernel.backward(
             operands,
             plan=plan,
             spec=spec,

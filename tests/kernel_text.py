@@ -27,9 +27,10 @@ from jax.experimental.mosaic.gpu import core
 from jaxlib.mlir import ir, passmanager
 
 from pallas_norm import add_rms_norm, rms_norm
-from pallas_norm._plan import Plan
 from pallas_norm._spec import Spec
-from pallas_norm.regimes import LARGEST_N, SMALLEST_N, backward_plan_for, plan_for
+from pallas_norm.plans.lengths import LARGEST_N, SMALLEST_N
+from pallas_norm.plans.plan import Plan
+from pallas_norm.regimes import backward_plan_for, plan_for
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"
@@ -175,10 +176,11 @@ EVERY_KIND: dict[str, tuple[Form, tuple[str, ...]]] = {
 FORMS = EVERY_PLAN | EVERY_KIND
 
 
-def cases() -> Iterator[Case]:
+def cases(*, kinds_only: bool = False) -> Iterator[Case]:
     for form, (_, dtypes) in FORMS.items():
         for dtype in dtypes:
-            key, itemsize = _shape if form in EVERY_PLAN else _kind, jnp.dtype(dtype).itemsize
+            key = _shape if form in EVERY_PLAN and not kinds_only else _kind
+            itemsize = jnp.dtype(dtype).itemsize
             dy_itemsize = 4 if form == "float32-weight" else itemsize
             for n in lengths(itemsize, dy_itemsize, key, residual=form == "residual"):
                 yield Case(form, dtype, n)
@@ -241,6 +243,7 @@ def expected() -> dict[Case, str]:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/kernel-text", description=__doc__)
     parser.add_argument("--write", action="store_true", help="record the texts of this JAX in tests/data")
+    parser.add_argument("--kinds", action="store_true", help="a row length of each kind of plan, not of each plan")
     parser.add_argument("--every", type=int, default=1, metavar="K", help="only every K-th case of those recorded")
     parser.add_argument("--show", metavar="CASE", help='print the texts of one case, such as "launch bfloat16 4096"')
     parser.add_argument("--simplified", action="store_true", help="of --show: after the compiler's first steps")
@@ -251,11 +254,12 @@ def main(words: list[str] | None = None) -> int:
             print(text(module, simplified=given.simplified))
         return 0
     if given.write:
-        found = {case: digest(case) for case in cases()}
-        recorded().write_text("".join(f"{case} {digests}\n" for case, digests in found.items()))
+        with recorded().open("w") as file:
+            for case in cases(kinds_only=given.kinds):
+                print(case, digest(case), file=file, flush=True)
     before = expected()
     # Every row length is looked at for the plans that there are now; those recorded are known.
-    chosen = list(before)[:: given.every] if given.every > 1 else list(cases())
+    chosen = list(before)[:: given.every] if given.every > 1 else list(cases(kinds_only=given.kinds))
     differ = [] if given.write else list(differing(chosen, before))
     gone = sorted(before.keys() - set(chosen)) if given.every == 1 else []
     for case, digests in differ:

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pallas_norm import _backward, _dispatch, _launch  # pyright: ignore[reportPrivateUsage]
-from pallas_norm._columns import TILE
-from pallas_norm._plan import BackwardPlan, Plan, Source
+from pallas_norm import _dispatch  # pyright: ignore[reportPrivateUsage]
 from pallas_norm._spec import Spec
+from pallas_norm.kernels import backward as backward_kernel
+from pallas_norm.kernels import grid
+from pallas_norm.kernels.dweight_sum import TILE
+from pallas_norm.plans.plan import BackwardPlan, Plan, Source
 
 from . import launch, rows
 from ._overlap import may_overlap
@@ -154,7 +156,7 @@ def may_be_in_place(plan: Plan, count: int) -> bool:
 
 
 def _counts(plan: Plan, rows: int) -> dict[str, int]:
-    return dict(zip(_launch.COUNTS, _launch.counts_of(plan, rows), strict=True))
+    return dict(zip(grid.COUNTS, grid.counts_of(plan, rows), strict=True))
 
 
 def _strides(places: rows.Places, arrays: dict[str, Tensor | None]) -> dict[str, int]:
@@ -194,7 +196,7 @@ def backward(
         _run(program, x.device, arrays, _counts(plan, count))
         return dx, None
     assert weight is not None
-    parts_count = _backward.parts_of(plan, count)
+    parts_count = backward_kernel.parts_of(plan, count)
     # The sum reads whole tiles, and leaves out what no program wrote.
     new = torch.empty if parts_count >= TILE else torch.zeros
     parts = new(max(parts_count, TILE), n, dtype=torch.float32, device=x.device)

@@ -27,8 +27,8 @@ import jax
 import torch
 
 import pallas_norm
-from pallas_norm import _dispatch, _launch
-from pallas_norm._strided import COUNT
+from pallas_norm import _dispatch
+from pallas_norm.kernels.launch_arguments import COUNT
 
 from . import cache
 from .programs import NOMINAL_ROWS, Program
@@ -142,7 +142,7 @@ def _with_grid_of_rows(module_bytes: bytes, program: Program) -> bytes:
             slot = llvm.getelementptr(pointer, addresses, [], [program.inputs.index("programs")], pointer, 0)
             programs = arith.divui(llvm.ptrtoint(i64, llvm.load(pointer, slot)), constant(COUNT))
             grid = arith.index_cast(ir.IndexType.get(), arith.muli(programs, constant(plan.cluster)))
-        _, _, nominal = _launch.counts_of(plan, NOMINAL_ROWS)
+        _, _, nominal = grid.counts_of(plan, NOMINAL_ROWS)
         if "value" not in launch.operands[1].owner.attributes or (
             ir.IntegerAttr(launch.operands[1].owner.attributes["value"]).value != nominal * plan.cluster
         ):
@@ -168,7 +168,7 @@ def module_of(program: Program) -> tuple[bytes, int]:
 
 @functools.cache
 def _source_digest() -> str:
-    files = sorted([*Path(pallas_norm.__file__).parent.glob("*.py"), *Path(__file__).parent.glob("*.py")])
+    files = sorted([*Path(pallas_norm.__file__).parent.rglob("*.py"), *Path(__file__).parent.rglob("*.py")])
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 

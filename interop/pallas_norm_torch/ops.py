@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from pallas_norm._plan import Source
 from pallas_norm._spec import Spec
-from pallas_norm._strided import COUNT
+from pallas_norm.kernels.launch_arguments import COUNT
+from pallas_norm.plans.plan import Source
 
 from . import _library, _options, _torch_state, _validate, direct, launch
 from .rows import ALIGNMENT
