@@ -209,15 +209,15 @@ def modules(function: Callable[..., Any], *operands: Any) -> Iterator[bytes]:
     yield from found
 
 
-def text(module: bytes, *, simplified: bool) -> str:
-    """As it is given to the compiler, or as it is after the compiler's first steps: what is never used, and what was
-    computed before, is gone then."""
+def text(module: bytes, *, raw: bool = False) -> str:
+    """After the compiler's first steps, in which goes what is never used and what was computed before; or raw, as it is
+    given to the compiler."""
     context = mlir.make_ir_context()
     mosaic_gpu_dialect.register_dialect(context)
     with context, ir.Location.unknown():
         context.allow_unregistered_dialects = True
         parsed = ir.Module.parse(module)
-        if simplified:
+        if not raw:
             parsed = core._run_serde_pass(parsed, serialize=False)
             passmanager.PassManager.parse("builtin.module(canonicalize,cse)").run(parsed.operation)
         return str(parsed)
@@ -225,7 +225,7 @@ def text(module: bytes, *, simplified: bool) -> str:
 
 def digest(case: Case) -> str:
     """How many kernels the case has, and a hash of their text."""
-    found = [text(module, simplified=False) for module in modules_of(case)]
+    found = [text(module) for module in modules_of(case)]
     joined = "\0".join(found).encode()
     return f"{len(found)} {hashlib.sha256(joined).hexdigest()[:12]}"
 
@@ -246,12 +246,12 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--kinds", action="store_true", help="a row length of each kind of plan, not of each plan")
     parser.add_argument("--every", type=int, default=1, metavar="K", help="only every K-th case of those recorded")
     parser.add_argument("--show", metavar="CASE", help='print the texts of one case, such as "launch bfloat16 4096"')
-    parser.add_argument("--simplified", action="store_true", help="of --show: after the compiler's first steps")
+    parser.add_argument("--raw", action="store_true", help="of --show: as it is given to the compiler")
     given = parser.parse_args(words)
     if given.show is not None:
         form, dtype, n = given.show.split()
         for module in modules_of(Case(form, dtype, int(n))):
-            print(text(module, simplified=given.simplified))
+            print(text(module, raw=given.raw))
         return 0
     if given.write:
         with recorded().open("w") as file:

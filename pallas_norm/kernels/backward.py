@@ -93,8 +93,8 @@ def _every_row(
         slot = lax.rem(step, jnp.int32(grid.SLOTS))
         return grid.block(plan, share.at(step), exchange, slot, interpret=interpret)
 
-    def load(step: Any) -> Rows:
-        return {name: block_of(step).load(source) for name, source in sources.items()}
+    def load(block: Block) -> Rows:
+        return {name: block.load(source) for name, source in sources.items()}
 
     first = block_of(jnp.int32(0))
     scales, zeros = columns(first)
@@ -129,20 +129,22 @@ def _every_row(
     if plan.source is Source.MEMORY:
 
         def from_memory(step: jax.Array, partial: Chunks | None) -> Chunks | None:
-            begun, partial = gradient.begin(block_of(step), load(step), scales(), partial)
-            gradient.finish(block_of(step), load(step), scales(), gradient.end(block_of(step), begun))
+            block = block_of(step)
+            begun, partial = gradient.begin(block, load(block), scales(), partial)
+            gradient.finish(block, load(block), scales(), gradient.end(block, begun))
             return partial
 
         return first, lax.fori_loop(0, share.steps, from_memory, zeros)
 
     def from_registers(step: jax.Array, carry: tuple[Chunks | None, Rows]) -> tuple[Chunks | None, Rows]:
         partial, rows = carry
-        following = load(jnp.minimum(step + 1, share.steps - 1))  # in flight while this block is worked on
-        begun, partial = gradient.begin(block_of(step), rows, scales(), partial)
-        gradient.finish(block_of(step), rows, scales(), gradient.end(block_of(step), begun))
+        following = load(block_of(jnp.minimum(step + 1, share.steps - 1)))  # in flight while this block is worked on
+        block = block_of(step)
+        begun, partial = gradient.begin(block, rows, scales(), partial)
+        gradient.finish(block, rows, scales(), gradient.end(block, begun))
         return partial, following
 
-    partial, _ = lax.fori_loop(0, share.steps, from_registers, (zeros, load(jnp.int32(0))))
+    partial, _ = lax.fori_loop(0, share.steps, from_registers, (zeros, load(block_of(jnp.int32(0)))))
     return first, partial
 
 
