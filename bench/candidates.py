@@ -13,8 +13,9 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 
-from pallas_norm._plan import FEWEST_STAGES, WARPS, BackwardPlan, Plan, Regime, Source, staged_view, stages_of
-from pallas_norm.regimes import HELD, SMS, backward_plan_for, plan_for
+from pallas_norm.plans.hardware import HELD, SMS, WARPS
+from pallas_norm.plans.plan import FEWEST_STAGES, BackwardPlan, Plan, Regime, Source, staged_view, stages_of
+from pallas_norm.regimes import backward_plan_for, plan_for
 
 LEAST = 16  # elements of a long row in a lane: fewer share it among so many warps that they mostly wait
 KEPT, REREAD = 64, 128  # elements of a row in a lane: more spill, or are more code than a cache holds

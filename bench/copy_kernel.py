@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_norm import _compat
+from pallas_norm.kernels import layouts, mosaic
 
 CHUNKS = 4  # of 128 lanes x 16 bytes in flight in each CTA: 4 was as fast as 2 or 8
 
@@ -33,13 +33,13 @@ def copy(inputs: Sequence[jax.Array], outputs: int) -> list[jax.Array]:
         raise ValueError(f"{size} elements; needed a multiple of {span}: pad the arrays")
     chunks = math.gcd(size // span, CHUNKS)
     per_cta = chunks * span
-    layout = _compat.row_across_warps(vec, split=False)
+    layout = layouts.row_across_warps(vec, split=False)
 
     def body(*refs: Any) -> None:
         start = lax.axis_index("program").astype("int64" if size >= 2**31 else "int32") * per_cta
         ins, outs = refs[: len(inputs)], refs[len(inputs) :]
         read = [
-            [_compat.load(ref.at[pl.ds(start + j * span, span)], layout, shape=(span,), interpret=False) for ref in ins]
+            [layouts.load(ref.at[pl.ds(start + j * span, span)], layout, shape=(span,), interpret=False) for ref in ins]
             for j in range(chunks)
         ]
         for j, values in enumerate(read):
@@ -48,9 +48,9 @@ def copy(inputs: Sequence[jax.Array], outputs: int) -> list[jax.Array]:
                 value = (
                     values[k % len(values)] if len(values) <= len(outs) else sum(values[k :: len(outs)][1:], values[k])
                 )
-                _compat.store(ref.at[pl.ds(start + j * span, span)], value, interpret=False)
+                layouts.store(ref.at[pl.ds(start + j * span, span)], value, interpret=False)
 
-    kernel = _compat.kernel(
+    kernel = mosaic.kernel(
         body,
         interpret=False,
         out_type=[jax.ShapeDtypeStruct((size,), x.dtype)] * outputs,

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_norm import _compat
+from . import cupti
 
 FLUSH_BYTES = 256 << 20  # several times the 50 MB (H100) or 60 MB (H200) of L2
 BATCH_S = 0.05
@@ -78,7 +78,7 @@ class Flush:
         self._step = jax.jit(jnp.cos, donate_argnums=0)
         self()
         found: list[tuple[str, float]] = []
-        with _compat.gpu_kernels(found):
+        with cupti.gpu_kernels(found):
             self()
         self.names = frozenset(name for name, _ in found)
 
@@ -94,7 +94,7 @@ def measure(variants: Mapping[str, Callable[[], Any]], *, repetitions: int, flus
         for _ in range(2):
             wait(call())
     found: list[tuple[str, float]] = []
-    with _compat.gpu_kernels(found):
+    with cupti.gpu_kernels(found):
         for _ in range(repetitions):
             for call in variants.values():
                 flush()

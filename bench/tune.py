@@ -17,9 +17,11 @@ from typing import Any
 
 import jax
 
-from pallas_norm import _backward, _forward, reference
-from pallas_norm._plan import Plan
+from pallas_norm import reference
 from pallas_norm._spec import Spec
+from pallas_norm.kernels import backward as backward_kernel
+from pallas_norm.kernels import forward as forward_kernel
+from pallas_norm.plans.plan import Plan
 
 from . import candidates, record, rounding, timing
 from .baselines import BASELINES, COPY
@@ -53,8 +55,8 @@ def program(operation: str, plan: Any) -> Callable[..., Any]:
     """operands -> outputs, by this plan."""
     spec = Spec(eps=EPS)
     if operation == "forward":
-        return lambda operands: _forward.forward(operands, plan=plan, spec=spec, with_rstd=False, interpret=False)
-    return lambda operands: _backward.backward(operands, plan=plan, spec=spec, with_dweight=True, interpret=False)
+        return lambda operands: forward_kernel.forward(operands, plan=plan, spec=spec, with_rstd=False, interpret=False)
+    return lambda operands: backward_kernel.backward(operands, plan=plan, spec=spec, with_dweight=True, interpret=False)
 
 
 def _rows(subject: Subject) -> tuple[int, ...]:

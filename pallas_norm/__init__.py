@@ -10,7 +10,7 @@ from ._patching import Report as Report
 from ._patching import Skipped as Skipped
 from ._patching import patch as patch
 from ._patching import unpatch as unpatch
-from ._plan import Plan as Plan
+from .plans.plan import Plan as Plan
 from .regimes import plan_for as plan_for
 
 __version__ = "0.1.0"

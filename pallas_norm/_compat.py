@@ -1,19 +1,19 @@
-"""The only file that knows JAX versions and JAX's private names (interop/pallas_norm_torch/launch.py keeps the launch
-ABI).
+"""JAX's versions: which are tested, and what differs between them; the only file that looks at them.
 
-Tested: 0.10.2, 0.11.2, 0.12.0.1. What differs between them is named beside each function.
+Tested: 0.10.2, 0.11.2, 0.12.0.1. kernels/layouts.py and kernels/mosaic.py use what Mosaic GPU has in all of these;
+interop/pallas_norm_torch/launch/ keeps the launch's.
 """
 
 # pyright: reportMissingTypeStubs=false, reportPrivateImportUsage=false, reportPrivateUsage=false
-# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false, reportUnusedImport=false
+# (pl and fragments are for kernels/layouts.py)
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,11 +36,11 @@ try:
     from jax.experimental import pallas as pl
     from jax.experimental.mosaic.gpu import fragmented_array as fragments
     from jax.experimental.pallas import mosaic_gpu as plgpu
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith as arith  # for _strided
-    from jaxlib.mlir.dialects import llvm
+    from jaxlib.mlir import ir as ir
+    from jaxlib.mlir.dialects import arith as arith
+    from jaxlib.mlir.dialects import llvm as llvm
     from jaxlib.mlir.dialects import memref as memref
-    from jaxlib.mlir.dialects import vector as vector  # for _packed
+    from jaxlib.mlir.dialects import vector as vector
 except ImportError as error:  # a JAX without Mosaic GPU (some Windows and macOS builds): only the XLA path runs
     _import_error = error
     arith = fragments = ir = llvm = memref = pl = plgpu = vector = None
@@ -249,187 +249,7 @@ def tuple_of_shardings(shape: Any, shardings: Sequence[Any]) -> Any:
     return xla_client.HloSharding.tuple_sharding(shape, list(shardings)) if shape.is_tuple() else shardings[0]
 
 
-# --- reading and writing blocks -------------------------------------------------------------------------------------
-
-
-def load(ref: Any, layout: Any, *, shape: tuple[int, ...], interpret: bool) -> jax.Array:
-    """`ref` seen as `shape`, in registers, laid out as `layout`.
-
-    optimized=False: the optimised path wants SMEM. 0.10's load takes an index; its interpreter has no rule for load.
-    The interpreters have no reshaped references, so there the value is reshaped.
-    """
-    if interpret:
-        return ref[...].reshape(shape)
-    if tuple(ref.shape) != shape:
-        ref = ref.reshape(*shape)
-    if _LOAD_TAKES_INDEX:
-        return plgpu.load(ref, (), layout=layout, optimized=False)
-    return plgpu.load(ref, layout=layout, optimized=False)
-
-
-def store(ref: Any, value: jax.Array, *, interpret: bool) -> None:
-    """0.12's `ref[...] = value` refuses stores that touch partial cache lines of GMEM; older versions have no
-    plgpu.store."""
-    shape = tuple(ref.shape)
-    if interpret:
-        ref[...] = value.reshape(shape)
-        return
-    if shape != value.shape:
-        ref = ref.reshape(*value.shape)
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
-
-
-def load_flat(ref: Any, start: Any, layout: Any, *, shape: tuple[int, ...], interpret: bool) -> jax.Array:
-    """shape's worth of neighbouring elements of `ref`, whatever its own shape, from `start` on."""
-    size = math.prod(shape)
-    if interpret:
-        return lax.dynamic_slice_in_dim(ref[...].reshape(-1), start, size).reshape(shape)
-    flat = ref.reshape(math.prod(ref.shape))
-    return load(flat.at[pl.ds(start, size)], layout, shape=shape, interpret=False)
-
-
-def load_columns(ref: Any, start: Any, layout: Any, *, shape: tuple[int, ...], interpret: bool) -> jax.Array:
-    """`ref` seen as shape[0] rows: shape[1] neighbouring elements of each, from `start` on."""
-    rows, columns = shape
-    if interpret:
-        return lax.dynamic_slice_in_dim(ref[...].reshape(rows, -1), start, columns, 1)
-    seen = ref.reshape(rows, math.prod(ref.shape) // rows)
-    return load(seen.at[:, pl.ds(start, columns)], layout, shape=shape, interpret=False)
-
-
-def layout_cast(value: jax.Array, layout: Any, *, interpret: bool) -> jax.Array:
-    """0.10's interpreter has no rule for layout_cast, and a layout means nothing to an interpreter."""
-    return value if interpret else plgpu.layout_cast(value, layout)
-
-
-# --- layouts --------------------------------------------------------------------------------------------------------
-
-
-def _tiled(tiles: Sequence[Sequence[int]], warp_dims: tuple[Any, ...], lane_dims: tuple[Any, ...]) -> Any:
-    layout = fragments.TiledLayout(
-        fragments.Tiling(tuple(map(tuple, tiles))), warp_dims, lane_dims, -1, _check_canonical=False
-    ).canonicalize()
-    return plgpu.Layout.TILED(
-        layout.tiling, warp_dims=layout.warp_dims, lane_dims=layout.lane_dims, vector_dim=layout.vector_dim
-    )
-
-
-@functools.cache
-def rows_in_warps(lanes: int, vec: int) -> Any:
-    """(rows, lanes * vec) tiles: `lanes` lanes of one warp own a row, `vec` neighbouring elements each."""
-    per_warp = 32 // lanes
-    tiles = ((4 * per_warp, lanes * vec), (per_warp, lanes * vec), (1, vec))
-    return _tiled(tiles, (-6,), (-4, -3) if per_warp > 1 else (-3,))
-
-
-@functools.cache
-def row_in_every_warp(lanes: int, vec: int) -> Any:
-    """(lanes * vec,): every group of `lanes` lanes in every warp holds the same row."""
-    copies = 32 // lanes
-    lane_dims = (fragments.Replicated(copies), -2) if copies > 1 else (-2,)
-    return _tiled(((lanes * vec,), (vec,)), (fragments.Replicated(4),), lane_dims)
-
-
-@functools.cache
-def row_across_warps(vec: int, *, split: bool) -> Any:
-    """128 * vec neighbouring elements, 32 * vec for each warp: (128 * vec,), or (4, 32 * vec) where `split`."""
-    if split:
-        return rows_in_warps(32, vec)
-    return _tiled(((128 * vec,), (32 * vec,), (vec,)), (-3,), (-2,))
-
-
-# --- kernels --------------------------------------------------------------------------------------------------------
-
-
-def kernel(body: Callable[..., None], *, interpret: bool, **options: Any) -> Callable[..., Any]:
-    """`plgpu.kernel` with Lane semantics: the default differs between versions; cluster kernels compile in Lane only.
-
-    Without automatic barriers: Pallas would put two around each store, for regions that a thread both reads and writes.
-    Ours are the shared memory of Exchange and Meeting, between whose reads and writes the kernels have barriers of
-    their own.
-    """
-    params = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True)
-    if interpret:
-        options["interpret"] = _interpret_params()
-    return plgpu.kernel(body, compiler_params=params, **options)
-
-
-_detect_races = False
-
-
-def _interpret_params() -> Any:
-    if hasattr(plgpu, "InterpretGPUParams"):
-        params = plgpu.InterpretGPUParams
-    else:
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as params  # 0.10: not exported yet
-    return params(detect_races=_detect_races)
-
-
-@contextlib.contextmanager
-def race_detection() -> Generator[Callable[[], bool]]:
-    """Kernels interpreted inside have their races detected; the value tells whether the last one had any."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    global _detect_races
-    _detect_races = True
-    try:
-        yield lambda: gpu_callbacks.get_races().races_found
-    finally:
-        _detect_races = False
-
-
-def smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    return plgpu.SMEM(shape, dtype)
-
-
-def barrier(num_arrivals: int, num_barriers: int = 0) -> Any:
-    """One barrier, or an array of them. 0.10 writes one as num_barriers=1, later versions as ()."""
-    if num_barriers:
-        return plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=num_barriers)
-    return plgpu.Barrier(num_arrivals=num_arrivals)
-
-
-def wait(barrier: Any) -> None:
-    plgpu.barrier_wait(barrier)
-
-
-def copy_to_smem(source: Any, destination: Any, barrier: Any) -> None:
-    plgpu.copy_gmem_to_smem(source, destination, barrier)
-
-
-def arrive_and_wait(barrier: Any) -> None:
-    plgpu.barrier_arrive(barrier)
-    plgpu.barrier_wait(barrier)
-
-
-def _inline_ptx(ptx: str) -> None:
-    @plgpu.inline_mgpu()
-    def inline(_: Any) -> None:
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], ptx, "~{memory}", has_side_effects=True)
-
-    inline()
-
-
-def cluster_arrive() -> None:
-    """First half of a barrier of all warps of a cluster, which orders their shared memory at cluster scope.
-
-    Not plgpu.ClusterBarrier: its arrival is sent by a few threads of a warpgroup, with CTA scope, and waits for none
-    of the other threads' stores. A draft built on it got up to 0.1 % of the outputs wrong.
-    """
-    _inline_ptx("barrier.cluster.arrive.release.aligned;")
-
-
-def cluster_wait() -> None:
-    """Second half: returns when every warp of the cluster has arrived, and sees what they stored before."""
-    _inline_ptx("barrier.cluster.wait.acquire.aligned;")
-
-
-def from_cta(ref: Any, axis: str, index: int) -> Any:
-    """`ref` as it is in the shared memory of another CTA of the cluster."""
-    return plgpu.cluster_ref(ref, {axis: index})
+# --- what Pallas names and takes in each version ----------------------------------------------------------------------
 
 
 def _load_takes_index() -> bool:
@@ -440,9 +260,36 @@ def _load_takes_index() -> bool:
 _LOAD_TAKES_INDEX = _import_error is None and _load_takes_index()
 
 
-# Mosaic compiles a kernel's parameters as addresses of 256-byte multiples. An address that is not one gives wrong bits
-# silently, wherever the compiler adds a small offset by setting bits (n = 64 at a base 160 bytes past a multiple).
-ALIGNMENT = 256
+def load(ref: Any, layout: Any) -> jax.Array:
+    """optimized=False: the optimised path wants SMEM. 0.10's load takes an index, and its interpreter has no rule for
+    it."""
+    if _LOAD_TAKES_INDEX:
+        return plgpu.load(ref, (), layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def store(ref: Any, value: jax.Array) -> None:
+    """0.12's `ref[...] = value` refuses stores that touch partial cache lines of GMEM; older versions have no
+    plgpu.store."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def barrier(num_arrivals: int, num_barriers: int = 0) -> Any:
+    """One barrier, or an array of them. 0.10 writes one as num_barriers=1, later versions as ()."""
+    if num_barriers:
+        return plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=num_barriers)
+    return plgpu.Barrier(num_arrivals=num_arrivals)
+
+
+def interpret_params(*, detect_races: bool = False) -> Any:
+    if hasattr(plgpu, "InterpretGPUParams"):
+        params = plgpu.InterpretGPUParams
+    else:
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as params  # 0.10: not exported yet
+    return params(detect_races=detect_races)
 
 
 # --- tensors of other frameworks --------------------------------------------------------------------------------------
@@ -482,19 +329,3 @@ def adopt(capsules: Sequence[Any], platform: str, index: int, wait_for: Callable
         _jax.dlpack_managed_tensor_to_buffer(capsule, device, stream, None, kind)
         for capsule, stream in zip(capsules, streams, strict=True)
     ]
-
-
-# --- measuring ------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def gpu_kernels(found: list[tuple[str, float]]) -> Generator[None]:
-    """Appends (name, microseconds) of every GPU kernel that this process ran inside, JAX's or not, in order (CUPTI)."""
-    from jax._src.lib import mosaic_gpu as library  # absent where jaxlib was built without CUDA
-
-    cupti = library._mosaic_gpu_ext
-    cupti._cupti_init()
-    try:
-        yield
-    finally:
-        found.extend((name, 1e3 * milliseconds) for name, milliseconds in cupti._cupti_get_timings(True))  # noqa: FBT003

@@ -15,10 +15,13 @@ from typing import Any
 
 import jax
 
-from . import _backward, _compat, _forward, _lowering, reference
-from ._plan import Plan
+from . import _compat, _lowering, reference
 from ._spec import Spec
-from .regimes import LARGEST_N, SMALLEST_N, backward_plan_for, plan_for
+from .kernels import backward as backward_kernel
+from .kernels import forward as forward_kernel
+from .plans.lengths import LARGEST_N, SMALLEST_N
+from .plans.plan import Plan
+from .regimes import backward_plan_for, plan_for
 
 Arrays = dict[str, jax.Array]
 
@@ -169,9 +172,9 @@ class Call:
         x, spec = operands["x"], self.spec
         if self.operation == "forward":
             plan = plan_for(x.shape[1], x.dtype, residual="residual" in operands)
-            return _forward.forward(operands, plan=plan, spec=spec, with_rstd=self.with_rstd, interpret=interpret)
+            return forward_kernel.forward(operands, plan=plan, spec=spec, with_rstd=self.with_rstd, interpret=interpret)
         plan = backward_plan_for(x.shape[1], x.dtype, dy_dtype=operands["dy"].dtype, residual="ds" in operands)
-        return _backward.backward(
+        return backward_kernel.backward(
             operands,
             plan=plan,
             spec=spec,

@@ -28,7 +28,7 @@ import numpy as np
 import pallas_norm
 
 from . import _compat, _dispatch, _selfcheck
-from .regimes import LARGEST_N
+from .plans.lengths import LARGEST_N
 
 Device: TypeAlias = Any  # jax.Device is no type to a type checker
 REPORT = "open an issue with the whole of this output"

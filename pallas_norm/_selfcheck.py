@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from ._plan import Plan
+from .plans.plan import Plan
 from .regimes import backward_plan_for, plan_for
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]

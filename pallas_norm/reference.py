@@ -11,9 +11,11 @@ Source: `LlamaRMSNorm.forward` in Hugging Face transformers; Zhang and Sennrich,
 Normalization", 2019.
 """
 
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (lax.psum has no types)
+
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -70,8 +72,13 @@ def row_mean(
     """The mean of each row; of the whole row, where every shard over `axis_name` holds some of its columns."""
     if not axis_name:
         return jnp.mean(values, axis=-1, keepdims=True)
-    add_up: Any = functools.partial(lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups)
-    return add_up(jnp.sum(values, axis=-1, keepdims=True)) / F32(values.shape[-1] * add_up(1))
+
+    def add_up(part: Any) -> Any:
+        summed: Any = lax.psum(part, axis_name=axis_name, axis_index_groups=axis_index_groups)
+        return summed
+
+    total: jax.Array = add_up(jnp.sum(values, axis=-1, keepdims=True))
+    return total / F32(values.shape[-1] * add_up(1))
 
 
 def inverse_root(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

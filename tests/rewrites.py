@@ -18,7 +18,8 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 
 class Rewrite(NamedTuple):
-    """One replacement in the text of a module of pallas_norm, and what else has to change for the kernel to run."""
+    """One replacement in the text of a module of pallas_norm.kernels, or of pallas_norm, and what else has to change
+    for the kernel to run."""
 
     module: str
     old: str
@@ -29,43 +30,43 @@ class Rewrite(NamedTuple):
 
 
 SOURCE: dict[str, Rewrite] = {
-    "overlap counted twice": Rewrite("_blocks", "if self.plan.overlap:", "if False:"),
-    "overlap mask one off": Rewrite("_blocks", "() >= self._repeated()", "() > self._repeated()"),
-    "only the last chunk summed": Rewrite("_blocks", "functools.reduce(jnp.add, rest, last)", "last"),
-    "no rounding before the weight": Rewrite("_forward", "unit = unit.astype(x.dtype).astype(F32)", "unit = unit"),
-    "mean over what is read": Rewrite("_forward", "/ block.plan.n", "/ (block.plan.span * block.plan.chunks)"),
-    "no eps": Rewrite("_forward", "+ spec.eps", "+ 0.0"),
+    "overlap counted twice": Rewrite("block", "if self.plan.overlap:", "if False:"),
+    "overlap mask one off": Rewrite("block", "() >= self._repeated()", "() > self._repeated()"),
+    "only the last chunk summed": Rewrite("block", "functools.reduce(jnp.add, rest, last)", "last"),
+    "no rounding before the weight": Rewrite("forward", "unit = unit.astype(x.dtype).astype(F32)", "unit = unit"),
+    "mean over what is read": Rewrite("forward", "/ block.plan.n", "/ (block.plan.span * block.plan.chunks)"),
+    "no eps": Rewrite("forward", "+ spec.eps", "+ 0.0"),
     "left-over rows misplaced": Rewrite(
-        "_launch", "program - extent.first_left + extent.blocks * plan.block", "program - extent.first_left"
+        "grid", "program - extent.first_left + extent.blocks * plan.block", "program - extent.first_left"
     ),
     "one warpgroup's sum missing": Rewrite(
-        "_shared_row", "range(self.plan.warpgroups) for w", "range(self.plan.warpgroups - 1) for w", n=12288, rows=3
+        "cta", "range(self.plan.warpgroups) for w", "range(self.plan.warpgroups - 1) for w", n=12288, rows=3
     ),
-    "one warp's sum missing": Rewrite("_shared_row", "in range(WARPS)]", "in range(WARPS - 1)]", n=12288, rows=3),
+    "one warp's sum missing": Rewrite("cta", "in range(WARPS)]", "in range(WARPS - 1)]", n=12288, rows=3),
     "warpgroups all read the first part": Rewrite(
-        "_shared_row", "(j * plan.workers + worker)", "(j * plan.workers)", n=12288, rows=3
+        "cta", "(j * plan.workers + worker)", "(j * plan.workers)", n=12288, rows=3
     ),
     "s not rounded before the norm": Rewrite(
-        "_forward",
+        "forward",
         "(x.astype(F32) + r.astype(F32)).astype(dtype)",
         "(x.astype(F32) + r.astype(F32))",
         also=("block.store(s_ref, rows)", "block.store(s_ref, [x.astype(s_ref.dtype) for x in rows])"),
     ),
     "s truncated": Rewrite(
-        "_forward",
+        "forward",
         "(x.astype(F32) + r.astype(F32)).astype(dtype)",
         "lax.bitcast_convert_type(lax.bitcast_convert_type(x.astype(F32) + r.astype(F32), jnp.int32) & -65536, F32)"
         ".astype(dtype)",
     ),
-    "backward: dy * weight not rounded": Rewrite("_backward", "block.widened(g.astype(dtype)) if", "g if"),
-    "backward: no projection": Rewrite("_backward", "(g - unit * mean)", "g"),
-    "backward: ds dropped": Rewrite("_backward", 'if "ds" in rows:', "if False:"),
-    "backward: dweight of the last row only": Rewrite("_backward", "partials.append(partial[i] + ", "partials.append("),
+    "backward: dy * weight not rounded": Rewrite("backward", "block.widened(g.astype(dtype)) if", "g if"),
+    "backward: no projection": Rewrite("backward", "(g - unit * mean)", "g"),
+    "backward: ds dropped": Rewrite("backward", 'if "ds" in rows:', "if False:"),
+    "backward: dweight of the last row only": Rewrite("backward", "partials.append(partial[i] + ", "partials.append("),
     "backward: every step the first row": Rewrite(
-        "_launch", "return self.program + step * self.programs", "return self.program"
+        "grid", "return self.program + step * self.programs", "return self.program"
     ),
     "backward: rows of a block not added up": Rewrite(
-        "_blocks", "functools.reduce(jnp.add, rows)", "rows[0]", n=128, rows=40
+        "warp", "functools.reduce(jnp.add, rows)", "rows[0]", n=128, rows=40
     ),
 }  # fmt: skip
 
@@ -114,20 +115,25 @@ REFERENCE: dict[str, Rewrite] = {
 }  # fmt: skip
 
 
+def module_of(rewrite: Rewrite) -> types.ModuleType:
+    names = (f"pallas_norm.{folder}{rewrite.module}" for folder in ("kernels.", ""))
+    return next(sys.modules[name] for name in names if name in sys.modules)
+
+
 @contextlib.contextmanager
 def rewritten(rewrite: Rewrite) -> Iterator[None]:
     """pallas_norm with the rewrite: every module that refers to something of the rewritten one refers to the new."""
-    original = sys.modules[f"pallas_norm.{rewrite.module}"]
+    original = module_of(rewrite)
     text = inspect.getsource(original)
     for old in (rewrite.old, rewrite.also[0]):
         if old not in text:
-            raise LookupError(f"pallas_norm/{rewrite.module}.py no longer contains {old!r}: rewrite the mutant")
+            raise LookupError(f"{original.__name__} no longer contains {old!r}: rewrite the mutant")
     text = text.replace(rewrite.old, rewrite.new)
     if rewrite.also[0]:
         text = text.replace(*rewrite.also)
     jax.clear_caches()  # JAX knows a traced function by its name and place, and would take the right one for the mutant
     mutant = types.ModuleType(original.__name__)
-    mutant.__package__ = "pallas_norm"
+    mutant.__package__ = original.__package__
     mutant.__dict__["__file__"] = original.__file__
     sys.modules[original.__name__] = mutant  # dataclasses look their module up while they are made
     undo: list[tuple[types.ModuleType, str, Any]] = []

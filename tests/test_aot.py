@@ -9,9 +9,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_norm import _backward, _forward, _launch, rms_norm
+from pallas_norm import rms_norm
 from pallas_norm._spec import Spec
-from pallas_norm.regimes import SMS, backward_plan_for, plan_for
+from pallas_norm.kernels import backward as backward_kernel
+from pallas_norm.kernels import forward as forward_kernel
+from pallas_norm.kernels import grid
+from pallas_norm.plans.hardware import SMS
+from pallas_norm.regimes import backward_plan_for, plan_for
 from tests import aot
 
 pytestmark = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
@@ -37,7 +41,7 @@ def compiled_forward(n: int, dtype: str, names: tuple[str, ...]) -> aot.Report:
     def kernel(*values: jax.Array) -> dict[str, jax.Array]:
         operands = dict(zip(names, values, strict=True))
         plan = plan_for(n, dtype, residual="residual" in names)
-        return _forward.forward(operands, plan=plan, spec=Spec(), with_rstd=True, interpret=False)
+        return forward_kernel.forward(operands, plan=plan, spec=Spec(), with_rstd=True, interpret=False)
 
     return aot.compile_for_h200(kernel, *structs(n, dtype, names).values())
 
@@ -50,12 +54,12 @@ def compiled_backward(
 
     def kernel(*values: jax.Array) -> dict[str, jax.Array]:
         operands = dict(zip(names, values, strict=True))
-        return _backward.parts(operands, plan=plan, spec=Spec(), with_dweight=True, interpret=False)
+        return backward_kernel.parts(operands, plan=plan, spec=Spec(), with_dweight=True, interpret=False)
 
     operands = structs(n, dtype, names) | structs(n, dy_dtype or dtype, ("dy", "weight"))
     if counts:
-        names = (*names, *_launch.COUNTS)
-        operands |= dict.fromkeys(_launch.COUNTS, jax.ShapeDtypeStruct((1,), jnp.int32))
+        names = (*names, *grid.COUNTS)
+        operands |= dict.fromkeys(grid.COUNTS, jax.ShapeDtypeStruct((1,), jnp.int32))
     return aot.compile_for_h200(kernel, *operands.values())
 
 

@@ -21,8 +21,8 @@ import pytest
 from jax._src.interpreters import mlir
 from jaxlib.mlir import ir
 
-from pallas_norm._plan import BackwardPlan, Plan, Regime, Source
 from pallas_norm._spec import Spec
+from pallas_norm.plans.plan import BackwardPlan, Plan, Regime, Source
 from pallas_norm.regimes import backward_plan_for
 from tests import rewrites
 from tests.rewrites import Rewrite
@@ -72,7 +72,7 @@ def events(kernel: str) -> str:
 
 
 def forward(plan: Plan) -> str:
-    kernel = sys.modules["pallas_norm._forward"].forward  # of a mutant
+    kernel = sys.modules["pallas_norm.kernels.forward"].forward  # of a mutant
 
     def run(x: jax.Array, weight: jax.Array) -> Any:
         return kernel({"x": x, "weight": weight}, plan=plan, spec=Spec(), with_rstd=True, interpret=False)
@@ -83,7 +83,7 @@ def forward(plan: Plan) -> str:
 
 
 def backward(plan: BackwardPlan) -> str:
-    kernel = sys.modules["pallas_norm._backward"].parts
+    kernel = sys.modules["pallas_norm.kernels.backward"].parts
 
     def run(x: jax.Array, weight: jax.Array, rstd: jax.Array) -> Any:
         operands = {"x": x, "dy": x, "weight": weight, "rstd": rstd}
@@ -155,34 +155,38 @@ def test_every_barrier_is_between_the_accesses_that_it_orders(of: str, name: str
     assert found(of, name) == EXPECTED[of, name]
 
 
-MEET = "_compat.arrive_and_wait(self.exchange.barrier)"
-BEFORE_A_CHUNK = "_compat.arrive_and_wait(meeting.barrier)  # all have read the chunk before"
-AFTER_A_CHUNK = "_compat.arrive_and_wait(meeting.barrier)\n            rows"
+MEET = "mosaic.arrive_and_wait(self.exchange.barrier)"
+BEFORE_A_CHUNK = "mosaic.arrive_and_wait(meeting.barrier)  # all have read the chunk before"
+AFTER_A_CHUNK = "mosaic.arrive_and_wait(meeting.barrier)\n            rows"
 ARRIVE, WAIT = "    plgpu.barrier_arrive(barrier)\n", "(barrier)\n    plgpu.barrier_wait(barrier)\n"
-CLUSTER_ARRIVE, CLUSTER_WAIT = "            _compat.cluster_arrive()\n", "        _compat.cluster_wait()\n"
-READ_BY_ALL = '_compat.arrive_and_wait(scratch["read"])'
-ARRIVED = "_compat.wait(self.arrived.at[lax.rem(step, jnp.int32(self.plan.stages))])"
-AT_THE_END = "    _compat.cluster_arrive()\n            _compat.cluster_wait()\n"
+CLUSTER_ARRIVE, CLUSTER_WAIT = "            mosaic.cluster_arrive()\n", "        mosaic.cluster_wait()\n"
+READ_BY_ALL = 'mosaic.arrive_and_wait(scratch["read"])'
+ARRIVED = "mosaic.wait(self.arrived.at[lax.rem(step, jnp.int32(self.plan.stages))])"
+AT_THE_END = "    mosaic.cluster_arrive()\n            mosaic.cluster_wait()\n"
 FILLED_EARLY = Rewrite(
-    "_pipeline",
+    "pipeline",
     "return row(step, self.wait(step), lambda: self.refill(step), carry)",
     "stage = self.wait(step)\n            self.refill(step)\n            return row(step, stage, lambda: None, carry)",
 )
 WITHOUT: dict[str, tuple[Rewrite, str, str]] = {
-    "forward sum": (Rewrite("_shared_row", MEET, "pass"), "forward", "shared"),
-    "backward sum": (Rewrite("_shared_row", MEET, "pass"), "backward", "pipeline, shared"),
-    "arrival": (Rewrite("_compat", ARRIVE, ""), "backward", "shared"),
-    "wait": (Rewrite("_compat", WAIT, "(barrier)\n"), "backward", "shared"),
-    "before a chunk": (Rewrite("_blocks", BEFORE_A_CHUNK, "pass"), "backward", "rows in warps, two chunks"),
-    "after a chunk": (Rewrite("_blocks", AFTER_A_CHUNK, "rows"), "backward", "rows in warps"),
-    "cluster": (Rewrite("_shared_row", CLUSTER_ARRIVE, "", also=(CLUSTER_WAIT, "")), "forward", "cluster"),
-    "cluster, arrival": (Rewrite("_shared_row", CLUSTER_ARRIVE, ""), "forward", "cluster"),
-    "cluster, wait": (Rewrite("_shared_row", CLUSTER_WAIT, ""), "backward", "cluster"),
-    "warps that share no sum": (Rewrite("_backward", READ_BY_ALL, "pass"), "backward", "pipeline in warps"),
-    "cluster, at the end": (Rewrite("_launch", AT_THE_END, "    pass\n"), "forward", "cluster"),
-    "cluster, release": (Rewrite("_compat", "arrive.release.aligned", "arrive.relaxed.aligned"), "forward", "cluster"),
-    "cluster, acquire": (Rewrite("_compat", "wait.acquire.aligned", "wait.aligned"), "forward", "cluster"),
-    "a stage's arrival": (Rewrite("_pipeline", ARRIVED, "pass"), "backward", "pipeline"),
+    "forward sum": (Rewrite("cta", MEET, "pass"), "forward", "shared"),
+    "backward sum": (Rewrite("cta", MEET, "pass"), "backward", "pipeline, shared"),
+    "arrival": (Rewrite("mosaic", ARRIVE, ""), "backward", "shared"),
+    "wait": (Rewrite("mosaic", WAIT, "(barrier)\n"), "backward", "shared"),
+    "before a chunk": (Rewrite("warp", BEFORE_A_CHUNK, "pass"), "backward", "rows in warps, two chunks"),
+    "after a chunk": (Rewrite("warp", AFTER_A_CHUNK, "rows"), "backward", "rows in warps"),
+    "cluster": (Rewrite("cta", CLUSTER_ARRIVE, "", also=(CLUSTER_WAIT, "")), "forward", "cluster"),
+    "cluster, arrival": (Rewrite("cta", CLUSTER_ARRIVE, ""), "forward", "cluster"),
+    "cluster, wait": (Rewrite("cta", CLUSTER_WAIT, ""), "backward", "cluster"),
+    "warps that share no sum": (Rewrite("backward", READ_BY_ALL, "pass"), "backward", "pipeline in warps"),
+    "cluster, at the end": (Rewrite("launch", AT_THE_END, "    pass\n"), "forward", "cluster"),
+    "cluster, release": (
+        Rewrite("mosaic", "arrive.release.aligned", "arrive.relaxed.aligned"),
+        "forward",
+        "cluster",
+    ),
+    "cluster, acquire": (Rewrite("mosaic", "wait.acquire.aligned", "wait.aligned"), "forward", "cluster"),
+    "a stage's arrival": (Rewrite("pipeline", ARRIVED, "pass"), "backward", "pipeline"),
     "before a stage is filled again": (FILLED_EARLY, "backward", "pipeline, shared"),
     "before the stage of rows that are kept is": (FILLED_EARLY, "backward", "pipeline, rows kept"),
     "before a stage is filled again, in a cluster": (FILLED_EARLY, "forward", "pipeline, cluster"),

@@ -17,8 +17,9 @@ import pytest
 import pallas_norm
 from pallas_norm import __main__ as program
 from pallas_norm import _compat, _doctor, _selfcheck, reference
-from pallas_norm._plan import Source
-from pallas_norm.regimes import TABLE, backward_plan_for, plan_for
+from pallas_norm.plans.forward import TABLE
+from pallas_norm.plans.plan import Source
+from pallas_norm.regimes import backward_plan_for, plan_for
 from tests import oracle
 
 ROOT = Path(__file__).parents[1]

@@ -15,19 +15,17 @@ import numpy as np
 import pytest
 
 import pallas_norm
-from pallas_norm import _backward, _dispatch, _forward
-from pallas_norm._plan import WARPS, BackwardPlan, Plan, Regime, Source, pipeline_tile
+from pallas_norm import _dispatch
 from pallas_norm._spec import Spec
-from pallas_norm.regimes import (
-    LARGEST_N,
-    NARROW,
-    PIPELINES,
-    SMALLEST_N,
-    SMALLEST_PIPELINE,
-    TABLE,
-    backward_plan_for,
-    plan_for,
-)
+from pallas_norm.kernels import backward as backward_kernel
+from pallas_norm.kernels import forward as forward_kernel
+from pallas_norm.plans.backward import PIPELINES, SMALLEST_PIPELINE
+from pallas_norm.plans.forward import TABLE
+from pallas_norm.plans.hardware import WARPS
+from pallas_norm.plans.lengths import LARGEST_N, SMALLEST_N
+from pallas_norm.plans.plan import BackwardPlan, Plan, Regime, Source, pipeline_tile
+from pallas_norm.plans.vectors import NARROW
+from pallas_norm.regimes import backward_plan_for, plan_for
 from tests import oracle, test_backward_properties, test_forward_properties
 from tests.oracle import DTYPES, F32
 from tests.strategies import Case
@@ -129,7 +127,7 @@ def test_every_forward_plan_gives_the_replay_of_an_rstd_within_its_bound(path: s
     exact = np.arange(len(x)) % 2 == 0  # every second row is of integers
     x[exact] = dataclasses.replace(case, values="integers").x()[exact]
     kernel = functools.partial(
-        _forward.forward, plan=plan, spec=Spec(eps=EPS), with_rstd=True, interpret=path == "interpret"
+        forward_kernel.forward, plan=plan, spec=Spec(eps=EPS), with_rstd=True, interpret=path == "interpret"
     )
     results = jax.jit(kernel)(on_device({"x": x, "weight": weight}))
     y, rstd = np.asarray(results["y"]), np.asarray(results["rstd"])
@@ -143,7 +141,9 @@ def test_every_backward_plan_gives_gradients_within_its_bounds(path: str, n: int
     plan = backward_plans(n, "bf16")[name]
     case = Case(n, 3 * plan.block + 2, "bf16", "f32", "normal", seed=n)
     kernel = jax.jit(
-        functools.partial(_backward.backward, plan=plan, spec=Spec(), with_dweight=True, interpret=path == "interpret")
+        functools.partial(
+            backward_kernel.backward, plan=plan, spec=Spec(), with_dweight=True, interpret=path == "interpret"
+        )
     )
     for exact in (True,) if path == "interpret" else (True, False):
         x, weight, dy = case.exact() if exact else (case.x(), case.weight(), case.dy(F32))
@@ -172,8 +172,8 @@ def test_every_number_of_rows_takes_the_same_plan(monkeypatch: pytest.MonkeyPatc
 
         return call
 
-    monkeypatch.setattr(_dispatch._forward, "forward", recording(_forward.forward))
-    monkeypatch.setattr(_dispatch._backward, "backward", recording(_backward.backward))
+    monkeypatch.setattr(_dispatch.forward_kernel, "forward", recording(forward_kernel.forward))
+    monkeypatch.setattr(_dispatch.backward_kernel, "backward", recording(backward_kernel.backward))
     weight = jax.ShapeDtypeStruct((n,), jnp.bfloat16)
 
     def gradient(x: Any, weight: Any) -> Any:

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_norm._plan import BackwardPlan, Source, from_memory
 from pallas_norm._spec import Spec
+from pallas_norm.plans.plan import BackwardPlan, Source, from_memory
 from pallas_norm.regimes import backward_plan_for, plan_for
 from tests import rewrites
 from tests.oracle import F32
@@ -38,7 +38,7 @@ LAUNCHES = 200
 # with rows kept, and in warps.
 SHARED, CLUSTER, PIPED_CLUSTER, PIPELINE, KEPT, IN_WARPS = 32760, 131064, 131072, 2048, 4096, 512
 BACKWARD_CLUSTER = 32768  # a power of two, by which the mean of exact products is exact
-NO_MEETING = ("_shared_row", CLUSTER_ARRIVE, "")
+NO_MEETING = ("cta", CLUSTER_ARRIVE, "")
 
 
 def rows_of(n: int) -> int:
@@ -47,7 +47,7 @@ def rows_of(n: int) -> int:
 
 
 def forward(n: int) -> Callable[..., Any]:
-    kernel = sys.modules["pallas_norm._forward"].forward  # of a mutant
+    kernel = sys.modules["pallas_norm.kernels.forward"].forward  # of a mutant
     return functools.partial(kernel, plan=plan_for(n, "bfloat16"), spec=Spec(eps=0.0), with_rstd=True)
 
 
@@ -56,7 +56,7 @@ def plan_of(n: int) -> BackwardPlan:
 
 
 def backward(n: int, plan: BackwardPlan | None = None) -> Callable[..., Any]:
-    kernel = sys.modules["pallas_norm._backward"].backward
+    kernel = sys.modules["pallas_norm.kernels.backward"].backward
     return functools.partial(kernel, plan=plan or plan_of(n), spec=Spec(eps=0.0), with_dweight=True)
 
 
@@ -78,18 +78,24 @@ KERNELS: dict[str, tuple[Callable[[int], Callable[..., Any]], int]] = {
 }
 
 WITHOUT: dict[str, tuple[Rewrite, str]] = {
-    "forward sum": (Rewrite("_shared_row", MEET, "pass"), "forward, shared"),
-    "backward sum": (Rewrite("_shared_row", MEET, "pass"), "backward, pipeline, shared"),
+    "forward sum": (Rewrite("cta", MEET, "pass"), "forward, shared"),
+    "backward sum": (Rewrite("cta", MEET, "pass"), "backward, pipeline, shared"),
     "forward, cluster": (Rewrite(*NO_MEETING, also=(CLUSTER_WAIT, "")), "forward, cluster"),
     "backward, cluster": (Rewrite(*NO_MEETING, also=(CLUSTER_WAIT, "")), "backward, cluster"),
     "forward, pipeline, cluster": (Rewrite(*NO_MEETING, also=(CLUSTER_WAIT, "")), "forward, pipeline, cluster"),
     "backward, pipeline, cluster": (Rewrite(*NO_MEETING, also=(CLUSTER_WAIT, "")), "backward, pipeline, cluster"),
-    "after a chunk of dweight": (Rewrite("_blocks", AFTER_A_CHUNK, "rows"), "backward, rows in warps"),
-    "after each of two chunks": (Rewrite("_blocks", AFTER_A_CHUNK, "rows"), "backward, rows in warps, two chunks"),
-    "a stage's arrival": (Rewrite("_pipeline", ARRIVED, "pass"), "backward, pipeline"),
-    "a stage's arrival, rows kept": (Rewrite("_pipeline", ARRIVED, "pass"), "backward, pipeline, rows kept"),
-    "a stage's arrival, in warps": (Rewrite("_pipeline", ARRIVED, "pass"), "backward, rows in warps, two chunks"),
-    "a stage's arrival, forward": (Rewrite("_pipeline", ARRIVED, "pass"), "forward, pipeline, cluster"),
+    "after a chunk of dweight": (Rewrite("warp", AFTER_A_CHUNK, "rows"), "backward, rows in warps"),
+    "after each of two chunks": (
+        Rewrite("warp", AFTER_A_CHUNK, "rows"),
+        "backward, rows in warps, two chunks",
+    ),
+    "a stage's arrival": (Rewrite("pipeline", ARRIVED, "pass"), "backward, pipeline"),
+    "a stage's arrival, rows kept": (Rewrite("pipeline", ARRIVED, "pass"), "backward, pipeline, rows kept"),
+    "a stage's arrival, in warps": (
+        Rewrite("pipeline", ARRIVED, "pass"),
+        "backward, rows in warps, two chunks",
+    ),
+    "a stage's arrival, forward": (Rewrite("pipeline", ARRIVED, "pass"), "forward, pipeline, cluster"),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import stat
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import oracle, test_gpu_mutants
+from tests import oracle, rewrites, test_gpu_mutants
 from tests.gpu_proof import every_kernel, kernels, operands, planted, reruns, sanitizers
 from tests.gpu_proof.kernels import Backward, ColumnSum, Forward, kind_of_plan
 from tests.gpu_proof.sanitizers import Run, cases_with_reports, judge, reported
@@ -97,7 +96,7 @@ def test_a_planted_race_is_a_kernel_less_a_barrier(
 
     def differing(kernel: str, **_: int) -> None:
         rewrite, of = test_gpu_mutants.WITHOUT[next(names)]
-        mutated = sys.modules[f"pallas_norm.{rewrite.module}"].__spec__ is None
+        mutated = rewrites.module_of(rewrite).__spec__ is None
         seen.append((kernel == of, mutated))
 
     monkeypatch.setattr(test_gpu_mutants, "differing", differing)

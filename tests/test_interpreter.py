@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_norm import _compat
-from pallas_norm._plan import Regime, Source
 from pallas_norm._spec import Spec
+from pallas_norm.kernels import mosaic
+from pallas_norm.plans.plan import Regime, Source
 from pallas_norm.regimes import backward_plan_for, plan_for
 from tests import rewrites, test_barriers
+from tests.race_detection import race_detection
 from tests.rewrites import Rewrite
 from tests.test_barriers import ARRIVED, FILLED_EARLY
 
@@ -36,7 +37,7 @@ def ones(*shape: int) -> jax.Array:
 
 
 def forward(n: int = N, *, rows: int = ROWS, **changes: object) -> None:
-    kernel = sys.modules["pallas_norm._forward"].forward  # of a mutant
+    kernel = sys.modules["pallas_norm.kernels.forward"].forward  # of a mutant
     plan = dataclasses.replace(plan_for(n, "bfloat16"), **changes)
     options = {"plan": plan, "spec": Spec(), "with_rstd": True, "interpret": True}
     jax.block_until_ready(kernel({"x": ones(rows, n), "weight": ones(n)}, **options))
@@ -47,7 +48,7 @@ def backward(n: int = N, *, rows: int = ROWS, **changes: object) -> None:
 
     Without the second kernel, which adds up the parts of dweight: the detector tells of the last kernel that ran.
     """
-    kernel = sys.modules["pallas_norm._backward"].parts
+    kernel = sys.modules["pallas_norm.kernels.backward"].parts
     plan = dataclasses.replace(backward_plan_for(n, "bfloat16"), programs=1, **changes)
     operands = {"x": ones(rows, n), "dy": ones(rows, n), "weight": ones(n), "rstd": jnp.ones((rows,), jnp.float32)}
     options = {"plan": plan, "spec": Spec(), "with_dweight": True, "interpret": True}
@@ -89,7 +90,7 @@ def fenced_copies(monkeypatch: pytest.MonkeyPatch) -> None:
         plgpu.commit_smem()
         plgpu.copy_gmem_to_smem(source, destination, barrier)
 
-    monkeypatch.setattr(_compat, "copy_to_smem", copy)
+    monkeypatch.setattr(mosaic, "copy_to_smem", copy)
 
 
 # What 0.12's detector raises where it finds a race; and a warpgroup that ran ahead of the others by a whole row.
@@ -107,7 +108,7 @@ def has_races(kernel: Callable[[], None], races_found: Callable[[], bool]) -> bo
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_has_no_races(name: str) -> None:
-    with _compat.race_detection() as races_found:
+    with race_detection() as races_found:
         assert not has_races(KERNELS[name], races_found)
 
 
@@ -120,31 +121,31 @@ def test_every_kind_of_kernel_that_synchronises_is_among_them() -> None:
     assert backward_plan_for(IN_WARPS, "bfloat16").regime is Regime.WARP
 
 
-MEET = Rewrite("_shared_row", test_barriers.MEET, "pass")
-ONE_SLOT = Rewrite("_launch", "SLOTS = 2", "SLOTS = 1")
+MEET = Rewrite("cta", test_barriers.MEET, "pass")
+ONE_SLOT = Rewrite("grid", "SLOTS = 2", "SLOTS = 1")
 # As many waits and copies as before, so nothing hangs: the wait for a stage follows its reads, a copy precedes them.
 READ_UNWAITED = Rewrite(
-    "_pipeline",
+    "pipeline",
     f"        {ARRIVED}\n",
     "",
     also=("        read = step if", f"        {ARRIVED}\n        read = step if"),
 )
 # Where rows are kept the warpgroups meet before the stage is refilled, and read it afterwards. Without that meeting a
 # warpgroup may find the barrier of its stage two phases on: it fails, the other one waits for it, and nothing ends.
-MEET_THEN_REFILL = "_compat.arrive_and_wait(exchange.barrier)\n{0}met()\n{0}"
+MEET_THEN_REFILL = "mosaic.arrive_and_wait(exchange.barrier)\n{0}met()\n{0}"
 REFILLED_UNREAD_FORWARD = Rewrite(
-    "_forward",
+    "forward",
     "xs = read()\n        begun = block.begin_sum(_squares(xs))\n        met()\n",
     MEET_THEN_REFILL.format(" " * 8) + "xs = read()\n        begun = block.begin_sum(_squares(xs))\n",
-    also=("from . import _launch, reference\n", "from . import _compat, _launch, reference\n"),
+    also=("from . import grid, launch\n", "from . import grid, launch, mosaic\n"),
 )
 REFILLED_UNREAD = Rewrite(
-    "_backward",
+    "backward",
     "rows = read() if plan.keeps_rows",
     MEET_THEN_REFILL.format(" " * 12) + "rows = read() if plan.keeps_rows",
     also=("            if plan.regime is Regime.CTA:\n                met()\n", ""),
 )
-REFILLED_EARLY = Rewrite("_pipeline", "read = step if self.plan.keeps_rows else step - 1", "read = step")
+REFILLED_EARLY = Rewrite("pipeline", "read = step if self.plan.keeps_rows else step - 1", "read = step")
 WITHOUT = {
     "forward sum": (MEET, "forward, shared"),
     "forward sum of four": (MEET, "forward, shared by four"),
@@ -169,5 +170,5 @@ WITHOUT = {
 @pytest.mark.parametrize("name", WITHOUT)
 def test_without_one_of_its_barriers_it_has(name: str) -> None:
     rewrite, kernel = WITHOUT[name]
-    with rewrites.rewritten(rewrite), _compat.race_detection() as races_found:
+    with rewrites.rewritten(rewrite), race_detection() as races_found:
         assert has_races(KERNELS[kernel], races_found)

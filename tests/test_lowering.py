@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from pallas_norm import add_rms_norm, explain, rms_norm
-from pallas_norm._plan import Plan
+from pallas_norm.plans.plan import Plan
 from pallas_norm.regimes import backward_plan_for, plan_for
 
 ROWS = 37  # fills no whole number of blocks

@@ -174,8 +174,8 @@ def interpreted(n: int, rows: int) -> None:
     names = {"x": o["x"], "residual": residual, "weight": o["weight"]}
     plan, spec = plan_for(n, BF16), Spec(eps=0.5)
     given = {name: jnp.asarray(value) for name, value in names.items()}
-    kernels = sys.modules["pallas_norm._forward"].forward, sys.modules["pallas_norm._backward"].backward  # of a mutant
-    results = kernels[0](given, plan=plan, spec=spec, with_rstd=True, interpret=True)
+    forward, backward = (sys.modules[f"pallas_norm.kernels.{name}"] for name in ("forward", "backward"))  # of a mutant
+    results = forward.forward(given, plan=plan, spec=spec, with_rstd=True, interpret=True)
     y, s, rstd = (np.asarray(results[name]) for name in ("y", "s", "rstd"))
     oracle.assert_same(s, oracle.add(o["x"], residual))
     oracle.assert_same(y, oracle.replay(s, o["weight"], rstd))
@@ -184,9 +184,9 @@ def interpreted(n: int, rows: int) -> None:
     given = {name: jnp.asarray(value) for name, value in (o | {"ds": ds}).items()}
     # Two programs, so that each takes several steps.
     plan = dataclasses.replace(backward_plan_for(n, BF16, residual=True), programs=2)
-    gradients = kernels[1](given, plan=plan, spec=spec, with_dweight=True, interpret=True)
+    gradients = backward.backward(given, plan=plan, spec=spec, with_dweight=True, interpret=True)
     alone = {name: value for name, value in given.items() if name != "ds"}
-    dx = kernels[1](alone, plan=plan, spec=spec, with_dweight=False, interpret=True)["dx"]
+    dx = backward.backward(alone, plan=plan, spec=spec, with_dweight=False, interpret=True)["dx"]
     oracle.assert_within(dx, *oracle.input_gradient64(o["x"], o["weight"], o["rstd"], o["dy"], n))
     expected = oracle.round_to(np.asarray(dx).astype(F32) + ds.astype(F32), BF16)
     oracle.assert_same(np.asarray(gradients["dx"]), expected)

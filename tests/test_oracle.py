@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pallas_norm._plan import WARPS, Regime
+from pallas_norm.plans.hardware import WARPS
+from pallas_norm.plans.plan import Regime
 from pallas_norm.regimes import backward_plan_for, plan_for
 from tests import oracle, strategies
 from tests.oracle import BF16, DTYPES, F16, F32, Array

@@ -8,24 +8,17 @@ import inspect
 import numpy as np
 import pytest
 
-from pallas_norm import _launch
-from pallas_norm._blocks import Block, WarpgroupRow, WarpRows
-from pallas_norm._plan import SMEM_BYTES, WARPS, BackwardPlan, Plan, Regime, Source, pipeline_tile, staged_view
-from pallas_norm._shared_row import SharedRow
-from pallas_norm.regimes import (
-    ANY,
-    LARGEST_N,
-    NARROW,
-    PIPELINES,
-    SHORT,
-    SMALLEST_N,
-    SMALLEST_PIPELINE,
-    SMS,
-    TABLE,
-    WARP_PIPELINES,
-    backward_plan_for,
-    plan_for,
-)
+from pallas_norm.kernels import launch
+from pallas_norm.kernels.block import Block
+from pallas_norm.kernels.cta import SharedRow, WarpgroupRow
+from pallas_norm.kernels.warp import WarpRows
+from pallas_norm.plans.backward import PIPELINES, SHORT, SMALLEST_PIPELINE, WARP_PIPELINES
+from pallas_norm.plans.forward import ANY, TABLE
+from pallas_norm.plans.hardware import SMEM_BYTES, SMS, WARPS
+from pallas_norm.plans.lengths import LARGEST_N, SMALLEST_N
+from pallas_norm.plans.plan import BackwardPlan, Plan, Regime, Source, pipeline_tile, staged_view
+from pallas_norm.plans.vectors import NARROW
+from pallas_norm.regimes import backward_plan_for, plan_for
 
 LIMITS = (
     {row.largest_n for row in TABLE}
@@ -124,7 +117,7 @@ def test_the_plan_that_stands_in_for_a_cluster_counts_every_column_once() -> Non
     clusters = {n: plan for n, plan in plans.items() if plan[0].cluster > 1}
     assert {plan.cluster for plan, _ in clusters.values()} == {2, 4, 8}
     for n, (plan, itemsize) in clusters.items():
-        stand_in = _launch.interpretable(plan, itemsize)
+        stand_in = launch.interpretable(plan, itemsize)
         assert stand_in.cluster == 1
         assert stand_in.source is not Source.PIPELINE or pipeline_tile(abs(n), itemsize) is not None
         starts = starts_of(stand_in)

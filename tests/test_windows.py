@@ -20,9 +20,9 @@ import pytest
 from jax.experimental import pallas as pl
 
 import pallas_norm
-from pallas_norm import _compat
-from pallas_norm._plan import BackwardPlan, Plan, Regime, Source
 from pallas_norm._spec import Spec
+from pallas_norm.kernels import mosaic
+from pallas_norm.plans.plan import BackwardPlan, Plan, Regime, Source
 from pallas_norm.regimes import backward_plan_for, plan_for
 from tests import oracle, rewrites
 from tests.oracle import BF16, DTYPES, F32, Array
@@ -41,7 +41,7 @@ def margins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Array]]:
     """The outputs of every kernel, margins included: NaN, as is in the interpreter what nobody has written. The inputs'
     margins are large numbers, which show in a sum, and in the result of a row that is none."""
     written: list[Array] = []
-    kernel = _compat.kernel
+    kernel = mosaic.kernel
 
     def with_margins(body: Callable[..., None], *, out_type: Any, **options: Any) -> Callable[..., Any]:
         several = isinstance(out_type, tuple)
@@ -67,7 +67,7 @@ def margins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Array]]:
 
         return call
 
-    monkeypatch.setattr(_compat, "kernel", with_margins)
+    monkeypatch.setattr(mosaic, "kernel", with_margins)
     yield written
     assert written, "no kernel ran"
 
@@ -113,7 +113,7 @@ def run(kernels: Kernels) -> dict[str, Array]:
     rng = np.random.default_rng(n)
     x, residual, dy, ds = (rng.standard_normal((rows, n)).astype(BF16) for _ in range(4))
     weight = weights(rng, n, "bf16")
-    forward, backward = (sys.modules[f"pallas_norm.{name}"] for name in ("_forward", "_backward"))  # of a mutant
+    forward, backward = (sys.modules[f"pallas_norm.kernels.{name}"] for name in ("forward", "backward"))  # of a mutant
     plan, backward_plan = kernels.plans()
     options = {"spec": Spec(), "interpret": True}
     given = {"x": x, "residual": residual, "weight": weight}
@@ -153,13 +153,13 @@ LEFT_OVER = "program - extent.first_left + extent.blocks * plan.block"
 ROW, WORKER = "return WarpgroupRow(plan, {}, interpret)", "(j * plan.workers + worker) * plan.span{} for"
 OUTSIDE = {
     "a column too far right": (
-        Rewrite("_blocks", COLUMN.format("start"), COLUMN.format(UNKNOWN)),
+        Rewrite("block", COLUMN.format("start"), COLUMN.format(UNKNOWN)),
         "a warpgroup, a pipeline",
     ),
-    "rows left over a row too low": (Rewrite("_launch", LEFT_OVER, LEFT_OVER + " + 1"), "rows in warps"),
-    "a row too low": (Rewrite("_launch", ROW.format("index"), ROW.format("index + 1")), "chunks that overlap"),
+    "rows left over a row too low": (Rewrite("grid", LEFT_OVER, LEFT_OVER + " + 1"), "rows in warps"),
+    "a row too low": (Rewrite("grid", ROW.format("index"), ROW.format("index + 1")), "chunks that overlap"),
     "a worker's chunks a column too far right": (
-        Rewrite("_shared_row", WORKER.format(""), WORKER.format(" + 1")),
+        Rewrite("cta", WORKER.format(""), WORKER.format(" + 1")),
         "two warpgroups, a pipeline",
     ),
 }

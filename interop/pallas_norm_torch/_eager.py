@@ -24,8 +24,11 @@ class KernelNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, call: ForwardCall) -> Any:
-        y, s, rstd = call(x, residual, weight)
         ctx.call = call
+        if residual is None:
+            s, (y, rstd) = None, call.trained(x, weight)
+        else:
+            y, s, rstd = call(x, residual, weight)
         kept = x if s is None else s
         if kept.is_inference() or (weight is not None and weight.is_inference()):
             _torch_state.save(ctx, kept, weight, rstd)

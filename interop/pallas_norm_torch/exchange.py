@@ -19,6 +19,7 @@ import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack  # pyright: ignore[reportPrivateImportUsage]
 
 from pallas_norm import _compat
+from pallas_norm.kernels import launch_arguments
 
 from . import _torch_state
 from ._validate import dtype_name, form
@@ -58,7 +59,7 @@ NARROWED = {
 }
 # By device type, the bytes that an address must be a multiple of. JAX copies on a CPU what does not begin there; on a
 # GPU, XLA runs a kernel of Mosaic's on nothing else.
-ALIGNMENT = {"cpu": 64, "cuda": _compat.ALIGNMENT}
+ALIGNMENT = {"cpu": 64, "cuda": launch_arguments.ALIGNMENT}
 
 
 def _check(tensor: Any) -> None:

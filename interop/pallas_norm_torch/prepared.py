@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from pallas_norm._columns import TILE
-from pallas_norm._plan import BackwardPlan, Plan, Source, from_memory
-from pallas_norm._strided import BYTES, COUNT
+from pallas_norm.kernels.dweight_sum import TILE
+from pallas_norm.kernels.launch_arguments import BYTES, COUNT
+from pallas_norm.plans.plan import BackwardPlan, Plan, Source, from_memory
 
 from . import _torch_state, launch, rows
 from ._kernels import Backward, ColumnSum, Forward, program_of
@@ -70,6 +70,7 @@ class ForwardCall:
         self._most, self._cluster = self._grid.most, self._grid.cluster
         self._layouts: dict[Any, Any] = {}  # by shape, strides and offsets, the numbers; None: to be copied
         self._at_strides: Any = None
+        self._rstd = torch.empty(0)  # of as many rows as the last call's: what rstd is made like
         self._training: ForwardCall | None = self if kernel.with_rstd else None
         self._gradients: dict[tuple[torch.dtype, bool, bool], BackwardCall] = {}
 
@@ -103,6 +104,33 @@ class ForwardCall:
         else:
             self._run.elsewhere(_stream(self.device), full * self._cluster, values)
         return y
+
+    def trained(self, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(y, rstd), as `plain`, of a call with rstd."""
+        x_at, weight_at = x.data_ptr(), 0 if weight is None else weight.data_ptr()
+        count = x.numel() // self.n
+        if (
+            (x_at | weight_at) % ALIGNMENT
+            or count % self.plan.block
+            or weight is None
+            or not (weight_at and x_at and x.is_contiguous() and weight.is_contiguous())
+        ):
+            y, _, rstd = self(x, None, weight)
+            assert rstd is not None
+            return y, rstd
+        like = self._rstd  # of this thread from here on
+        if like.shape[0] != count:
+            self._rstd = like = x.new_empty(count, dtype=torch.float32)
+        y = _empty_like(x) if self.y_dtype is None else _empty_like(x, dtype=self.y_dtype)
+        rstd = _empty_like(like)  # 1 us less than by its shape, dtype and device
+        blocks = count // self.plan.block
+        full = blocks if blocks < self._most else self._most
+        values = x_at, weight_at, blocks * COUNT, full * COUNT, 0, y.data_ptr(), rstd.data_ptr()
+        if self.device == _current_device():
+            self._run(_stream(self.device), full * self._cluster, values)
+        else:
+            self._run.elsewhere(_stream(self.device), full * self._cluster, values)
+        return y, rstd
 
     def __call__(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None = None) -> Results:
         """`out` receives y: x itself, or memory that no operand shares."""
@@ -231,15 +259,12 @@ class BackwardCall:
     def __call__(
         self, x: Tensor, weight: Tensor | None, rstd: Tensor, dy: Tensor, ds: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        x, rstd, dy = rows.ready(x), rows.ready(rstd), rows.ready(dy)
-        dx, count = _empty_like(x), x.numel() // self.n
-        at = [x.data_ptr(), rstd.data_ptr(), dy.data_ptr()]
-        if weight is not None:
-            weight = rows.ready(weight)
-            at.append(weight.data_ptr())
-        if ds is not None:
-            ds = rows.ready(ds)
-            at.append(ds.data_ptr())
+        given = [x, rstd, dy] + ([] if weight is None else [weight]) + ([] if ds is None else [ds])
+        at = [tensor.data_ptr() for tensor in given]
+        if any(address % ALIGNMENT for address in at) or not all(tensor.is_contiguous() for tensor in given):
+            given = [rows.ready(tensor) for tensor in given]
+            at = [tensor.data_ptr() for tensor in given]
+        dx, count = _empty_like(given[0]), x.numel() // self.n
         if not count:
             return dx, None if self._sum is None or weight is None else torch.zeros_like(weight)
         blocks, first_left, grid = self._grid.of(count)

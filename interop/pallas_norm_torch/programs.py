@@ -10,11 +10,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_norm import _backward, _columns, _forward
-from pallas_norm._launch import COUNTS
-from pallas_norm._plan import BackwardPlan, Plan, from_memory
 from pallas_norm._spec import Spec
-from pallas_norm._strided import BYTES, COUNT
+from pallas_norm.kernels import backward as backward_kernel
+from pallas_norm.kernels import dweight_sum
+from pallas_norm.kernels import forward as forward_kernel
+from pallas_norm.kernels.grid import COUNTS
+from pallas_norm.kernels.launch_arguments import BYTES, COUNT
+from pallas_norm.plans.plan import BackwardPlan, Plan, from_memory
 from pallas_norm.regimes import backward_plan_for, plan_for
 
 # The shape with which a kernel is traced; it bounds nothing. A multiple of every block; below 2^31 CTAs with clusters.
@@ -29,7 +31,7 @@ class Program:
     equality, and cheap.
 
     dtypes: of the arrays that go in, by name and in this order. Numbers of the launch follow them: the counts, and with
-        `strided` the group and strides of the rows (see pallas_norm._strided.StridedRows).
+        `strided` the group and strides of the rows (see pallas_norm.kernels.launch_arguments.StridedRows).
     outputs: names, in this order.
     """
 
@@ -77,16 +79,16 @@ class Program:
         def kernel(*values: jax.Array) -> Any:
             operands = dict(zip(self.inputs, values, strict=True))
             if self.kind == "column_sum":
-                return _columns.column_sum(operands["parts"], operands["rows"], self.dweight_dtype, interpret=False)
+                return dweight_sum.column_sum(operands["parts"], operands["rows"], self.dweight_dtype, interpret=False)
             plan = self.plan
             if self.kind == "forward":
                 assert plan is not None
-                results = _forward.forward(
+                results = forward_kernel.forward(
                     operands, plan=plan, spec=self.spec, with_rstd="rstd" in self.outputs, interpret=False
                 )
             else:
                 assert isinstance(plan, BackwardPlan)
-                results = _backward.parts(
+                results = backward_kernel.parts(
                     operands, plan=plan, spec=self.spec, with_dweight="dweight" in self.outputs, interpret=False
                 )
             return tuple(results[name] for name in self.outputs)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from pallas_norm._compat import ALIGNMENT
+from pallas_norm.kernels.launch_arguments import ALIGNMENT
 
 Tensor = torch.Tensor
 

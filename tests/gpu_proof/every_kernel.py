@@ -20,7 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_norm import _backward, _columns, _dispatch, _forward
+from pallas_norm import _dispatch
+from pallas_norm.kernels import backward as backward_kernel
+from pallas_norm.kernels import dweight_sum
+from pallas_norm.kernels import forward as forward_kernel
 from tests.gpu_proof import kernels, operands
 from tests.gpu_proof.kernels import Backward, ColumnSum, Forward
 from tests.oracle import DTYPES
@@ -46,7 +49,8 @@ def forward(case: Forward, implementation: str) -> None:
         kernel = functools.partial(_dispatch.forward, spec=operands.SPEC, with_rstd=True)
     else:
         interpret = implementation == "interpret"
-        kernel = functools.partial(_forward.forward, plan=plan, spec=operands.SPEC, with_rstd=True, interpret=interpret)
+        options = {"plan": plan, "spec": operands.SPEC, "interpret": interpret}
+        kernel = functools.partial(forward_kernel.forward, with_rstd=True, **options)
     results = jax.jit(kernel)({name: jnp.asarray(value) for name, value in given.items()})
     operands.check_forward(case, given, results, results["rstd"], plan.depth if implementation == GPU else case.n)
 
@@ -59,8 +63,8 @@ def backward(case: Backward, implementation: str) -> None:
     if implementation == "xla":
         kernel, used = functools.partial(_dispatch.backward, **options), None
     else:
-        interpret, used = implementation == "interpret", _backward.parts_of(plan, len(terms))
-        kernel = functools.partial(_backward.parts, plan=plan, interpret=interpret, **options)
+        interpret, used = implementation == "interpret", backward_kernel.parts_of(plan, len(terms))
+        kernel = functools.partial(backward_kernel.parts, plan=plan, interpret=interpret, **options)
     results = jax.jit(kernel)({name: jnp.asarray(value) for name, value in given.items()})
     operands.assert_equal(results["dx"], dx)
     if case.dweight:
@@ -70,12 +74,12 @@ def backward(case: Backward, implementation: str) -> None:
 
 def column_sum(case: ColumnSum, implementation: str) -> None:
     for rows in (7, 33, 133):
-        parts, total = operands.column_sum(case, rows, max(rows, _columns.TILE))
+        parts, total = operands.column_sum(case, rows, max(rows, dweight_sum.TILE))
         if implementation == "xla":
             kernel = functools.partial(lambda parts, rows: parts[:rows].sum(axis=0), rows=rows)
         else:
             options = {"dtype": DTYPES[case.dtype], "interpret": implementation == "interpret"}
-            kernel = functools.partial(_columns.column_sum, rows=rows, **options)
+            kernel = functools.partial(dweight_sum.column_sum, rows=rows, **options)
         operands.assert_equal(jax.jit(kernel)(jnp.asarray(parts)), total)
 
 

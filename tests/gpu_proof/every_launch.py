@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 import pallas_norm_torch
-from pallas_norm import _columns
-from pallas_norm._launch import counts_of
+from pallas_norm.kernels import dweight_sum
+from pallas_norm.kernels.grid import counts_of
 from pallas_norm_torch import _library, direct, prepared
 from tests import oracle
 from tests.gpu_proof import kernels, operands
@@ -90,7 +90,7 @@ def places(case: Forward) -> None:
 def rows_with_parts(plan: Any) -> int:
     """So many that the direct launch's column sum has a tile of parts to add, or all that there ever are of long rows;
     some of rows left over."""
-    parts = min(_columns.TILE, plan.programs)
+    parts = min(dweight_sum.TILE, plan.programs)
     left = min(plan.block - 1, parts - 1)
     rows = plan.block * max(1, parts - left) + left
     assert counts_of(plan, rows)[2] >= parts

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from bench.suite import WIDTHS
-from pallas_norm import _columns, regimes
-from pallas_norm.regimes import backward_plan_for, plan_for, vector
+from pallas_norm.kernels import dweight_sum
+from pallas_norm.plans import vectors
+from pallas_norm.plans.vectors import vector
+from pallas_norm.regimes import backward_plan_for, plan_for
 from tests.oracle import DTYPES
 
 # Those of the suite, and odd ones beyond them, whose narrow vectors take plans of their own.
-ALL_WIDTHS = tuple(sorted({*WIDTHS, *(row.largest_n - 1 for row in getattr(regimes, "NARROW", ()))}))
+ALL_WIDTHS = tuple(sorted({*WIDTHS, *(row.largest_n - 1 for row in vectors.NARROW)}))
 FIELDS = ("regime", "source", "keeps_rows", "vec", "warpgroups", "cluster")
 
 
@@ -62,7 +64,7 @@ class ColumnSum:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        shape, vec = next(shape for shape in _columns.SHAPES if self.n <= shape.largest_n), vector(self.n, 4)
+        shape, vec = next(shape for shape in dweight_sum.SHAPES if self.n <= shape.largest_n), vector(self.n, 4)
         columns = min(shape.columns, 32 * vec)
         return columns, shape.ahead, vec, self.n % columns > 0
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_norm import _compat
+from pallas_norm.kernels import layouts, mosaic
 from tests import rewrites, test_gpu_mutants
 
 F32 = jnp.float32
@@ -24,11 +24,11 @@ VECTOR = jax.ShapeDtypeStruct((CHUNK,), F32)
 
 
 def _layout() -> Any:
-    return _compat.row_across_warps(1, split=False)
+    return layouts.row_across_warps(1, split=False)
 
 
 def _kernel(body: Callable[..., None], grid: int, **options: Any) -> Callable[..., Any]:
-    return _compat.kernel(body, interpret=False, grid=(grid,), grid_names=("program",), **options)
+    return mosaic.kernel(body, interpret=False, grid=(grid,), grid_names=("program",), **options)
 
 
 @jax.jit
@@ -39,8 +39,8 @@ def read_past_the_end(x: jax.Array) -> jax.Array:
     def kernel(x_ref: Any, y_ref: Any) -> None:
         start = lax.axis_index("program") * CHUNK
         far = jnp.where(start < len(x), start, start + (1 << 28))
-        value = _compat.load(x_ref.at[pl.ds(far, CHUNK)], _layout(), shape=(CHUNK,), interpret=False)
-        _compat.store(y_ref.at[pl.ds(start, CHUNK)], value, interpret=False)
+        value = layouts.load(x_ref.at[pl.ds(far, CHUNK)], _layout(), shape=(CHUNK,), interpret=False)
+        layouts.store(y_ref.at[pl.ds(start, CHUNK)], value, interpret=False)
 
     return _kernel(kernel, grid, out_type=jax.ShapeDtypeStruct((grid * CHUNK,), F32))(x)
 
@@ -51,9 +51,9 @@ def read_what_nobody_wrote(x: jax.Array) -> jax.Array:
 
     def kernel(x_ref: Any, y_ref: Any) -> None:
         x, y = (
-            _compat.load(ref.at[pl.ds(0, CHUNK)], _layout(), shape=(CHUNK,), interpret=False) for ref in (x_ref, y_ref)
+            layouts.load(ref.at[pl.ds(0, CHUNK)], _layout(), shape=(CHUNK,), interpret=False) for ref in (x_ref, y_ref)
         )
-        _compat.store(y_ref, x + y, interpret=False)
+        layouts.store(y_ref, x + y, interpret=False)
 
     return _kernel(kernel, 1, out_type=VECTOR)(x)
 
@@ -63,10 +63,10 @@ def arrival_at_no_barrier(x: jax.Array) -> jax.Array:
     """At a place in shared memory that nobody made one. It ends the process's use of the GPU: another would not run."""
 
     def kernel(x_ref: Any, y_ref: Any) -> None:
-        value = _compat.load(x_ref.at[pl.ds(0, CHUNK)], _layout(), shape=(CHUNK,), interpret=False)
-        _compat.store(y_ref, value, interpret=False)
+        value = layouts.load(x_ref.at[pl.ds(0, CHUNK)], _layout(), shape=(CHUNK,), interpret=False)
+        layouts.store(y_ref, value, interpret=False)
         names = ".reg .b64 state; .reg .u32 at; .shared .align 8 .b64 planted; mov.u32 at, planted;"
-        _compat._inline_ptx(f"{{ {names} mbarrier.arrive.shared.b64 state, [at]; }}")
+        mosaic._inline_ptx(f"{{ {names} mbarrier.arrive.shared.b64 state, [at]; }}")
 
     return _kernel(kernel, 1, out_type=VECTOR)(x)
 

@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_norm import _backward, _columns, _forward
+from pallas_norm.kernels import backward as backward_kernel
+from pallas_norm.kernels import dweight_sum
+from pallas_norm.kernels import forward as forward_kernel
 from tests.gpu_proof import kernels, operands
 from tests.gpu_proof.kernels import Backward, ColumnSum, Forward
 from tests.oracle import DTYPES
@@ -37,15 +39,15 @@ def program(case: Any, elements: int, *, interpret: bool) -> tuple[Callable[...,
     """(a kernel, its operands)."""
     if isinstance(case, ColumnSum):
         parts, _ = operands.column_sum(case, PARTS, PARTS)
-        kernel = functools.partial(_columns.column_sum, rows=PARTS, dtype=DTYPES[case.dtype], interpret=interpret)
+        kernel = functools.partial(dweight_sum.column_sum, rows=PARTS, dtype=DTYPES[case.dtype], interpret=interpret)
         return lambda given: {"dweight": kernel(given["parts"])}, {"parts": parts}
     options: dict[str, Any] = {"plan": case.plan, "spec": operands.SPEC, "interpret": interpret}
     rows = rows_of(case.plan, elements)
     if isinstance(case, Forward):
-        return functools.partial(_forward.forward, with_rstd=True, **options), operands.forward(case, rows)
+        return functools.partial(forward_kernel.forward, with_rstd=True, **options), operands.forward(case, rows)
     given = rough(case, operands.backward(case, rows)[0])
-    used = _backward.parts_of(case.plan, rows)
-    kernel = functools.partial(_backward.parts, with_dweight=case.dweight, **options)
+    used = backward_kernel.parts_of(case.plan, rows)
+    kernel = functools.partial(backward_kernel.parts, with_dweight=case.dweight, **options)
 
     def with_used_parts(given: dict[str, Any]) -> dict[str, Any]:
         results = kernel(given)

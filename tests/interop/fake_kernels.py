@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from pallas_norm._plan import BackwardPlan
-from pallas_norm._strided import BYTES, COUNT
+from pallas_norm.kernels.launch_arguments import BYTES, COUNT
+from pallas_norm.plans.plan import BackwardPlan
 from pallas_norm_torch import _library, direct, launch, ops, prepared, rows, statements
 from pallas_norm_torch.launch.recording import Parameter, Recorded
 from pallas_norm_torch.programs import Program

@@ -12,9 +12,9 @@ import jax
 import pytest
 import torch
 
-from pallas_norm import _launch
 from pallas_norm._spec import Spec
-from pallas_norm._strided import COUNT
+from pallas_norm.kernels import grid as grids
+from pallas_norm.kernels.launch_arguments import COUNT
 from pallas_norm_torch import _kernels, _library, direct, explain, launch, prepared, statements
 from pallas_norm_torch.launch import compiling, lowering
 from pallas_norm_torch.programs import Program
@@ -89,7 +89,7 @@ def test_a_program_of_another_form_is_not_launched(monkeypatch: pytest.MonkeyPat
 def test_a_prepared_call_counts_as_the_kernels_do(kind: str, n: int, rows: int) -> None:
     plan = program(kind, n).plan
     assert plan is not None
-    blocks, first_left, ctas = _launch.counts_of(plan, rows)
+    blocks, first_left, ctas = grids.counts_of(plan, rows)
     assert prepared._Grid(plan).of(rows) == (blocks * COUNT, first_left * COUNT, ctas * plan.cluster)
 
 

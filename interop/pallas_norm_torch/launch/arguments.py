@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from pallas_norm import _launch  # pyright: ignore[reportPrivateUsage]
-from pallas_norm._plan import Plan
+from pallas_norm.kernels import grid as grids
+from pallas_norm.plans.plan import Plan
 
 from .. import rows
 from ..programs import Program
@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 
 def counts(plan: Plan, count: int) -> dict[str, int]:
     """The numbers of a launch on `count` rows."""
-    return dict(zip(_launch.COUNTS, _launch.counts_of(plan, count), strict=True))
+    return dict(zip(grids.COUNTS, grids.counts_of(plan, count), strict=True))
 
 
 def strides(places: rows.Places, arrays: Mapping[str, Tensor | None]) -> dict[str, int]:
@@ -48,4 +48,4 @@ def values(program: Program, arrays: Mapping[str, Tensor | None], numbers: Mappi
 
 def grid(plan: Plan, count: int) -> int:
     """CTAs for `count` rows."""
-    return _launch.counts_of(plan, count)[2] * plan.cluster
+    return grids.counts_of(plan, count)[2] * plan.cluster

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from pallas_norm import _backward  # pyright: ignore[reportPrivateUsage]
-from pallas_norm._columns import TILE
-from pallas_norm._plan import BackwardPlan, Plan
+from pallas_norm.kernels import backward as backward_kernel
+from pallas_norm.kernels.dweight_sum import TILE
+from pallas_norm.plans.plan import BackwardPlan, Plan
 
 from .. import rows
 from ..programs import Program
@@ -89,7 +89,7 @@ def _results(program: Program, count: int, plan: Plan, device: torch.device) -> 
 
 
 def _parts(plan: Plan, count: int) -> int:
-    return _backward.parts_of(plan, count) if isinstance(plan, BackwardPlan) else 0
+    return backward_kernel.parts_of(plan, count) if isinstance(plan, BackwardPlan) else 0
 
 
 def _launch(

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from . import _compat, _strided
-from .regimes import LARGEST_N, vector
+from .. import _compat
+from ..plans.lengths import LARGEST_N
+from ..plans.vectors import vector
+from . import launch_arguments, layouts, mosaic
 
 F32 = jnp.float32
 TILE = 32  # rows that the lanes of a warpgroup read at once
@@ -39,18 +41,18 @@ def _body(
 ) -> None:
     n = parts_ref.shape[1]
     if rows_ref is not None:
-        rows = _strided.count(rows_ref, interpret=interpret)
+        rows = launch_arguments.count(rows_ref, interpret=interpret)
     column = lax.min(lax.axis_index("program") * columns, jnp.int32(n - columns))
 
     def cast(value: jax.Array) -> jax.Array:
-        return _compat.layout_cast(value, layout, interpret=interpret)
+        return layouts.layout_cast(value, layout, interpret=interpret)
 
     last = lax.max(jnp.int32(rows) - TILE, jnp.int32(0))
 
     def add_tile(tile: Any, total: jax.Array) -> jax.Array:
         nominal = tile * TILE
         start = lax.min(nominal, last)  # tiles past the last row read the last tile again, so no load needs a mask
-        part = _compat.load(
+        part = layouts.load(
             parts_ref.at[pl.ds(start, TILE), pl.ds(column, columns)],
             layout,
             shape=(TILE, columns),
@@ -65,19 +67,19 @@ def _body(
     steps = lax.div(jnp.int32(rows) + (TILE * ahead - 1), jnp.int32(TILE * ahead))
     total = lax.fori_loop(0, steps, add_tiles, cast(jnp.zeros((TILE, columns), F32)))
     rounded = jnp.sum(total, axis=0).astype(sum_ref.dtype)
-    _compat.store(sum_ref.at[pl.ds(column, columns)], rounded, interpret=interpret)
+    layouts.store(sum_ref.at[pl.ds(column, columns)], rounded, interpret=interpret)
 
 
 def column_sum(parts: jax.Array, rows: jax.Array | int, dtype: Any, *, interpret: bool) -> jax.Array:
     """(n,): the sum of the first `rows` of the at least TILE rows of `parts`, (held, n) in float32, rounded to dtype.
 
-    rows: a number, or an operand whose address stands for one (see `_strided.count`).
+    rows: a number, or an operand whose address stands for one (see `launch_arguments.count`).
     """
     n = parts.shape[1]
     vec = vector(n, 4)
     shape = next(shape for shape in SHAPES if n <= shape.largest_n)
     columns = n if interpret else min(shape.columns, 32 * vec)  # a row of a tile lies in one warp
-    layout = None if interpret else _compat.rows_in_warps(columns // vec, vec)
+    layout = None if interpret else layouts.rows_in_warps(columns // vec, vec)
     known = isinstance(rows, int)
 
     def kernel(parts_ref: Any, *refs: Any) -> None:
@@ -85,7 +87,7 @@ def column_sum(parts: jax.Array, rows: jax.Array | int, dtype: Any, *, interpret
         options = {"columns": columns, "ahead": shape.ahead, "rows": rows, "layout": layout, "interpret": interpret}
         _body(parts_ref, rows_ref, sum_ref, **options)
 
-    result = _compat.kernel(
+    result = mosaic.kernel(
         kernel,
         interpret=interpret,
         out_type=jax.ShapeDtypeStruct((n,), dtype),

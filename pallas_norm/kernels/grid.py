@@ -1,90 +1,23 @@
-"""From a kernel body and a Plan to a launched kernel: references by name, scratch, clusters; and which rows a CTA
-gets."""
+"""Which rows a program gets: of a grid of one program a block, or of a persistent one."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from . import _compat, _strided
-from ._blocks import Block, OneRow, WarpgroupRow, WarpRows
-from ._plan import WARPS, Plan, Regime, Source, from_memory, staged_view
-from ._shared_row import Exchange, SharedRow
+from ..plans.plan import Plan, Regime
+from . import launch_arguments
+from .block import Block
+from .cta import Exchange, SharedRow, WarpgroupRow
+from .warp import OneRow, WarpRows
 
 SLOTS = 2  # of the exchange: while some warps still read one row's partial sums, others already write the next row's
-
-AnyPlan = TypeVar("AnyPlan", bound=Plan)
-
-
-def launch(
-    body: Callable[..., None],
-    plan: Plan,
-    grid: int,
-    inputs: Mapping[str, jax.Array],
-    outputs: Mapping[str, jax.ShapeDtypeStruct],
-    *,
-    scratch: Mapping[str, Any] | None = None,
-    interpret: bool,
-) -> dict[str, jax.Array]:
-    """Runs `body(exchange, x_ref=..., y_ref=..., ...)` in `grid` programs; returns the outputs by name.
-
-    An operand that is absent from `inputs` or `outputs` is absent from the call: the body's default for it is None.
-    """
-    meeting = _exchange(plan)
-    scratch = scratch or {}
-
-    def kernel(*refs: Any) -> None:
-        named = dict(zip([*inputs, *outputs, *meeting, *scratch], refs, strict=True))
-        exchange = Exchange(**{name: named.pop(name) for name in meeting}) if meeting else None
-        own = {name: named.pop(name) for name in scratch}
-        body(exchange, **{f"{name}_ref": ref for name, ref in named.items()}, **own)
-        if plan.cluster > 1:  # no CTA may leave while another still reads its total
-            _compat.cluster_arrive()
-            _compat.cluster_wait()
-
-    options: dict[str, Any] = {}
-    if plan.warpgroups > 1:
-        options |= {"num_threads": plan.warpgroups, "thread_name": "warpgroup"}
-    if plan.cluster > 1:
-        options |= {"cluster": (plan.cluster,), "cluster_names": ("cluster",)}
-    results = _compat.kernel(
-        kernel,
-        interpret=interpret,
-        out_type=tuple(outputs.values()),
-        grid=(grid,),
-        grid_names=("program",),
-        scratch_types=(*meeting.values(), *scratch.values()),
-        **options,
-    )(*inputs.values())
-    like = next(iter(inputs.values()))
-    return {name: _compat.vary_like(value, like) for name, value in zip(outputs, results, strict=True)}
-
-
-def _exchange(plan: Plan) -> dict[str, Any]:
-    if plan.workers == 1:
-        return {}
-    return {
-        "partials": _compat.smem((SLOTS, plan.warpgroups, WARPS), jnp.float32),
-        "barrier": _compat.barrier(plan.warpgroups),
-        "total": _compat.smem((SLOTS,), jnp.float32),
-    }
-
-
-def interpretable(plan: AnyPlan, itemsize: int) -> AnyPlan:
-    """The plan for the interpreter, which knows no clusters: one CTA with up to 4 warpgroups stands in.
-
-    A warpgroup that waits at a barrier holds a thread of XLA's CPU pool, which has one for each core or CPU device:
-    more warpgroups than that may hang. jax_num_cpu_devices = 8 gives the tests theirs.
-    """
-    plan = dataclasses.replace(plan, warpgroups=min(plan.workers, 4), cluster=1)
-    lost = plan.source is Source.PIPELINE and staged_view(plan, itemsize) is None
-    return from_memory(plan) if lost else plan
 
 
 def units(plan: Plan, rows: int) -> tuple[int, int]:
@@ -94,7 +27,7 @@ def units(plan: Plan, rows: int) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """What a kernel knows of its rows: numbers of the program, or of the launch (see `_strided.count`)."""
+    """What a kernel knows of its rows: numbers of the program, or of the launch (see `launch_arguments.count`)."""
 
     blocks: Any  # full ones, of plan.block rows
     programs: Any  # that work on full blocks
@@ -120,7 +53,7 @@ def extent(plan: Plan, rows: int, counts: dict[str, Any], *, interpret: bool) ->
     if not counts:
         blocks, programs, with_left = counts_of(plan, rows)
         return Extent(blocks, programs, with_left - programs, programs)
-    blocks, first_left = (_strided.count(counts[f"{name}_ref"], interpret=interpret) for name in COUNTS[:2])
+    blocks, first_left = (launch_arguments.count(counts[f"{name}_ref"], interpret=interpret) for name in COUNTS[:2])
     programs = blocks if plan.programs is None else lax.min(blocks, jnp.int32(plan.programs))
     return Extent(blocks, programs, 0 if plan.block == 1 else None, first_left)
 
@@ -138,7 +71,7 @@ def counts_and_rows(refs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
     def wrapped(name: str, ref: Any) -> Any:
         given = [strides.get(f"{name.removesuffix('_ref')}_{level}_ref") for level in levels]
-        return ref if any(level is None for level in given) else _strided.StridedRows(ref, group, *given)
+        return ref if any(level is None for level in given) else launch_arguments.StridedRows(ref, group, *given)
 
     return counts, {name: wrapped(name, ref) for name, ref in refs.items()}
 

@@ -1,4 +1,5 @@
-"""How a CTA owns its part of a row: what it reads, how its sums meet, where it writes. One class for each way.
+"""How a CTA owns its part of a row: what it reads, how its sums meet, where it writes. One class for each way: warp.py
+and cta.py.
 
 Kernel bodies are written against `Block` and know nothing of lanes, warps or clusters.
 """
@@ -15,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from . import _compat, _packed, _strided
-from ._plan import Plan
+from ..plans.plan import Plan
+from . import conversions, launch_arguments, layouts
 
 F32 = jnp.float32
 
@@ -43,7 +44,7 @@ class Block:
 
     def load(self, ref: Any) -> list[jax.Array]:
         """The chunks of this block's rows of a (rows, n) reference."""
-        if isinstance(ref, _strided.StridedRows):
+        if isinstance(ref, launch_arguments.StridedRows):
             return [
                 ref.load(self._first_row(), start, self.layout, shape=self.shape, one_row=self.one_row)
                 for start in self._starts()
@@ -53,7 +54,7 @@ class Block:
     def load_stage(self, ref: Any) -> list[jax.Array]:
         """The chunks of one row that was copied to shared memory, of which a CTA of a cluster has its own only."""
         return [
-            _compat.load_flat(ref, start, self.layout, shape=self.shape, interpret=self.interpret)
+            layouts.load_flat(ref, start, self.layout, shape=self.shape, interpret=self.interpret)
             for start in self._stage_starts()
         ]
 
@@ -63,18 +64,18 @@ class Block:
     def store(self, ref: Any, chunks: Sequence[jax.Array]) -> None:
         """The inverse of load."""
         for start, chunk in zip(self._starts(), chunks, strict=True):
-            if isinstance(ref, _strided.StridedRows):
+            if isinstance(ref, launch_arguments.StridedRows):
                 ref.store(self._first_row(), start, chunk, self.layout, one_row=self.one_row)
                 continue
-            _compat.store(ref.at[self.row, pl.ds(start, self.plan.span)], chunk, interpret=self.interpret)
+            layouts.store(ref.at[self.row, pl.ds(start, self.plan.span)], chunk, interpret=self.interpret)
 
     def widened(self, chunk: jax.Array) -> jax.Array:
         """A chunk as float32."""
-        return _packed.widened(chunk, self.layout, vec=self.plan.vec, interpret=self.interpret)
+        return conversions.widened(chunk, self.layout, vec=self.plan.vec, interpret=self.interpret)
 
     def rounded(self, chunk: jax.Array, dtype: Any) -> jax.Array:
         """A float32 chunk rounded to `dtype`, as float32."""
-        return _packed.rounded(chunk, dtype, self.layout, interpret=self.interpret)
+        return conversions.rounded(chunk, dtype, self.layout, interpret=self.interpret)
 
     def row_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
         """The sum over each row, every element of the row counted once."""
@@ -104,7 +105,7 @@ class Block:
         """Per-column values to a (n,) reference: the chunks, where they have several rows added up."""
         del meeting
         for start, chunk in zip(self._starts(), chunks, strict=True):
-            _compat.store(ref.at[pl.ds(start, self.plan.span)], chunk, interpret=self.interpret)
+            layouts.store(ref.at[pl.ds(start, self.plan.span)], chunk, interpret=self.interpret)
 
     # What the classes below give: the shape and layout of a chunk, and where the chunks of this worker start.
 
@@ -134,10 +135,10 @@ class Block:
         return self.plan.overlap
 
     def _load(self, ref: Any) -> jax.Array:
-        return _compat.load(ref, self.layout, shape=self.shape, interpret=self.interpret)
+        return layouts.load(ref, self.layout, shape=self.shape, interpret=self.interpret)
 
     def _cast(self, value: jax.Array) -> jax.Array:
-        return _compat.layout_cast(value, self.layout, interpret=self.interpret)
+        return layouts.layout_cast(value, self.layout, interpret=self.interpret)
 
     def _position(self) -> jax.Array:
         """Where in the chunk each element is."""
@@ -149,101 +150,3 @@ class Block:
         if self.plan.overlap:
             last = jnp.where(self._position() >= self._repeated(), last, 0.0)
         return functools.reduce(jnp.add, rest, last)
-
-
-@dataclasses.dataclass(frozen=True)
-class WarpRows(Block):
-    """plan.block rows in one warpgroup, each in plan.lanes lanes of one warp."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.plan.block, self.plan.span
-
-    @property
-    def layout(self) -> Any:
-        return _compat.rows_in_warps(self.plan.lanes, self.plan.vec)
-
-    @property
-    def one_row(self) -> bool:
-        return False
-
-    def _first_row(self) -> Any:
-        return self.row.start
-
-    def columns(self, ref: Any) -> list[jax.Array]:
-        def spread(start: int) -> jax.Array:
-            column = _compat.load(
-                ref.at[pl.ds(start, self.plan.span)],
-                self.layout.reduce(0),
-                shape=(self.plan.span,),
-                interpret=self.interpret,
-            )
-            return self._cast(lax.broadcast_in_dim(column, self.shape, (1,)))
-
-        return [spread(start) for start in self._starts()]
-
-    def load_stage(self, ref: Any) -> list[jax.Array]:
-        def load(start: int) -> jax.Array:
-            return _compat.load_columns(ref, start, self.layout, shape=self.shape, interpret=self.interpret)
-
-        return [load(start) for start in self._starts()]
-
-    def begin_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
-        return jnp.sum(self._added_up(chunks), axis=1)
-
-    def spread(self, per_row: jax.Array) -> jax.Array:
-        return self._cast(lax.broadcast_in_dim(per_row, self.shape, (0,)))
-
-    def load_rows(self, ref: Any) -> jax.Array:
-        return _compat.load(ref.at[self.row], self.layout.reduce(1), shape=(self.plan.block,), interpret=self.interpret)
-
-    def store_rows(self, ref: Any, per_row: jax.Array) -> None:
-        _compat.store(ref.at[self.row], per_row, interpret=self.interpret)
-
-    def store_columns(self, ref: Any, chunks: Sequence[jax.Array], meeting: Meeting | None) -> None:
-        assert meeting is not None
-        one_row = OneRow(self.plan, None, self.interpret)
-        for start, chunk in zip(self._starts(), chunks, strict=True):
-            _compat.arrive_and_wait(meeting.barrier)  # all have read the chunk before
-            _compat.store(meeting.rows, chunk, interpret=self.interpret)
-            _compat.arrive_and_wait(meeting.barrier)
-            rows = [one_row._load(meeting.rows.at[row]) for row in range(self.plan.block)]
-            _compat.store(
-                ref.at[pl.ds(start, self.plan.span)], functools.reduce(jnp.add, rows), interpret=self.interpret
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class OneRow(Block):
-    """One row, held by every group of plan.lanes lanes alike: the rows that do not fill a block of WarpRows.
-
-    Lanes and vectors are those of WarpRows, so the sum adds the same numbers in the same order and the bits are the
-    same.
-    """
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.plan.span,)
-
-    @property
-    def layout(self) -> Any:
-        return _compat.row_in_every_warp(self.plan.lanes, self.plan.vec)
-
-    def begin_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
-        return jnp.sum(self._added_up(chunks))
-
-
-@dataclasses.dataclass(frozen=True)
-class WarpgroupRow(Block):
-    """One row in the four warps of one warpgroup; the sum crosses warps through Mosaic's own scratch."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.plan.span,)
-
-    @property
-    def layout(self) -> Any:
-        return _compat.row_across_warps(self.plan.vec, split=False)
-
-    def begin_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
-        return jnp.sum(self._added_up(chunks))

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import _launch, reference
-from ._blocks import Block
-from ._pipeline import Pipeline, staged
-from ._plan import Plan, Source
-from ._shared_row import Exchange
-from ._spec import Spec
+from .. import reference
+from .._spec import Spec
+from ..plans.plan import Plan, Source
+from . import grid, launch
+from .block import Block
+from .cta import Exchange
+from .pipeline import Pipeline, staged
 
 F32 = jnp.float32
 
@@ -86,7 +87,7 @@ def _every_row(
     sources: Mapping[str, Any],
     scratch: Mapping[str, Any],
     weight_ref: Any,
-    share: _launch.Share,
+    share: grid.Share,
     *,
     interpret: bool,
     **results: Any,
@@ -94,8 +95,8 @@ def _every_row(
     """The rows of `share`, from shared memory, where bulk copies bring them ahead; the weight stays in registers."""
 
     def block_of(step: Any) -> Block:
-        slot = lax.rem(step, jnp.int32(_launch.SLOTS))
-        return _launch.block(plan, share.at(step), exchange, slot, interpret=interpret)
+        slot = lax.rem(step, jnp.int32(grid.SLOTS))
+        return grid.block(plan, share.at(step), exchange, slot, interpret=interpret)
 
     buffers = {name: scratch[f"{name}_stages"] for name in sources}
     pipeline = Pipeline(sources, buffers, scratch["arrived"], plan, share.at, share.steps)
@@ -120,12 +121,12 @@ def forward(
 ) -> dict[str, jax.Array]:
     """y, with a residual also s, on request rstd; of x (rows, n), and where given residual and weight.
 
-    The operands of `_launch.COUNTS` make the row count one of the launch, and those that `_launch.counts_and_rows`
+    The operands of `grid.COUNTS` make the row count one of the launch, and those that `grid.counts_and_rows`
     knows the strides of the rows; the shape of x then bounds nothing.
     """
     x, weight = operands["x"], operands.get("weight")
     if interpret:
-        plan = _launch.interpretable(plan, x.dtype.itemsize)
+        plan = launch.interpretable(plan, x.dtype.itemsize)
     outputs = {
         "y": jax.ShapeDtypeStruct(x.shape, reference.result_dtype(x.dtype, None if weight is None else weight.dtype))
     }
@@ -140,25 +141,23 @@ def forward(
         inputs |= views
 
     def body(exchange: Exchange | None, *, weight_ref: Any = None, **refs: Any) -> None:
-        counts, refs = _launch.counts_and_rows(refs)
-        extent = _launch.extent(plan, len(x), counts, interpret=interpret)
+        counts, refs = grid.counts_and_rows(refs)
+        extent = grid.extent(plan, len(x), counts, interpret=interpret)
         own = {name: refs.pop(name) for name in scratch}
         sources = {name: refs.pop(f"{name}_ref") for name in names}
         results = {**refs, "spec": spec}
 
         def full(program: jax.Array) -> None:
             if plan.source is Source.PIPELINE:
-                share = _launch.Share(program, extent.programs, extent.blocks)
+                share = grid.Share(program, extent.programs, extent.blocks)
                 _every_row(plan, exchange, sources, own, weight_ref, share, interpret=interpret, **results)
             else:
-                _one_block(
-                    _launch.block(plan, program, exchange, 0, interpret=interpret), sources, weight_ref, **results
-                )
+                _one_block(grid.block(plan, program, exchange, 0, interpret=interpret), sources, weight_ref, **results)
 
         def one_row(block: Block) -> None:
             _one_block(block, sources, weight_ref, **results)
 
-        _launch.for_each_program(plan, extent, full, one_row=one_row, interpret=interpret)
+        grid.for_each_program(plan, extent, full, one_row=one_row, interpret=interpret)
 
-    _, _, programs = _launch.counts_of(plan, len(x))
-    return _launch.launch(body, plan, programs, inputs, outputs, scratch=scratch, interpret=interpret)
+    _, _, programs = grid.counts_of(plan, len(x))
+    return launch.launch(body, plan, programs, inputs, outputs, scratch=scratch, interpret=interpret)

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import _columns, _compat, _launch, reference
-from ._blocks import Block, Meeting
-from ._pipeline import Pipeline, staged
-from ._plan import BackwardPlan, Regime, Source
-from ._shared_row import Exchange
-from ._spec import Spec
+from .. import reference
+from .._spec import Spec
+from ..plans.plan import BackwardPlan, Regime, Source
+from . import dweight_sum, grid, launch, mosaic
+from .block import Block, Meeting
+from .cta import Exchange
+from .pipeline import Pipeline, staged
 
 F32 = jnp.float32
 Chunks = list[jax.Array]
@@ -82,18 +83,18 @@ def _every_row(
     scratch: dict[str, Any],
     gradient: _Gradient,
     columns: Callable[[Block], tuple[Callable[[], Sequence[Any]], Chunks | None]],
-    share: _launch.Share,
+    share: grid.Share,
     *,
     interpret: bool,
 ) -> tuple[Block, Chunks | None]:
     """The gradients of each block of `share`; returns a block and this program's part of dweight."""
 
     def block_of(step: Any) -> Block:
-        slot = lax.rem(step, jnp.int32(_launch.SLOTS))
-        return _launch.block(plan, share.at(step), exchange, slot, interpret=interpret)
+        slot = lax.rem(step, jnp.int32(grid.SLOTS))
+        return grid.block(plan, share.at(step), exchange, slot, interpret=interpret)
 
-    def load(step: Any) -> Rows:
-        return {name: block_of(step).load(source) for name, source in sources.items()}
+    def load(block: Block) -> Rows:
+        return {name: block.load(source) for name, source in sources.items()}
 
     first = block_of(jnp.int32(0))
     scales, zeros = columns(first)
@@ -114,7 +115,7 @@ def _every_row(
             rows = read() if plan.keeps_rows else None
             again = read if rows is None else lambda: rows
             if plan.regime is Regime.WARP:  # the warps share no sum in which they meet
-                _compat.arrive_and_wait(scratch["read"])
+                mosaic.arrive_and_wait(scratch["read"])
                 met()
             begun, partial = gradient.begin(block, again(), scales(), partial)
             if plan.regime is Regime.CTA:
@@ -128,20 +129,22 @@ def _every_row(
     if plan.source is Source.MEMORY:
 
         def from_memory(step: jax.Array, partial: Chunks | None) -> Chunks | None:
-            begun, partial = gradient.begin(block_of(step), load(step), scales(), partial)
-            gradient.finish(block_of(step), load(step), scales(), gradient.end(block_of(step), begun))
+            block = block_of(step)
+            begun, partial = gradient.begin(block, load(block), scales(), partial)
+            gradient.finish(block, load(block), scales(), gradient.end(block, begun))
             return partial
 
         return first, lax.fori_loop(0, share.steps, from_memory, zeros)
 
     def from_registers(step: jax.Array, carry: tuple[Chunks | None, Rows]) -> tuple[Chunks | None, Rows]:
         partial, rows = carry
-        following = load(jnp.minimum(step + 1, share.steps - 1))  # in flight while this block is worked on
-        begun, partial = gradient.begin(block_of(step), rows, scales(), partial)
-        gradient.finish(block_of(step), rows, scales(), gradient.end(block_of(step), begun))
+        following = load(block_of(jnp.minimum(step + 1, share.steps - 1)))  # in flight while this block is worked on
+        block = block_of(step)
+        begun, partial = gradient.begin(block, rows, scales(), partial)
+        gradient.finish(block, rows, scales(), gradient.end(block, begun))
         return partial, following
 
-    partial, _ = lax.fori_loop(0, share.steps, from_registers, (zeros, load(jnp.int32(0))))
+    partial, _ = lax.fori_loop(0, share.steps, from_registers, (zeros, load(block_of(jnp.int32(0)))))
     return first, partial
 
 
@@ -158,13 +161,13 @@ def backward(
     results = parts(operands, plan=plan, spec=spec, with_dweight=with_dweight, interpret=interpret)
     if with_dweight:
         used = parts_of(plan, operands["x"].shape[0])
-        results["dweight"] = _columns.column_sum(results["dweight"], used, dweight_dtype, interpret=interpret)
+        results["dweight"] = dweight_sum.column_sum(results["dweight"], used, dweight_dtype, interpret=interpret)
     return results
 
 
 def parts_of(plan: BackwardPlan, rows: int) -> int:
     """Programs, each with its part of dweight, that work on `rows` rows."""
-    return _launch.counts_of(plan, rows)[2]
+    return grid.counts_of(plan, rows)[2]
 
 
 def parts(
@@ -172,26 +175,26 @@ def parts(
 ) -> dict[str, jax.Array]:
     """As backward, but of dweight the part of each program, in the first parts_of(...) rows.
 
-    The operands of `_launch.COUNTS` make the row count one of the launch, as in the forward pass.
+    The operands of `grid.COUNTS` make the row count one of the launch, as in the forward pass.
     """
     x = operands["x"]
     nominal_rows, n = x.shape
     if interpret:
         # 0.10's interpreter loses track of a weight that several threads load in a loop.
-        plan = dataclasses.replace(_launch.interpretable(plan, x.dtype.itemsize), keeps_weight=True)
+        plan = dataclasses.replace(launch.interpretable(plan, x.dtype.itemsize), keeps_weight=True)
     outputs = {"dx": jax.ShapeDtypeStruct(x.shape, x.dtype)}
     if with_dweight:
-        outputs["dweight"] = jax.ShapeDtypeStruct((max(parts_of(plan, nominal_rows), _columns.TILE), n), F32)
+        outputs["dweight"] = jax.ShapeDtypeStruct((max(parts_of(plan, nominal_rows), dweight_sum.TILE), n), F32)
     names = [name for name in ("x", "dy", "ds") if name in operands]
     inputs, scratch = dict(operands), {}
     if with_dweight and plan.regime is Regime.WARP:
-        scratch |= {"met_rows": _compat.smem((plan.block, plan.span), F32), "met": _compat.barrier(1)}
+        scratch |= {"met_rows": mosaic.smem((plan.block, plan.span), F32), "met": mosaic.barrier(1)}
     if plan.source is Source.PIPELINE:
         views, buffers = staged(plan, operands, names)
         inputs |= views
         scratch |= buffers
         if plan.regime is Regime.WARP:
-            scratch["read"] = _compat.barrier(1)
+            scratch["read"] = mosaic.barrier(1)
 
     def body(
         exchange: Exchange | None,
@@ -202,8 +205,8 @@ def parts(
         dweight_ref: Any = None,
         **refs: Any,
     ) -> None:
-        counts, refs = _launch.counts_and_rows(refs)
-        extent = _launch.extent(plan, nominal_rows, counts, interpret=interpret)
+        counts, refs = grid.counts_and_rows(refs)
+        extent = grid.extent(plan, nominal_rows, counts, interpret=interpret)
         own = {name: refs.pop(name) for name in scratch}
         sources = {name: refs[f"{name}_ref"] for name in names}
         gradient = _Gradient(rstd_ref, dx_ref, spec)
@@ -224,7 +227,7 @@ def parts(
                 block.store_columns(dweight_ref.at[program], partial, meeting)
 
         def full(program: jax.Array) -> None:
-            share = _launch.Share(program, extent.programs, extent.blocks)
+            share = grid.Share(program, extent.programs, extent.blocks)
             finish(*_every_row(plan, exchange, sources, own, gradient, columns, share, interpret=interpret))
 
         def one_row(block: Block) -> None:
@@ -238,7 +241,8 @@ def parts(
             gradient.finish(block, rows, scales(), gradient.end(block, begun))
             finish(block, partial)
 
-        _launch.for_each_program(plan, extent, full, one_row=one_row, interpret=interpret)
+        grid.for_each_program(plan, extent, full, one_row=one_row, interpret=interpret)
 
-    grid = parts_of(plan, nominal_rows)
-    return _launch.launch(body, plan, grid, inputs, outputs, scratch=scratch, interpret=interpret)
+    return launch.launch(
+        body, plan, parts_of(plan, nominal_rows), inputs, outputs, scratch=scratch, interpret=interpret
+    )

@@ -16,7 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._compat import ALIGNMENT, arith, fragments, ir, llvm, memref, plgpu
+from .._compat import arith, fragments, ir, llvm, memref, plgpu
+
+# Mosaic compiles a kernel's parameters as addresses of 256-byte multiples. An address that is not one gives wrong bits
+# silently, wherever the compiler adds a small offset by setting bits (n = 64 at a base 160 bytes past a multiple).
+ALIGNMENT = 256
 
 # What the numbers of a launch are multiplied with, to be passed as addresses. A count is the upper half of one, which
 # an instruction compares with as it is.

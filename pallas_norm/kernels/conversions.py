@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._compat import arith, fragments, ir, llvm, plgpu, vector
+from .._compat import arith, fragments, ir, llvm, plgpu, vector
 
 F32 = jnp.float32
 

@@ -1,4 +1,4 @@
-"""A row that several warpgroups share, of one CTA or of a cluster of CTAs: how their sums meet."""
+"""A row that the warps of a CTA share, or of several warpgroups, or of a cluster of CTAs: how their sums meet."""
 
 from __future__ import annotations
 
@@ -12,9 +12,25 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from . import _compat
-from ._blocks import Block
-from ._plan import WARPS
+from ..plans.hardware import WARPS
+from . import layouts, mosaic
+from .block import Block
+
+
+@dataclasses.dataclass(frozen=True)
+class WarpgroupRow(Block):
+    """One row in the four warps of one warpgroup; the sum crosses warps through Mosaic's own scratch."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.plan.span,)
+
+    @property
+    def layout(self) -> Any:
+        return layouts.row_across_warps(self.plan.vec, split=False)
+
+    def begin_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
+        return jnp.sum(self._added_up(chunks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +60,7 @@ class SharedRow(Block):
 
     @property
     def layout(self) -> Any:
-        return _compat.row_across_warps(self.plan.vec, split=True)
+        return layouts.row_across_warps(self.plan.vec, split=True)
 
     def _warpgroup(self) -> jax.Array:
         return lax.axis_index("warpgroup") if self.plan.warpgroups > 1 else jnp.int32(0)
@@ -76,21 +92,21 @@ class SharedRow(Block):
     def begin_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
         partials, slot = self.exchange.partials, self.slot
         partials[slot, self._warpgroup()] = jnp.sum(self._added_up(chunks), axis=1)
-        _compat.arrive_and_wait(self.exchange.barrier)
+        mosaic.arrive_and_wait(self.exchange.barrier)
         of_warps = [partials[slot, g, w] for g in range(self.plan.warpgroups) for w in range(WARPS)]
         total = functools.reduce(jnp.add, of_warps)
         if self.plan.cluster > 1:
             self.exchange.total[slot] = total
-            _compat.cluster_arrive()
+            mosaic.cluster_arrive()
         return total
 
     def end_sum(self, begun: jax.Array) -> jax.Array:
         if self.plan.cluster == 1:
             return begun
-        _compat.cluster_wait()
+        mosaic.cluster_wait()
         ctas = range(self.plan.cluster)
         return functools.reduce(
-            jnp.add, (_compat.from_cta(self.exchange.total, "cluster", cta)[self.slot] for cta in ctas)
+            jnp.add, (mosaic.from_cta(self.exchange.total, "cluster", cta)[self.slot] for cta in ctas)
         )
 
     def store_rows(self, ref: Any, per_row: jax.Array) -> None:

@@ -1,4 +1,5 @@
-"""What a plan is: the block that one CTA covers, and where it gets the rows from. Which plan is taken: regimes.py."""
+"""What a plan is: the block that one CTA covers, and where it gets the rows from. Which plan is taken: forward.py and
+backward.py."""
 
 from __future__ import annotations
 
@@ -6,8 +7,7 @@ import dataclasses
 import enum
 from typing import TypeVar
 
-WARPS = 4  # in a warpgroup, which is what Pallas calls a thread
-SMEM_BYTES = 227 << 10  # of an SM, for all its programs
+from .hardware import SMEM_BYTES, WARPS
 
 
 class Regime(enum.Enum):

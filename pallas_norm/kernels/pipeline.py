@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from . import _compat
-from ._plan import Plan, Regime, staged_view
+from ..plans.plan import Plan, Regime, staged_view
+from . import mosaic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Pipeline:
 
     def wait(self, step: jax.Array) -> dict[str, Any]:
         """As `stage`, once the row is there."""
-        _compat.wait(self.arrived.at[lax.rem(step, jnp.int32(self.plan.stages))])
+        mosaic.wait(self.arrived.at[lax.rem(step, jnp.int32(self.plan.stages))])
         return self.stage(step)
 
     def refill(self, step: jax.Array) -> None:
@@ -72,7 +72,7 @@ class Pipeline:
             elif self.plan.cluster > 1:
                 part = (row, slice(None), lax.axis_index("cluster"))
             for name, source in self.sources.items():
-                _compat.copy_to_smem(source.at[part], self.buffers[name].at[stage], self.arrived.at[stage])
+                mosaic.copy_to_smem(source.at[part], self.buffers[name].at[stage], self.arrived.at[stage])
 
 
 def staged(
@@ -84,5 +84,5 @@ def staged(
     stage = view if plan.cluster == 1 else (view[0], *view[2:])
     stage = (plan.block, *stage) if plan.regime is Regime.WARP else stage
     views = {name: operands[name].reshape(len(operands[name]), *view) for name in names}
-    buffers = {f"{name}_stages": _compat.smem((plan.stages, *stage), operands[name].dtype) for name in names}
-    return views, buffers | {"arrived": _compat.barrier(len(names), plan.stages)}
+    buffers = {f"{name}_stages": mosaic.smem((plan.stages, *stage), operands[name].dtype) for name in names}
+    return views, buffers | {"arrived": mosaic.barrier(len(names), plan.stages)}

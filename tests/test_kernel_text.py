@@ -1,0 +1,33 @@
+"""A sample of scripts/kernel-text: the kernels are those recorded with this JAX, and a change of one shows."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from tests import kernel_text, rewrites
+
+pytestmark = pytest.mark.skipif(
+    not kernel_text.recorded().exists(),
+    reason=f"tests/data has no record of the kernels with jax {jax.__version__} (scripts/kernel-text --write)",
+)
+
+
+def sample() -> list[kernel_text.Case]:
+    return list(kernel_text.expected())[::60] if kernel_text.recorded().exists() else []
+
+
+@pytest.mark.parametrize("case", sample(), ids=str)
+def test_a_kernel_has_the_text_that_was_recorded(case: kernel_text.Case) -> None:
+    assert list(kernel_text.differing([case], kernel_text.expected())) == []
+
+
+def test_the_record_has_every_form() -> None:
+    assert {case.form for case in kernel_text.expected()} == set(kernel_text.FORMS)
+
+
+@pytest.mark.parametrize("name", ["mean over what is read", "backward: no projection", "left-over rows misplaced"])
+def test_a_changed_kernel_is_seen(name: str) -> None:
+    case = next(case for case in kernel_text.expected() if case.n > 1000 or name.startswith("left"))
+    with rewrites.rewritten(rewrites.SOURCE[name]):
+        assert [found for found, _ in kernel_text.differing([case], kernel_text.expected())] == [case]
