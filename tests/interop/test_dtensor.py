@@ -18,7 +18,7 @@ from tests.interop import dtensor_cases
 from tests.interop.cases import draw
 
 # Whatever of torch is imported first, by DTensor, may still use torch.jit.script.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 
 
 @pytest.fixture(scope="module")

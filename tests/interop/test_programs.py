@@ -19,7 +19,7 @@ from pallas_norm_torch import RMSNorm, add_rms_norm, decompositions, patched, rm
 from tests.interop.cases import DTYPES, OPTIONS, assert_same, draw, hugging_face
 
 # Whatever of torch is imported first, by export, may still use torch.jit.script; torch's own pytree warns of itself.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*LeafSpec.*:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*", "ignore:.*LeafSpec.*:FutureWarning")
 N = 64
 
 
@@ -149,7 +149,7 @@ def test_onnx(tmp_path: Path) -> None:
     assert {node.domain for node in program.model.graph} == {""}
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_the_decompositions_are_not_what_a_compiler_or_a_fake_tensor_sees() -> None:
     """A fake tensor of a symbolic size looks into the table that torch.onnx.export reads, and would check nothing."""
     torch._dynamo.reset()
