@@ -118,7 +118,7 @@ def test_it_is_loaded_where_this_package_is_not(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOADED, str(tmp_path / "model.pt2"), str(tmp_path / "tensors.pt")]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
     )
     assert (done.returncode, done.stdout) == (0, "same\n"), done.stderr
 
