@@ -18,7 +18,7 @@ N = 8
 SHAPES = ((N,), (3, N), (2, 2, N), (0, N))  # each compiles, so they are few
 EVERY_DTYPE = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 WARNINGS = (  # torch's, about kinds of tensors that are here to be refused
-    "ignore:.*(nested|quantize|[Ss]parse|ComplexHalf|prototype).*:UserWarning",
+    "ignore:.*(nested|quantize|[Ss]parse|ComplexHalf|BComplex32|prototype).*:UserWarning",
     "ignore:.*quantiz.*:DeprecationWarning",
 )
 

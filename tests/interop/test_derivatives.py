@@ -12,7 +12,7 @@ from pallas_norm_torch import add_rms_norm, rms_norm
 from tests.interop.cases import DEVICES, OPTIONS, assert_same, draw, hugging_face, leaf
 
 # Whatever of torch is imported first, by forward mode, may still use torch.jit.script.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 
 
 def test_per_sample_gradients() -> None:

@@ -213,11 +213,11 @@ for length in range(2, 50):
     step(length)
 gc.collect()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for length in range(50, 400):
+for length in range(50, 250):
     step(length)
 gc.collect()
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-assert grown < 8_000, f"350 new lengths took {grown} KB"
+assert grown < 8_000, f"200 new lengths took {grown} KB"
 assert not xla_bridge.backends_are_initialized()
 print("before", flush=True)
 if (child := os.fork()) == 0:
@@ -235,7 +235,7 @@ def test_no_call_starts_jax_keeps_memory_or_hinders_a_fork() -> None:
     """XLA kept 3 to 5 MB for each row count, and a fork afterwards hung for ever."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     script = subprocess.run(
-        [sys.executable, "-c", WITHOUT_JAX], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", WITHOUT_JAX], env=environment, capture_output=True, text=True, timeout=300
     )
     assert (script.returncode, script.stderr) == (0, "")
     assert script.stdout == "before\nchild parent\n"
