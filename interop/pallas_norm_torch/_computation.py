@@ -19,7 +19,7 @@ from torch import nn
 
 from . import _proof, _purity
 from ._fake_cuda import autocast, fake_input, may_be_cuda
-from ._forms import Computation, Form, Path, match
+from ._forms import RANKS, Computation, Form, Path, match
 from ._launches import DTYPES
 from ._terms import Recorder, Term, Unknown
 
@@ -59,6 +59,7 @@ class _Twin:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.read, self.changed = module, dict[Path, Any](), dict[Path, Any]()
+        self.ranks = {*RANKS}
         self.noting, twin = False, self
         owner = type(module)
 
@@ -76,7 +77,8 @@ class _Twin:
     def seen(self, name: str, found: Any) -> Any:
         """What the forward gets for an attribute, which is noted."""
         value = self.changed.get((name,), found)
-        if isinstance(value, (types.MethodType, types.FunctionType, Tensor)) or name.startswith("__"):
+        of_the_class = isinstance(value, (types.MethodType, types.FunctionType)) and name not in vars(self.module)
+        if of_the_class or isinstance(value, Tensor) or name.startswith("__"):
             return value
         if _is_simple(value):
             self.read[(name,)] = value
@@ -182,9 +184,15 @@ def _prove(
         name: None if one is None else nn.Parameter(_proof.weights(n, weight_dtype) * (1 if name == "weight" else 0.7))
         for name, one in shapes.items()
     }
-    found, rounds = None, [*_proof.rows(n, x_dtype, 1e-6)]
-    for x in rounds:
-        recorder, y = _run(twin, x, parameters, training=training)
+    found = None
+    for x in _proof.rows(n, x_dtype, 1e-6):
+        try:
+            recorder, y = _run(twin, x, parameters, training=training)
+        except Unknown:
+            if x.dim() == 3:
+                raise
+            twin.ranks.discard(x.dim())  # its own forward raises there, or takes none of that rank
+            continue
         term = recorder.terms[id(y)]
         if found is None:
             found = match(term, x_dtype)
@@ -272,7 +280,8 @@ def _compute(module: nn.Module, n: int) -> Computation:
             with contextlib.suppress(Unknown):  # then its own forward computes these
                 forms[dtypes] = _prove(twin, n, dtypes)[0]
     read = {one: value for one, value in twin.read.items() if one != path}
-    return Computation(tuple(forms.items()), weight, path, tuple(read.items()), follows_autocast)
+    ranks = tuple(sorted(twin.ranks))
+    return Computation(tuple(forms.items()), weight, path, tuple(read.items()), follows_autocast, ranks)
 
 
 @contextlib.contextmanager
