@@ -147,9 +147,6 @@ def nodes(killer: str) -> list[str]:
 def main() -> int:
     # Imported before the forks, with nothing of it started.
     import hypothesis  # noqa: F401
-    import torch  # noqa: F401
-    import torch.fx.experimental.symbolic_shapes
-    import transformers.models.gemma.modeling_gemma
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import pallas_norm  # noqa: F401
