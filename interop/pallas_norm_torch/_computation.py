@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import types
 import warnings
 from collections.abc import Generator, Mapping
 from typing import Any
@@ -22,85 +21,15 @@ from ._fake_cuda import autocast, fake_input, may_be_cuda
 from ._forms import Computation, Form, Path, match
 from ._launches import DTYPES
 from ._terms import Recorder, Term, Unknown
+from ._twin import Twin
 
 Tensor = torch.Tensor
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SAME_DTYPES = ((BF16, BF16), (F16, F16), (F32, F32))
 Dtypes = tuple[torch.dtype, torch.dtype]  # of x and of the weight
-INTERNAL = {"_parameters", "_buffers", "_modules", "__class__", "training", "forward"}
-SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 
 
-def _kind(value: Any) -> str:
-    return type(value).__name__
-
-
-def _is_simple(value: Any) -> bool:
-    return all(isinstance(one, SIMPLE) for one in (value if isinstance(value, tuple) else (value,)))  # pyright: ignore[reportUnknownVariableType]
-
-
-class _Configuration:
-    """Stands for an object that the module reads numbers from, and notes which."""
-
-    def __init__(self, name: str, value: Any, twin: Any) -> None:
-        self.__dict__.update(_name=name, _value=value, _twin=twin)
-
-    def __getattr__(self, name: str) -> Any:
-        path = (self._name, name)
-        value = self._twin.changed.get(path, getattr(self._value, name))
-        if not isinstance(value, SIMPLE):
-            raise Unknown(f"reads {'.'.join(path)}, a {type(value).__name__}")
-        self._twin.read[path] = value
-        return value
-
-
-class _Twin:
-    """A copy of the module with other parameters, which notes what its forward reads of it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.read, self.changed = module, dict[Path, Any](), dict[Path, Any]()
-        self.noting, twin = False, self
-        owner = type(module)
-
-        def getattribute(self: Any, name: str) -> Any:
-            value = object.__getattribute__(self, name)
-            return twin.seen(name, value) if twin.noting and name not in INTERNAL else value
-
-        def setattribute(self: Any, name: str, value: Any) -> None:
-            raise Unknown(f"sets the attribute {name}")
-
-        members = {"__getattribute__": getattribute, "__setattr__": setattribute, "__module__": owner.__module__}
-        copy = types.new_class(owner.__name__, (owner,), exec_body=lambda space: space.update(members))
-        self.copy: Any = object.__new__(copy)
-
-    def seen(self, name: str, found: Any) -> Any:
-        """What the forward gets for an attribute, which is noted."""
-        value = self.changed.get((name,), found)
-        if isinstance(value, (types.MethodType, types.FunctionType, Tensor)) or name.startswith("__"):
-            return value
-        if _is_simple(value):
-            self.read[(name,)] = value
-            return value
-        if callable(value) or _kind(value) in ("list", "dict", "set"):
-            raise Unknown(f"reads its attribute {name}, a {_kind(value)}")
-        return _Configuration(name, value, self)
-
-    def set(self, parameters: Mapping[str, Tensor | None], *, training: bool) -> None:
-        vars(self.copy).clear()
-        vars(self.copy).update(vars(self.module))
-        names = vars(self.module)["_parameters"], vars(self.module)["_buffers"]
-        own, buffers = ({name: parameters.get(name) for name in one} for one in names)
-        vars(self.copy).update(_parameters=own, _buffers=buffers, training=training)
-
-    def forward(self, x: Tensor) -> Any:
-        self.noting = True
-        try:
-            return type(self.module).forward(self.copy, x)
-        finally:
-            self.noting = False
-
-
-def _run(twin: _Twin, x: Tensor, parameters: Mapping[str, Tensor | None], *, training: bool) -> tuple[Recorder, Any]:
+def _run(twin: Twin, x: Tensor, parameters: Mapping[str, Tensor | None], *, training: bool) -> tuple[Recorder, Any]:
     """The recorded call, and its result."""
     twin.set(parameters, training=training)
     recorder = Recorder()
@@ -124,7 +53,7 @@ def _run(twin: _Twin, x: Tensor, parameters: Mapping[str, Tensor | None], *, tra
     return recorder, y
 
 
-def _for_any_rows(twin: _Twin, n: int, x_dtype: torch.dtype, device: str) -> Term:
+def _for_any_rows(twin: Twin, n: int, x_dtype: torch.dtype, device: str) -> Term:
     """The term on a fake device, with as many rows as may be."""
     with fake_input(n, x_dtype, device) as (x, branches), torch.no_grad():
         parameters = {
@@ -137,7 +66,7 @@ def _for_any_rows(twin: _Twin, n: int, x_dtype: torch.dtype, device: str) -> Ter
     return recorder.terms[id(y)]
 
 
-def _elsewhere(twin: _Twin, n: int, x_dtype: torch.dtype) -> Term:
+def _elsewhere(twin: Twin, n: int, x_dtype: torch.dtype) -> Term:
     """On CUDA, as far as can be known without one."""
     if may_be_cuda():
         try:
@@ -170,7 +99,7 @@ def _is_rstd(term: Term) -> bool:
 
 
 def _prove(
-    twin: _Twin, n: int, dtypes: tuple[torch.dtype, torch.dtype], *, training: bool = False
+    twin: Twin, n: int, dtypes: tuple[torch.dtype, torch.dtype], *, training: bool = False
 ) -> tuple[Form, float]:
     """The form of these dtypes, with every rounding looked at."""
     x_dtype, weight_dtype = dtypes
@@ -182,9 +111,15 @@ def _prove(
         name: None if one is None else nn.Parameter(_proof.weights(n, weight_dtype) * (1 if name == "weight" else 0.7))
         for name, one in shapes.items()
     }
-    found, rounds = None, [*_proof.rows(n, x_dtype, 1e-6)]
-    for x in rounds:
-        recorder, y = _run(twin, x, parameters, training=training)
+    found = None
+    for x in _proof.rows(n, x_dtype, 1e-6):
+        try:
+            recorder, y = _run(twin, x, parameters, training=training)
+        except Unknown:
+            if x.dim() == 3:
+                raise
+            twin.ranks.discard(x.dim())  # its own forward raises there, or takes none of that rank
+            continue
         term = recorder.terms[id(y)]
         if found is None:
             found = match(term, x_dtype)
@@ -207,7 +142,7 @@ def _bits(y: Tensor) -> Tensor:
     return y.detach().view(torch.int32 if y.element_size() == 4 else torch.int16)
 
 
-def _gradients_are_its_own(twin: _Twin, n: int, form: Form, eps: float) -> None:
+def _gradients_are_its_own(twin: Twin, n: int, form: Form, eps: float) -> None:
     """In float32: a detached statistic or a Function of its own has the same y and other gradients."""
     shapes = _shapes(twin.module, F32)
     parameters = {name: None if one is None else nn.Parameter(_proof.weights(n, F32)) for name, one in shapes.items()}
@@ -232,7 +167,7 @@ def _gradients_are_its_own(twin: _Twin, n: int, form: Form, eps: float) -> None:
             raise Unknown("has other gradients than its formula")
 
 
-def _eps_path(twin: _Twin, n: int, eps: float) -> Path | float:
+def _eps_path(twin: Twin, n: int, eps: float) -> Path | float:
     """The attribute that eps is read from at each call: the one whose change changes it."""
     as_float32 = torch.tensor(eps).item()
     for path, value in [*twin.read.items()]:
@@ -251,7 +186,7 @@ def _eps_path(twin: _Twin, n: int, eps: float) -> Path | float:
 
 
 def _compute(module: nn.Module, n: int) -> Computation:
-    twin = _Twin(module)
+    twin = Twin(module)
     forms: dict[tuple[torch.dtype, torch.dtype], Form] = {}
     eps = 0.0
     for dtypes in SAME_DTYPES:
@@ -272,7 +207,8 @@ def _compute(module: nn.Module, n: int) -> Computation:
             with contextlib.suppress(Unknown):  # then its own forward computes these
                 forms[dtypes] = _prove(twin, n, dtypes)[0]
     read = {one: value for one, value in twin.read.items() if one != path}
-    return Computation(tuple(forms.items()), weight, path, tuple(read.items()), follows_autocast)
+    ranks = tuple(sorted(twin.ranks))
+    return Computation(tuple(forms.items()), weight, path, tuple(read.items()), follows_autocast, ranks)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ def _read(self: Any, path: tuple[str, ...]) -> Any:
 class Functions:
     """What computes: `forward` y, `add` (y, s), where `takes` says so."""
 
-    def __init__(self, owner: Any, own: Callable[..., Any], hidden: tuple[str, ...], computation: Computation) -> None:
+    def __init__(self, owner: Any, own: Callable[..., Any], hidden: frozenset[str], computation: Computation) -> None:
         forms, weight_name, eps_path = dict(computation.forms), computation.weight, computation.eps
         read, bias_name = computation.read, forms[torch.float32, torch.float32].bias
 
@@ -43,19 +43,24 @@ class Functions:
             return forms[x.dtype, other.dtype], weight, bias
 
         def takes(self: Any, x: Any, *_: Any) -> bool:
-            weight = None if weight_name is None else getattr(self, weight_name)
-            bias = None if bias_name is None else getattr(self, bias_name)
-            if not _launches.launched(x, weight) or not (bias is None or _launches.launched(x, bias)):
+            members = self.__dict__
+            weight = bias = None
+            if weight_name is not None and (weight := members["_parameters"].get(weight_name)) is None:
+                weight = getattr(self, weight_name)
+            if bias_name is not None and (bias := members["_parameters"].get(bias_name)) is None:
+                bias = getattr(self, bias_name)
+            if not _launches.launched(x, weight) or (bias is not None and not _launches.launched(x, bias)):
                 return False
             other, eps = weight if weight is not None else bias if bias is not None else x, eps_of(self)
             return (
-                (x.dtype, other.dtype) in forms
-                and (bias is None or bias.dtype == other.dtype)
-                and type(eps) in (float, int)
+                type(eps) in (float, int)
                 and eps >= 0
+                and (x.dtype, other.dtype) in forms
+                and (bias is None or bias.dtype == other.dtype)
+                and x.dim() in computation.ranks
                 and owner.forward is own
-                and not any(name in self.__dict__ for name in hidden)
-                and all(_read(self, path) == value for path, value in read)
+                and hidden.isdisjoint(members)
+                and (not read or all(_read(self, path) == value for path, value in read))
                 and not (computation.autocast and torch.is_autocast_enabled(x.device.type))
             )
 

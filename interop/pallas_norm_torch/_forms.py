@@ -11,6 +11,7 @@ from ._terms import Term, Unknown, widened
 
 F32 = torch.float32
 Path = tuple[str, ...]
+RANKS = (1, 2, 3, 4, 5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Computation:
     eps: Path | float
     read: tuple[tuple[Path, Any], ...]
     autocast: bool  # whether autocast changes it
+    ranks: tuple[int, ...] = RANKS  # of x
 
 
 def _words(dtype: torch.dtype) -> str:

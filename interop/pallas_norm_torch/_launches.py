@@ -18,6 +18,9 @@ from ._changes import HOOK
 from ._validate import DTYPES
 
 TENSORS = _torch_state.TENSORS
+STRIDED = torch.strided
+is_compiling = torch.compiler.is_compiling  # looked up once: this is part of the host's time for a call
+forward_mode, transformation = _torch_state.forward_mode, _torch_state.transformation
 
 
 def has_kernel(x: torch.Tensor) -> bool:
@@ -25,42 +28,40 @@ def has_kernel(x: torch.Tensor) -> bool:
     return x.is_cuda and direct.unavailable(x.shape[-1], x.get_device()) is None
 
 
-def launched(x: Any, weight: Any = None, *others: Any) -> bool:
-    """Whether `rms_norm` computes what a replaced norm was called with: x, its weight, and gates shaped like x."""
-    if torch.compiler.is_compiling():
-        return _in_graph(x) and all(other is None or _in_graph(other) for other in (weight, *others))
-    if type(x) not in TENSORS or not x.dim() or not x.shape[-1] or not has_kernel(x) or not _plain(x):
-        return False
-    if weight is not None and not (
-        type(weight) in TENSORS
-        and weight.dim() == 1
-        and weight.numel() == x.shape[-1]
-        and weight.device == x.device
-        and _plain(weight)
-    ):
-        return False
-    if not all(other is None or (type(other) in TENSORS and other.device == x.device) for other in others):
-        return False
-    return not _unusual(x, weight)
-
-
 def _plain(tensor: torch.Tensor) -> bool:
-    """Memory that holds the elements themselves."""
+    """Memory that holds the elements themselves, of a dtype that the kernels take."""
     return (
-        tensor.dtype in DTYPES
-        and tensor.layout is torch.strided
+        type(tensor) in TENSORS
+        and tensor.dtype in DTYPES
+        and tensor.layout is STRIDED
         and not (tensor.is_neg() or tensor.is_nested or tensor._is_zerotensor())
     )
 
 
-def _unusual(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
-    """Modes in which the class's own forward does more than the function: forward mode; tensors of inference mode in a
-    graph of autograd, which can save no view of them but may save what it computes from them."""
-    if _torch_state.forward_mode() or (_torch_state.transformation() is not None and _torch_state.inside_jvp()):
-        return True
-    if not torch.is_grad_enabled() or not (x.is_inference() or (weight is not None and weight.is_inference())):
+def launched(x: Any, weight: Any = None, *others: Any) -> bool:
+    """Whether `rms_norm` computes what a replaced norm was called with: x, its weight, and gates shaped like x."""
+    if is_compiling():
+        return _in_graph(x) and all(other is None or _in_graph(other) for other in (weight, *others))
+    if type(x) not in TENSORS or not x.dim() or not (n := x.shape[-1]) or not has_kernel(x) or not _plain(x):
         return False
-    return not torch.is_inference_mode_enabled()
+    inference = x.is_inference()
+    if weight is not None:
+        if not (
+            _plain(weight)
+            and weight.dim() == 1
+            and weight.shape[0] == n
+            and weight.get_device() == x.get_device()
+            and not weight.is_meta
+        ):
+            return False
+        inference = inference or weight.is_inference()
+    for gate in others:
+        if gate is not None and (type(gate) not in TENSORS or gate.device != x.device):
+            return False
+    # Autograd can save no tensor of inference mode, but what the class's own forward computes from it.
+    if inference and torch.is_grad_enabled():
+        return False
+    return not forward_mode() and (transformation() is None or not _torch_state.inside_jvp())
 
 
 def _in_graph(tensor: Any) -> bool:

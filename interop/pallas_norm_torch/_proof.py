@@ -38,18 +38,21 @@ def formula(form: Form, x: Tensor, rstd: Tensor, weight: Tensor | None, bias: Te
 def rows(n: int, dtype: torch.dtype, eps: float) -> Iterator[Tensor]:
     """Of several shapes: ordinary rows, rows so small that eps is most of the mean, large ones, one element of many."""
     generator = torch.Generator().manual_seed(0)
-    count = max(4, min(64, 1 << 16 // n))
+    count = max(4, min(64, (1 << 16) // n))
     x = torch.randn(count, n, generator=generator)
     scale = torch.ones(count, 1)
     scale[::4] = max(eps, 1e-12) ** 0.5  # float16 has no smaller normal numbers than 6e-5, and rounds them
     scale[1::4] = 30.0
     x = (x * scale).to(dtype)
     x[2, 1:] = 0.0
+    yield x[None]
     yield x
     yield x[:4].view(2, 2, n)
     yield x[:3].view(1, 3, n)
     yield x[3:4].view(1, 1, n)
     yield x[:4].view(1, 2, 2, n)
+    yield x[:4].view(2, 1, 2, 1, n)
+    yield x[3]
 
 
 def weights(n: int, dtype: torch.dtype) -> Tensor:

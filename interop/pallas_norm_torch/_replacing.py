@@ -61,29 +61,35 @@ def _subclass(owner: type, forward: Callable[..., Any], rebuild: Callable[..., A
 class Residual(NamedTuple):
     """On a replacing forward: how (norm(s), s) of s = residual + hidden_states is one kernel."""
 
-    helpers: tuple[str, ...]
+    helpers: frozenset[str]
     takes: Callable[..., bool]
     add: AddNorm
 
 
 def guarded(owner: Any, own: Callable[..., Any], row: Row) -> Callable[..., Any]:
     """The forward of a known class: the row's where a kernel is launched, otherwise the class's own, as it is then."""
-    ours, first, hidden = row.forward, _first_parameter(own), helpers(owner)
+    ours, first, hidden = row.forward, _first_parameter(own), frozenset(helpers(owner))
     assert ours is not None
 
     def takes(self: Any, x: Any, *gates: Any) -> bool:
-        eps, members = getattr(self, row.eps, None), self.__dict__
-        takes_eps = row.torch_eps if eps is None else type(eps) in (float, int) and eps >= 0
+        members = self.__dict__
+        weight = members["_parameters"].get("weight")
+        if weight is None:  # there is none, or torch.func or a parametrization has put it elsewhere
+            weight = getattr(self, "weight", None)
+        eps = getattr(self, row.eps, None)
         return (
-            takes_eps
-            and _launches.launched(x, getattr(self, "weight", None), *gates)
+            (row.torch_eps if eps is None else type(eps) in (float, int) and eps >= 0)
+            and _launches.launched(x, weight, *gates)
             and owner.forward is own
-            and not any(name in members for name in hidden)
+            and hidden.isdisjoint(members)
             and not (row.autocast and torch.is_autocast_enabled(x.device.type))
         )
 
     @functools.wraps(own)
     def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        if len(arguments) == 1 and not named:
+            (x,) = arguments
+            return ours(self, x) if takes(self, x) else owner.forward(self, x)
         operands = arguments if arguments else (named.get(first),)
         gates = [value for name, value in named.items() if name != first]
         if takes(self, *operands, *gates):
@@ -94,7 +100,7 @@ def guarded(owner: Any, own: Callable[..., Any], row: Row) -> Callable[..., Any]
 
 
 def marked(
-    forward: Any, ours: Callable[..., Any], hidden: tuple[str, ...], takes: Callable[..., bool], add: AddNorm | None
+    forward: Any, ours: Callable[..., Any], hidden: frozenset[str], takes: Callable[..., bool], add: AddNorm | None
 ) -> Any:
     """With what computes instead of the class's own, and its residual form."""
     forward.ours, forward.residual = ours, None if add is None else Residual(hidden, takes, add)
@@ -117,7 +123,7 @@ def norm_class(owner: type, row: Row) -> type[nn.Module]:
 
 @functools.cache
 def _computed_class(owner: type, own: Callable[..., Any], computation: Computation) -> type[nn.Module]:
-    hidden = helpers(owner)
+    hidden = frozenset(helpers(owner))
     functions = _computed.Functions(owner, own, hidden, computation)
     forward = _computed.replacing(owner, own, functions)
     marked(forward, functions.forward, hidden, functions.takes, functions.add)

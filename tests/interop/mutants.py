@@ -120,6 +120,25 @@ MUTANTS = {
     "another number as the grid": Mutant("launch", 'program.inputs.index("programs")', 'program.inputs.index("blocks")', "test_launch.py::test_a_program_lowers"),
     "an unknown JAX is launched": Mutant("launch", "if not KNOWN_JAX[0] <= version < KNOWN_JAX[1]:", "if False:", "test_launch.py::test_an_unknown_jax"),
     "an old GPU is taken": Mutant("launch", "if capability < _dispatch.NEEDED_CAPABILITY:", "if False:", "test_launch.py::test_an_old_gpu"),
+    # patched models
+    "text that is not the code is hashed": Mutant("_sources", "    if _computes(code) not in map(_computes, compiled):\n        return None\n", "", "test_huggingface_source.py::test_a_file_edited"),
+    "another torch in the text": Mutant("_sources", "    return definition if _names_mean_what_they_say(function) else None", "    return definition", "test_huggingface_source.py::test_another_torch"),
+    "kernels for other dtypes": Mutant("_launches", "        and tensor.dtype in DTYPES\n        and tensor.layout is STRIDED", "        and tensor.layout is STRIDED", "test_huggingface_ways_back.py::test_unusual_operands"),
+    "lazily negated memory launched": Mutant("_launches", "tensor.is_neg() or tensor.is_nested", "tensor.is_nested", "test_huggingface_ways_back.py::test_unusual_operands"),
+    "forward mode launched": Mutant("_launches", "    return not forward_mode() and (transformation() is None or not _torch_state.inside_jvp())\n", "    return True\n", "test_huggingface_ways_back.py::test_forward_mode"),
+    "tensors of inference mode saved": Mutant("_launches", "    if inference and torch.is_grad_enabled():\n        return False\n", "", "test_huggingface_ways_back.py::test_tensors_of_inference"),
+    "the operator lost in compiled programs": Mutant("_launches", "    if is_compiling():\n", "    if False:\n", "test_huggingface_ways_back.py::test_compiled_programs"),
+    "a hidden helper passed by": Mutant("_replacing", "            and hidden.isdisjoint(members)\n", "", "test_huggingface_ways_back.py::test_a_helper_hidden"),
+    "a changed class passed by": Mutant("_replacing", "            and owner.forward is own\n", "", "test_huggingface_ways_back.py::test_a_class_whose_forward"),
+    "torch's autocast passed by": Mutant("_replacing", "            and not (row.autocast and torch.is_autocast_enabled(x.device.type))\n", "", "test_huggingface_ways_back.py::test_under_autocast"),
+    "the instance's forward passed by in fused layers": Mutant("_decoder_layers", '        "forward" not in members  # bound to the instance: accelerate\'s hooks, anybody\'s function\n        and members', "        members", "test_huggingface_ways_back.py::test_a_forward_set"),
+    "global hooks passed by in fused layers": Mutant("_decoder_layers", "        and not any(MODULE_HOOKS)\n", "", "test_huggingface_ways_back.py::test_global_hooks"),
+    "the class's call passed by in fused layers": Mutant("_decoder_layers", "        and type(norm).__call__ is nn.Module.__call__\n", "", "test_huggingface_ways_back.py::test_a_class_with_its_own_call"),
+    "side effects passed by": Mutant("_purity", "    for _ in _functions(owner):\n        pass\n", "", "test_huggingface_computed.py::test_what_is_wrong_by_a_step_is_left[Printing]"),
+    "branches on shapes passed by": Mutant("_computation", "    if found := branches():\n", "    if False:\n", "test_huggingface_computed.py::test_what_is_wrong_by_a_step_is_left[BranchesOnRows]"),
+    "gradients not compared": Mutant("_computation", "    _gradients_are_its_own(twin, n, forms[F32, F32], eps)\n", "", "test_huggingface_computed.py::test_what_is_wrong_by_a_step_is_left[StatisticsWithoutGrad]"),
+    "bits not compared": Mutant("_computation", "        if y.dtype != expected.dtype or not torch.equal(_bits(y), _bits(expected)):\n", "        if False:\n", "test_huggingface_computed.py::test_the_proof_finds_a_wrong_form"),
+    "what it read may change": Mutant("_computed", "                and (not read or all(_read(self, path) == value for path, value in read))\n", "", "test_huggingface_computed.py::test_an_attribute_that_changes"),
 }  # fmt: skip
 
 
@@ -162,7 +181,7 @@ def nodes(killer: str) -> list[str]:
 def main() -> int:
     # Imported before the forks, with nothing of it started.
     import hypothesis  # noqa: F401
-    import torch  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     import pallas_norm  # noqa: F401
 

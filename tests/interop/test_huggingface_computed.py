@@ -69,14 +69,14 @@ def test_the_zoo_keeps_its_bits(name: str) -> None:
     first = build(name, BF16)
     assert patch(first).replaced == {name: 1}
     for x_dtype, weight_dtype in ((BF16, BF16), (F16, F16), (F32, F32), MIXED[0]):
-        module, x = build(name, weight_dtype), inputs(x_dtype)
+        module, x = build(name, weight_dtype), inputs(x_dtype)[None]
         with torch.no_grad():
             own = module(x)
             with patched(module) as report:
                 assert report.replaced == {name: 1}
                 replaced = module(x)
         for y in (own, replaced):
-            ulps_needed(module, label, x, y)
+            ulps_needed(module, label, x[0], y[0])
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -142,6 +142,13 @@ def test_an_attribute_that_changes_what_it_computes() -> None:
     patch(module)
     module.config.use_scale = False
     ulps_needed(module, "weightless", x, module(x))
+
+
+def test_a_rank_that_was_not_proved_is_its_own_forward_s() -> None:
+    module = build("ThreeAxes", BF16)
+    patch(module)
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        module(inputs(BF16))
 
 
 def test_other_arguments_go_to_its_own_forward() -> None:

@@ -350,6 +350,15 @@ class ViewedWeight(Base):
         return h * self.weight.unsqueeze(0)
 
 
+@computes("llama")
+class ThreeAxes(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time, width = x.shape
+        h = x.reshape(batch * time, width).float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (h.to(x.dtype) * self.weight).view(batch, time, width)
+
+
 # --- one rounding -----------------------------------------------------------------------------------------------------
 
 
@@ -838,6 +847,25 @@ class EpsBuffer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = x.float()
         return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+@refused("reads its attribute function, a function")
+class FunctionAttribute(Base):
+    def __init__(self, n: int) -> None:
+        super().__init__(n)
+        self.function = lambda h: SEEN.append(h) or h
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.function(x.float())
+        return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+@refused("computes something else for (1, 2, 2, 64)")
+class AnotherInFourAxes(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (self.weight * h).to(x.dtype) if x.dim() == 4 else self.weight * h.to(x.dtype)
 
 
 @refused("partial")
