@@ -129,6 +129,14 @@ def spans_devices(context: Any) -> bool:
     return getattr(axes, "num_devices", 1) > 1  # ShardingContext, or pmap's
 
 
+def mesh_around(context: Any) -> list[tuple[int, bool]]:
+    """Of each axis of the mesh of a shard_map around: its size, and whether it is Manual. Empty outside of one."""
+    axes = context.module_context.axis_context
+    if not getattr(axes, "manual_axes", None):
+        return []
+    return [(int(size), name in axes.manual_axes) for name, size in axes.mesh.shape.items()]
+
+
 def vary_like(result: jax.Array, operand: jax.Array) -> jax.Array:
     """A kernel's result, of which Pallas forgets the mesh axes over which its operands vary."""
     axes = missing_axes(result, operand)

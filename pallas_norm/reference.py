@@ -13,7 +13,6 @@ Normalization", 2019.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -70,7 +69,11 @@ def row_mean(
     """The mean of each row; of the whole row, where every shard over `axis_name` holds some of its columns."""
     if not axis_name:
         return jnp.mean(values, axis=-1, keepdims=True)
-    add_up: Any = functools.partial(lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups)
+
+    def add_up(part: Any) -> jax.Array:
+        total: Any = lax.psum(part, axis_name, axis_index_groups=axis_index_groups)
+        return total
+
     return add_up(jnp.sum(values, axis=-1, keepdims=True)) / F32(values.shape[-1] * add_up(1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -26,11 +27,16 @@ KINDS = {
 SHAPE, N = (8, 16, 256), 256
 
 
-def mesh_of(kind: str, shape: tuple[int, int] = (2, 2)) -> Mesh:
+@functools.cache
+def gpus() -> Any:
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc("h200", platform="cuda", target_config=aot.H200, topology="1x1x4")
-    return Mesh(np.array(topology.devices).reshape(shape), ("data", "model"), axis_types=KINDS[kind])
+    return np.array(topology.devices)
+
+
+def mesh_of(kind: str, shape: tuple[int, int] = (2, 2)) -> Mesh:
+    return Mesh(gpus().reshape(shape), ("data", "model"), axis_types=KINDS[kind])
 
 
 def structs(mesh: Mesh, rows: P, columns: P = P()) -> tuple[jax.ShapeDtypeStruct, ...]:  # noqa: B008
