@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from . import _backward, _compat, _forward, _lowering, reference
+from . import _backward, _compat, _forward, _lowering, _partitioning, reference
 from ._plan import Plan
 from ._spec import Spec
 from .regimes import LARGEST_N, SMALLEST_N, backward_plan_for, plan_for
@@ -210,3 +210,6 @@ def backward(operands: Arrays, spec: Spec, *, with_dweight: bool, dweight_dtype:
     name = jax.numpy.dtype(dweight_dtype).name
     call = Call("backward", tuple(operands), spec, with_dweight=with_dweight, dweight_dtype=name)
     return call.run(operands)
+
+
+_partitioning.register(Call.decoded)

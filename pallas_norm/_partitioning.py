@@ -14,7 +14,6 @@ of (rows,), and gathers nothing.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -34,9 +33,8 @@ SHARDS = "shards"  # the axis of all devices, in the order of their numbers in t
 _decode: Callable[[str], Any] | None = None
 
 
-@functools.cache
-def _register(decode: Callable[[str], Any]) -> None:
-    """Once in a process, when a program first needs it."""
+def register(decode: Callable[[str], Any]) -> None:
+    """On import: a program from a file or a cache may hold calls that this process never lowered."""
     global _decode
     _decode = decode
     _compat.register_partitioner(TARGET, _partition, _infer)
@@ -44,7 +42,6 @@ def _register(decode: Callable[[str], Any]) -> None:
 
 def lowered(context: Any, values: Sequence[Any], call: Any) -> Any:
     """The call, still to be partitioned, in the program that is being lowered."""
-    _register(type(call).decoded)
     rank = len(context.avals_in[call.names.index("x")].shape)
     batch = " ".join(f"b{axis}" for axis in range(rank - 1))
 

@@ -11,6 +11,9 @@ Source: `LlamaRMSNorm.forward` in Hugging Face transformers; Zhang and Sennrich,
 Normalization", 2019.
 """
 
+# pyright: reportUnknownVariableType=false
+# (lax.psum has no types.)
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -70,9 +73,9 @@ def row_mean(
     if not axis_name:
         return jnp.mean(values, axis=-1, keepdims=True)
 
-    def add_up(part: Any) -> jax.Array:
-        total: Any = lax.psum(part, axis_name, axis_index_groups=axis_index_groups)
-        return total
+
+    def add_up(part: Any) -> Any:
+        return lax.psum(part, axis_name, axis_index_groups=axis_index_groups)
 
     return add_up(jnp.sum(values, axis=-1, keepdims=True)) / F32(values.shape[-1] * add_up(1))
 
