@@ -73,7 +73,6 @@ def row_mean(
     if not axis_name:
         return jnp.mean(values, axis=-1, keepdims=True)
 
-
     def add_up(part: Any) -> Any:
         return lax.psum(part, axis_name, axis_index_groups=axis_index_groups)
 
