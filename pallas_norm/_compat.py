@@ -206,7 +206,9 @@ def local_program(
 
     axis, size = shards
     mesh: Any = jax.sharding.AbstractMesh((size,), (axis,))  # where the devices are, nobody asks
-    with core.extend_axis_env_nd([shards]):
+    # The compiler asks while the mesh of jax.set_mesh is in context, which means nothing to one device.
+    nothing = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+    with nothing, core.extend_axis_env_nd([shards]):
         closed = jax.make_jaxpr(function, axis_env=[shards])(*structs)
         module = mlir.build_mlir_module_helper(
             closed,
