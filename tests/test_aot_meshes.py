@@ -151,7 +151,7 @@ def test_a_mesh_in_context_means_nothing_to_the_program_of_one_gpu(kind: str) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_a_shard_map_around_does_not_share_out_are_still_shared_out(kind: str) -> None:
-    """In a shard_map over data the partitioner numbers the devices along model only: the all-reduce names all groups."""
+    """In a shard_map over data the partitioner numbers those along model only: the all-reduce names all groups."""
     mesh = mesh_of(kind)
     specs = {"in_specs": (P("data"), P(), P("data")), "out_specs": (P("data"), P())}
     mapped = jax.shard_map(gradient, mesh=mesh, axis_names={"data"}, **specs)
