@@ -129,6 +129,14 @@ def spans_devices(context: Any) -> bool:
     return getattr(axes, "num_devices", 1) > 1  # ShardingContext, or pmap's
 
 
+def mesh_around(context: Any) -> list[tuple[int, bool]]:
+    """Of each axis of the mesh of a shard_map around: its size, and whether it is Manual. Empty outside of one."""
+    axes = context.module_context.axis_context
+    if not getattr(axes, "manual_axes", None):
+        return []
+    return [(int(size), name in axes.manual_axes) for name, size in axes.mesh.shape.items()]
+
+
 def vary_like(result: jax.Array, operand: jax.Array) -> jax.Array:
     """A kernel's result, of which Pallas forgets the mesh axes over which its operands vary."""
     axes = missing_axes(result, operand)
@@ -198,7 +206,9 @@ def local_program(
 
     axis, size = shards
     mesh: Any = jax.sharding.AbstractMesh((size,), (axis,))  # where the devices are, nobody asks
-    with core.extend_axis_env_nd([shards]):
+    # The compiler asks while the mesh of jax.set_mesh is in context, which means nothing to one device.
+    nothing = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+    with nothing, core.extend_axis_env_nd([shards]):
         closed = jax.make_jaxpr(function, axis_env=[shards])(*structs)
         module = mlir.build_mlir_module_helper(
             closed,

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from . import _compat, _lowering, reference
+from . import _compat, _lowering, _partitioning, reference
 from ._spec import Spec
 from .kernels import backward as backward_kernel
 from .kernels import forward as forward_kernel
@@ -213,3 +213,6 @@ def backward(operands: Arrays, spec: Spec, *, with_dweight: bool, dweight_dtype:
     name = jax.numpy.dtype(dweight_dtype).name
     call = Call("backward", tuple(operands), spec, with_dweight=with_dweight, dweight_dtype=name)
     return call.run(operands)
+
+
+_partitioning.register(Call.decoded)

@@ -14,13 +14,14 @@ of (rows,), and gathers nothing.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from . import _compat, reference
@@ -32,9 +33,8 @@ SHARDS = "shards"  # the axis of all devices, in the order of their numbers in t
 _decode: Callable[[str], Any] | None = None
 
 
-@functools.cache
-def _register(decode: Callable[[str], Any]) -> None:
-    """Once in a process, when a program first needs it."""
+def register(decode: Callable[[str], Any]) -> None:
+    """On import: a program from a file or a cache may hold calls that this process never lowered."""
     global _decode
     _decode = decode
     _compat.register_partitioner(TARGET, _partition, _infer)
@@ -42,7 +42,6 @@ def _register(decode: Callable[[str], Any]) -> None:
 
 def lowered(context: Any, values: Sequence[Any], call: Any) -> Any:
     """The call, still to be partitioned, in the program that is being lowered."""
-    _register(type(call).decoded)
     rank = len(context.avals_in[call.names.index("x")].shape)
     batch = " ".join(f"b{axis}" for axis in range(rank - 1))
 
@@ -58,7 +57,7 @@ def lowered(context: Any, values: Sequence[Any], call: Any) -> Any:
         context,
         values,
         target=TARGET,
-        config=call.encoded(),
+        config=json.dumps({"call": call.encoded(), "mesh": _compat.mesh_around(context)}),
         rule=f"{side(call.names)} -> {side(call.results)}",
         replicated=replicated,
     )
@@ -88,6 +87,21 @@ def _tiles(call: Any, arg_shapes: Sequence[Any], arg_shardings: Sequence[Any]) -
     given = [sharding for sharding in arg_shardings if sharding is not None and not sharding.is_replicated()]
     devices = max([math.prod(sharding.tile_assignment_dimensions()) for sharding in given], default=1)
     return _compat.tiling(arg_shardings[at], len(arg_shapes[at].dimensions()), devices)
+
+
+def _numbers(rows: Any, mesh: Sequence[tuple[int, bool]]) -> Any:
+    """The tiling with the devices' numbers in the whole program.
+
+    In a shard_map over some axes the partitioner numbers the devices that differ in the others only, and copies the
+    program for each such group; the collectives in it have to name all groups.
+    """
+    sizes, manual = [size for size, _ in mesh], [at for at, (_, is_manual) in enumerate(mesh) if is_manual]
+    if math.prod(sizes) <= rows.size:
+        return rows
+    others = [at for at in range(len(mesh)) if at not in manual]
+    groups = np.arange(math.prod(sizes)).reshape(sizes).transpose([*manual, *others]).reshape(-1, rows.size)
+    whole = np.stack([group[rows] for group in groups], axis=-1)
+    return whole.reshape(*rows.shape[:-1], rows.shape[-1] * len(groups))
 
 
 def _local(call: Any, rows: Any) -> Callable[..., Any]:
@@ -120,20 +134,22 @@ def _partition(
     """The compiler's question: a program for one device, and how its operands and results lie."""
     del result_sharding
     assert _decode is not None
-    call = _decode(config.decode())
+    given = json.loads(config)
+    call = _decode(given["call"])
     rows = _tiles(call, arg_shapes, arg_shardings)
     operands = [_sharding(name, rows) for name in call.names]
     structs = [
         jax.ShapeDtypeStruct(sharding.tile(shape).dimensions(), shape.numpy_dtype())
         for sharding, shape in zip(operands, arg_shapes, strict=True)
     ]
-    program = _compat.local_program(_local(call, rows), structs, (SHARDS, rows.size), "cuda")
+    numbers = _numbers(rows, given["mesh"])
+    program = _compat.local_program(_local(call, numbers), structs, (SHARDS, numbers.size), "cuda")
     results = [_sharding(name, rows) for name in call.results]
     return program, operands, _compat.tuple_of_shardings(result_shape, results)
 
 
 def _infer(arg_shapes: Sequence[Any], arg_shardings: Sequence[Any], result_shape: Any, config: bytes) -> Any:
     assert _decode is not None
-    call = _decode(config.decode())
+    call = _decode(json.loads(config)["call"])
     rows = _tiles(call, arg_shapes, arg_shardings)
     return _compat.tuple_of_shardings(result_shape, [_sharding(name, rows) for name in call.results])

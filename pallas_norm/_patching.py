@@ -164,6 +164,8 @@ def patch(model: Any) -> tuple[Any, Report]:
 
     Raises:
         TypeError: model is neither.
+
+    Source: flax.nnx.RMSNorm and equinox.nn.RMSNorm.
     """
     return _changed(model, back=False)
 

@@ -107,7 +107,8 @@ def by_shards(
         x = operands["x"]
         return function({name: _compat.vary_like(value, x) for name, value in operands.items()}, spec, around)
     rows = _rows(operands)
-    shared_out, split = _axes(rows[:-1]), _axes(rows[-1:])
+    shared_out = _axes(rows[:-1])
+    split = tuple(axis for axis in _axes(rows[-1:]) if mesh.shape[axis] > 1)
     here = dataclasses.replace(spec, axis_name=spec.axis_name + split)
 
     def local(operands: Arrays) -> Arrays:

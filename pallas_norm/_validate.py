@@ -105,8 +105,7 @@ def _array(name: str, value: Any) -> jax.Array:
 def _settled(value: jax.Array, other: jax.Array) -> jax.Array:
     """JAX's own rule for x * weight: what was made of Python numbers alone (jnp.full(n, 0.7)) has a weak dtype, which
     gives way to that of the other operand."""
-    weak, weak_other = jax.typeof(value).weak_type, jax.typeof(other).weak_type
-    return value.astype(other.dtype) if weak and not weak_other else value
+    return value.astype(other.dtype) if value.weak_type and not other.weak_type else value
 
 
 def given(name: str, value: Any) -> None:

@@ -11,8 +11,8 @@ Source: `LlamaRMSNorm.forward` in Hugging Face transformers; Zhang and Sennrich,
 Normalization", 2019.
 """
 
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
-# (lax.psum has no types)
+# pyright: reportUnknownVariableType=false
+# (lax.psum has no types.)
 
 from __future__ import annotations
 
@@ -74,11 +74,9 @@ def row_mean(
         return jnp.mean(values, axis=-1, keepdims=True)
 
     def add_up(part: Any) -> Any:
-        summed: Any = lax.psum(part, axis_name=axis_name, axis_index_groups=axis_index_groups)
-        return summed
+        return lax.psum(part, axis_name, axis_index_groups=axis_index_groups)
 
-    total: jax.Array = add_up(jnp.sum(values, axis=-1, keepdims=True))
-    return total / F32(values.shape[-1] * add_up(1))
+    return add_up(jnp.sum(values, axis=-1, keepdims=True)) / F32(values.shape[-1] * add_up(1))
 
 
 def inverse_root(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

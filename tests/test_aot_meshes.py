@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -26,11 +27,16 @@ KINDS = {
 SHAPE, N = (8, 16, 256), 256
 
 
-def mesh_of(kind: str, shape: tuple[int, int] = (2, 2)) -> Mesh:
+@functools.cache
+def gpus() -> Any:
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc("h200", platform="cuda", target_config=aot.H200, topology="1x1x4")
-    return Mesh(np.array(topology.devices).reshape(shape), ("data", "model"), axis_types=KINDS[kind])
+    return np.array(topology.devices)
+
+
+def mesh_of(kind: str, shape: tuple[int, int] = (2, 2)) -> Mesh:
+    return Mesh(gpus().reshape(shape), ("data", "model"), axis_types=KINDS[kind])
 
 
 def structs(mesh: Mesh, rows: P, columns: P = P()) -> tuple[jax.ShapeDtypeStruct, ...]:  # noqa: B008
@@ -129,3 +135,37 @@ def test_two_meshes_and_an_executable_that_can_be_stored() -> None:
     assert (collectives, kernels) == ([], 2)
     payload, _, _ = serialize_executable.serialize(done)
     assert len(payload) > 1000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mesh_in_context_means_nothing_to_the_program_of_one_gpu(kind: str) -> None:
+    """What is traced for one device while set_mesh's mesh was in context held calls to Sharding, which no GPU has."""
+    mesh = mesh_of(kind)
+    with jax.set_mesh(mesh):
+        for function in (gradient, lambda x, weight, dy: gradient(jnp.sin(x), 2 * weight, dy)):
+            _, collectives, kernels = compiled(function, *structs(mesh, P("data")))
+            assert ([name for name, _ in collectives], kernels) == (["all-reduce"], 3)
+        _, collectives, kernels = compiled(lambda: rms_norm(jnp.ones((8, N)), jnp.ones(N)))
+        assert (collectives, kernels) == ([], 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_a_shard_map_around_does_not_share_out_are_still_shared_out(kind: str) -> None:
+    """In a shard_map over data the partitioner numbers those along model only: the all-reduce names all groups."""
+    mesh = mesh_of(kind)
+    specs = {"in_specs": (P("data"), P(), P("data")), "out_specs": (P("data"), P())}
+    mapped = jax.shard_map(gradient, mesh=mesh, axis_names={"data"}, **specs)
+    done, collectives, kernels = compiled(mapped, *structs(mesh, P("data", "model")))
+    assert kernels == 3
+    assert {name for name, _ in collectives} == {"all-reduce"}
+    assert all(sizes[0] == N for _, sizes in collectives)
+    assert (*done.output_shardings[0].spec, None)[:1] == ("data",)
+
+
+def test_spmd_axis_name_of_members_with_a_weight_each() -> None:
+    mesh = mesh_of("auto")
+    x, _, _ = structs(mesh, P("data"))
+    weights = jax.ShapeDtypeStruct((8, N), jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
+    done, collectives, kernels = compiled(jax.vmap(rms_norm, spmd_axis_name="data"), x, weights)
+    assert (collectives, kernels) == ([], 1)
+    assert tuple(done.output_shardings.spec)[:1] == ("data",)

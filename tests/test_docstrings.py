@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 PUBLIC = {
-    "pallas_norm": ("rms_norm", "add_rms_norm", "explain", "plan_for"),
+    "pallas_norm": ("rms_norm", "add_rms_norm", "explain", "plan_for", "patch", "unpatch"),
     "pallas_norm.dlpack": ("rms_norm",),
     "pallas_norm.regimes": ("plan_for", "backward_plan_for"),
     "pallas_norm_torch": (

@@ -179,7 +179,7 @@ def test_a_rounding_that_xla_drops_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(reference, "round_to", lambda wide, dtype: wide.astype(dtype))
     large = max(_selfcheck.XLA_CASES, key=lambda case: case.rows)
     found = _doctor.check_case(large, jax.local_devices(backend="cpu")[0])
-    assert any(sentence.startswith("rms_norm, 4096 x 1024 bfloat16: y: ") for sentence in found)
+    assert any(sentence.startswith("rms_norm and its gradients, 4096 x 1024 bfloat16: dx: ") for sentence in found)
 
 
 @pytest.mark.usefixtures("quick")

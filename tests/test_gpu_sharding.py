@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_norm import add_rms_norm, rms_norm
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.gpu
 ROWS, N = 1024, 4096
 
 
-@pytest.fixture
-def mesh() -> Mesh:
+@pytest.fixture(params=[AxisType.Explicit, AxisType.Auto], ids=str)
+def mesh(request: pytest.FixtureRequest) -> Mesh:
     if len(jax.devices()) < 2:
         pytest.skip(f"needs two CUDA devices; this machine has {len(jax.devices())}")
-    return Mesh(np.array(jax.devices()[:2]), ("data",))
+    return jax.make_mesh((2,), ("data",), axis_types=(request.param,), devices=jax.devices()[:2])
 
 
 def operands() -> list[jax.Array]:

@@ -163,3 +163,16 @@ def test_an_axis_name_is_a_name() -> None:
     with pytest.raises(TypeError) as error:
         rms_norm(draw(8, N, seed=0), axis_name=3)  # type: ignore[arg-type]
     assert str(error.value) == "axis_name is 3; needed the name of a mesh axis, or a tuple of names"
+
+
+def test_an_axis_of_one_device_splits_nothing() -> None:
+    """Then a kernel has the whole row."""
+    mesh = jax.make_mesh((2, 1), ("data", "model"), devices=jax.devices("cpu")[:2])
+    x, weight = draw(8, N, seed=0), draw(N, seed=1)
+    placed = (
+        jax.device_put(x, NamedSharding(mesh, P("data", "model"))),
+        jax.device_put(weight, NamedSharding(mesh, P("model"))),
+    )
+    assert np.array_equal(rms_norm(*placed), rms_norm(x, weight))
+    text = jax.jit(rms_norm).trace(*placed).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1

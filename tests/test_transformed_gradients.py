@@ -102,14 +102,17 @@ def rematerialised(implementation: str, policy: Any = None) -> Function:
     return jax.jit(run)
 
 
+BY_ROWS, BY_COLUMNS = (P("data"), P()), (P(None, "data"), P("data"))
+
+
 def devices(kind: AxisType = AxisType.Auto) -> Mesh:
     found = jax.devices()
     found = found[: 8 if len(found) >= 8 else 1]
     return jax.make_mesh((len(found),), ("data",), axis_types=(kind,), devices=found)
 
 
-def sharded(run: Function, kind: AxisType = AxisType.Auto) -> Function:
-    rows, columns = (NamedSharding(devices(kind), spec) for spec in (P("data"), P()))
+def sharded(run: Function, kind: AxisType = AxisType.Auto, specs: tuple[P, P] = BY_ROWS) -> Function:
+    rows, columns = (NamedSharding(devices(kind), spec) for spec in specs)
 
     def call(x: Any, weight: Any, dy: Any) -> Results:
         return jax.jit(run)(jax.device_put(x, rows), jax.device_put(weight, columns), jax.device_put(dy, rows))
@@ -154,6 +157,13 @@ COMPILED: dict[str, Callable[[str], Function]] = {
 }
 
 
+# No kernel takes a part of a row.
+SPLIT: dict[str, Callable[[str], Function]] = {
+    "columns on an explicit mesh": lambda path: sharded(gradients(path), AxisType.Explicit, BY_COLUMNS),
+    "columns on an auto mesh": lambda path: sharded(gradients(path), AxisType.Auto, BY_COLUMNS),
+}
+
+
 def check(function: Function, dtype: str = "bf16") -> None:
     """Against NumPy, not against another program."""
     case = Case(N, ROWS, dtype, "f32", "normal", seed=0)
@@ -184,6 +194,11 @@ def test_a_transformation_of_a_compiled_program_changes_no_bit(path: str, name: 
     check(COMPILED[name](path))
 
 
+@pytest.mark.parametrize("name", SPLIT)
+def test_splitting_rows_changes_no_bit_of_exact_sums(name: str) -> None:
+    check(SPLIT[name]("xla"))
+
+
 WRONG = {
     "dweight not summed over the devices": (
         Rewrite("_transforms", 'lax.psum(results["dweight"], summed_over)', 'results["dweight"]'),
@@ -197,6 +212,14 @@ WRONG = {
         Rewrite("_transforms", "y = unit * _scale_of_members(weight", "y = unit * _scale_of_members(weight[::-1] * 3"),
         "vmap, a weight each",
     ),
+    "a split row divided by its own columns": (
+        Rewrite("reference", "F32(values.shape[-1] * add_up(1))", "F32(values.shape[-1])"),
+        "columns on an explicit mesh",
+    ),
+    "the first shard's part of a row counted for all": (
+        Rewrite("_sharding", "axis_name=spec.axis_name + split)", "axis_name=spec.axis_name)"),
+        "columns on an explicit mesh",
+    ),
     "dweight counted twice": (
         Rewrite("reference", "return jnp.sum(dy.astype(F32) * unit", "return 2 * jnp.sum(dy.astype(F32) * unit"),
         "scan",
@@ -209,6 +232,6 @@ WRONG = {
 def test_a_wrong_transformation_is_seen(name: str) -> None:
     rewrite, transform = WRONG[name]
     with rewrites.rewritten(rewrite):
-        function = (TRANSFORMS | COMPILED)[transform]("xla")
+        function = (TRANSFORMS | COMPILED | SPLIT)[transform]("xla")
         with pytest.raises(AssertionError, match="differ"):
             check(function)
