@@ -160,13 +160,14 @@ BEFORE_A_CHUNK = "mosaic.arrive_and_wait(meeting.barrier)  # all have read the c
 AFTER_A_CHUNK = "mosaic.arrive_and_wait(meeting.barrier)\n            rows"
 ARRIVE, WAIT = "    plgpu.barrier_arrive(barrier)\n", "(barrier)\n    plgpu.barrier_wait(barrier)\n"
 CLUSTER_ARRIVE, CLUSTER_WAIT = "            mosaic.cluster_arrive()\n", "        mosaic.cluster_wait()\n"
-READ_BY_ALL = 'mosaic.arrive_and_wait(scratch["read"])'
+READ_BY_ALL = "mosaic.arrive_and_wait(self.pipeline.read)"
 ARRIVED = "mosaic.wait(self.arrived.at[lax.rem(step, jnp.int32(self.plan.stages))])"
 AT_THE_END = "    mosaic.cluster_arrive()\n            mosaic.cluster_wait()\n"
 FILLED_EARLY = Rewrite(
-    "pipeline",
-    "return row(step, self.wait(step), lambda: self.refill(step), carry)",
-    "stage = self.wait(step)\n            self.refill(step)\n            return row(step, stage, lambda: None, carry)",
+    "rows",
+    "stage = self.pipeline.wait(step)\n",
+    "stage = self.pipeline.wait(step)\n            self.pipeline.refill(step)\n",
+    also=("self.pipeline.refill(self.step)", "pass"),
 )
 WITHOUT: dict[str, tuple[Rewrite, str, str]] = {
     "forward sum": (Rewrite("cta", MEET, "pass"), "forward", "shared"),
@@ -178,7 +179,7 @@ WITHOUT: dict[str, tuple[Rewrite, str, str]] = {
     "cluster": (Rewrite("cta", CLUSTER_ARRIVE, "", also=(CLUSTER_WAIT, "")), "forward", "cluster"),
     "cluster, arrival": (Rewrite("cta", CLUSTER_ARRIVE, ""), "forward", "cluster"),
     "cluster, wait": (Rewrite("cta", CLUSTER_WAIT, ""), "backward", "cluster"),
-    "warps that share no sum": (Rewrite("backward", READ_BY_ALL, "pass"), "backward", "pipeline in warps"),
+    "warps that share no sum": (Rewrite("rows", READ_BY_ALL, "pass"), "backward", "pipeline in warps"),
     "cluster, at the end": (Rewrite("launch", AT_THE_END, "    pass\n"), "forward", "cluster"),
     "cluster, release": (
         Rewrite("mosaic", "arrive.release.aligned", "arrive.relaxed.aligned"),

@@ -132,18 +132,12 @@ READ_UNWAITED = Rewrite(
 )
 # Where rows are kept the warpgroups meet before the stage is refilled, and read it afterwards. Without that meeting a
 # warpgroup may find the barrier of its stage two phases on: it fails, the other one waits for it, and nothing ends.
-MEET_THEN_REFILL = "mosaic.arrive_and_wait(exchange.barrier)\n{0}met()\n{0}"
-REFILLED_UNREAD_FORWARD = Rewrite(
-    "forward",
-    "xs = read()\n        begun = block.begin_sum(_squares(xs))\n        met()\n",
-    MEET_THEN_REFILL.format(" " * 8) + "xs = read()\n        begun = block.begin_sum(_squares(xs))\n",
-    also=("from . import grid, launch\n", "from . import grid, launch, mosaic\n"),
-)
 REFILLED_UNREAD = Rewrite(
-    "backward",
-    "rows = read() if plan.keeps_rows",
-    MEET_THEN_REFILL.format(" " * 12) + "rows = read() if plan.keeps_rows",
-    also=("            if plan.regime is Regime.CTA:\n                met()\n", ""),
+    "rows",
+    "kept = self._read(block) if plan.keeps_rows",
+    "mosaic.arrive_and_wait(block.exchange.barrier)\n        self.pipeline.refill(self.step)\n"
+    "        kept = self._read(block) if plan.keeps_rows",
+    also=("        if self.pipeline.plan.regime is Regime.CTA:\n            self.pipeline.refill(self.step)\n", ""),
 )
 REFILLED_EARLY = Rewrite("pipeline", "read = step if self.plan.keeps_rows else step - 1", "read = step")
 WITHOUT = {
@@ -158,10 +152,7 @@ WITHOUT = {
     "a stage refilled a row early": (REFILLED_EARLY, "pipeline"),
     "a stage refilled a row early, shared": (REFILLED_EARLY, "pipeline, shared"),
     "a stage refilled before all have read it": (FILLED_EARLY, "pipeline, shared"),
-    "a stage refilled before all have read it, forward": (
-        REFILLED_UNREAD_FORWARD,
-        "forward, pipeline, shared, rows kept",
-    ),
+    "a stage refilled before all have read it, forward": (REFILLED_UNREAD, "forward, pipeline, shared, rows kept"),
     "a stage refilled before it is read, rows kept": (FILLED_EARLY, "pipeline, rows kept"),
     "a stage refilled before all have read it, rows kept": (REFILLED_UNREAD, "pipeline, shared, rows kept"),
 }

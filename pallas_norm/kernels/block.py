@@ -20,6 +20,7 @@ from ..plans.plan import Plan
 from . import conversions, launch_arguments, layouts
 
 F32 = jnp.float32
+Chunks = list[jax.Array]  # the parts of a row that a CTA has, all of one shape
 
 
 @dataclasses.dataclass(frozen=True)
