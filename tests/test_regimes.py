@@ -12,7 +12,8 @@ from pallas_norm.kernels import launch
 from pallas_norm.kernels.block import Block
 from pallas_norm.kernels.cta import SharedRow, WarpgroupRow
 from pallas_norm.kernels.warp import WarpRows
-from pallas_norm.plans.backward import PIPELINES, SHORT, SMALLEST_PIPELINE, WARP_PIPELINES
+from pallas_norm.plans.backward import PIPELINES, SMALLEST_PIPELINE, WARP_PIPELINES
+from pallas_norm.plans.backward_warp import SHORT
 from pallas_norm.plans.forward import ANY, TABLE
 from pallas_norm.plans.hardware import SMEM_BYTES, SMS, WARPS
 from pallas_norm.plans.lengths import LARGEST_N, SMALLEST_N

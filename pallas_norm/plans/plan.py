@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from .hardware import SMEM_BYTES, WARPS
 
@@ -75,6 +75,14 @@ class Plan:
 class BackwardPlan(Plan):
     programs: int = 264  # pyright: ignore[reportIncompatibleVariableOverride]  the grid is persistent: each program adds up its part of dweight
     keeps_weight: bool = True  # in registers; else it is read again for every row
+
+
+class Choice(NamedTuple):
+    """A plan, and the row of a table that gave it."""
+
+    plan: Any
+    why: str
+    figures: tuple[int, ...]
 
 
 FEWEST_STAGES = 2  # the one that is read and the one that is filled
