@@ -156,8 +156,8 @@ def test_every_barrier_is_between_the_accesses_that_it_orders(of: str, name: str
 
 
 MEET = "mosaic.arrive_and_wait(self.exchange.barrier)"
-BEFORE_A_CHUNK = "mosaic.arrive_and_wait(meeting.barrier)  # all have read the chunk before"
-AFTER_A_CHUNK = "mosaic.arrive_and_wait(meeting.barrier)\n            rows"
+BEFORE_A_CHUNK = "mosaic.arrive_and_wait(reduction.barrier)  # all have read the chunk before"
+AFTER_A_CHUNK = "mosaic.arrive_and_wait(reduction.barrier)\n            rows"
 ARRIVE, WAIT = "    plgpu.barrier_arrive(barrier)\n", "(barrier)\n    plgpu.barrier_wait(barrier)\n"
 CLUSTER_ARRIVE, CLUSTER_WAIT = "            mosaic.cluster_arrive()\n", "        mosaic.cluster_wait()\n"
 READ_BY_ALL = "mosaic.arrive_and_wait(self.pipeline.read)"

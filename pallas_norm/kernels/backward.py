@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from .._spec import Spec
 from ..plans.plan import BackwardPlan, Regime, Source
 from . import dweight_sum, grid, launch, mosaic, weight
-from .block import Block, Chunks, Meeting
+from .block import Block, Chunks, ColumnReduction
 from .grid import CtaBlocks
 from .pipeline import staged
 from .rows import Fetched, Reader, Rows, feed
@@ -112,7 +112,7 @@ def parts(
     inputs, stages = staged(plan, operands, names)
     scratch: dict[str, Any] = {}
     if with_dweight and plan.regime is Regime.WARP:
-        scratch |= {"met_rows": mosaic.smem((plan.block, plan.span), F32), "met": mosaic.barrier(1)}
+        scratch |= {"column_rows": mosaic.smem((plan.block, plan.span), F32), "column_barrier": mosaic.barrier(1)}
     scratch |= stages
 
     def work(refs: dict[str, Any]) -> tuple[launch.Full, launch.LeftOver]:
@@ -125,8 +125,10 @@ def parts(
 
         def finish(block: Block, partial: Chunks | None, program: Any) -> None:
             if partial is not None:
-                meeting = Meeting(refs["met_rows"], refs["met"]) if "met" in refs else None
-                block.store_columns(refs["dweight"].at[program], partial, meeting)
+                reduction = (
+                    ColumnReduction(refs["column_rows"], refs["column_barrier"]) if "column_barrier" in refs else None
+                )
+                block.store_columns(refs["dweight"].at[program], partial, reduction)
 
         def full(blocks: CtaBlocks) -> None:
             factors, zeros = columns(blocks.first)

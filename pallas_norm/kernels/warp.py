@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from . import layouts, mosaic
-from .block import Block, Meeting
+from .block import Block, ColumnReduction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +65,14 @@ class WarpRows(Block):
     def store_rows(self, ref: Any, per_row: jax.Array) -> None:
         layouts.store(ref.at[self.row], per_row, interpret=self.interpret)
 
-    def store_columns(self, ref: Any, chunks: Sequence[jax.Array], meeting: Meeting | None) -> None:
-        assert meeting is not None
+    def store_columns(self, ref: Any, chunks: Sequence[jax.Array], reduction: ColumnReduction | None) -> None:
+        assert reduction is not None
         one_row = OneRow(self.plan, None, self.interpret)
         for start, chunk in zip(self._starts(), chunks, strict=True):
-            mosaic.arrive_and_wait(meeting.barrier)  # all have read the chunk before
-            layouts.store(meeting.rows, chunk, interpret=self.interpret)
-            mosaic.arrive_and_wait(meeting.barrier)
-            rows = [one_row._load(meeting.rows.at[row]) for row in range(self.plan.block)]
+            mosaic.arrive_and_wait(reduction.barrier)  # all have read the chunk before
+            layouts.store(reduction.rows, chunk, interpret=self.interpret)
+            mosaic.arrive_and_wait(reduction.barrier)
+            rows = [one_row._load(reduction.rows.at[row]) for row in range(self.plan.block)]
             layouts.store(
                 ref.at[pl.ds(start, self.plan.span)], functools.reduce(jnp.add, rows), interpret=self.interpret
             )
