@@ -48,7 +48,7 @@ def gradient(
     dtype = refs.dx.dtype
     given, factors = rows.first(block), weight.factors(block)
     rstd = block.load_rows(refs.rstd)
-    scale = block.spread(rstd)
+    scale = block.broadcast(rstd)
     products, partials = [], []
     for i, (unit, g) in enumerate(_units_and_g(block, given, factors, scale, dtype, spec)):
         products.append(g * unit)
@@ -60,7 +60,7 @@ def gradient(
     weight.all_read(block)
     total = block.end_sum(begun)
     given, factors = rows.second(block, given), weight.factors(block)
-    mean = block.spread(total / block.plan.n)
+    mean = block.broadcast(total / block.plan.n)
     dxs: Chunks = []
     for i, (unit, g) in enumerate(_units_and_g(block, given, factors, scale, dtype, spec)):
         dx = (scale * (g - unit * mean)).astype(dtype)

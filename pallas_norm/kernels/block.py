@@ -90,7 +90,7 @@ class Block:
         """Second half: waits for other CTAs, where they have parts of the row."""
         return begun
 
-    def spread(self, per_row: jax.Array) -> jax.Array:
+    def broadcast(self, per_row: jax.Array) -> jax.Array:
         """Per-row values in the shape of a chunk; a scalar broadcasts by itself."""
         return per_row
 

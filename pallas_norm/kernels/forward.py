@@ -37,7 +37,7 @@ def normalise(block: Block, rows: Rows[Chunks], weight: Weight, out: Out, *, spe
     rows.all_read(block)
     rstd = lax.rsqrt(block.end_sum(begun) / block.plan.n + spec.eps)  # n, not the padded width
     factors, x = weight.factors(block), rows.second(block, x)
-    scale = block.spread(rstd)
+    scale = block.broadcast(rstd)
     y: Chunks = []
     for chunk, factor in zip(x, factors, strict=True):
         unit = chunk.astype(F32) * scale

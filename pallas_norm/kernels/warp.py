@@ -36,7 +36,7 @@ class WarpRows(Block):
         return self.row.start
 
     def columns(self, ref: Any) -> list[jax.Array]:
-        def spread(start: int) -> jax.Array:
+        def broadcast(start: int) -> jax.Array:
             column = layouts.load(
                 ref.at[pl.ds(start, self.plan.span)],
                 self.layout.reduce(0),
@@ -45,7 +45,7 @@ class WarpRows(Block):
             )
             return self._cast(lax.broadcast_in_dim(column, self.shape, (1,)))
 
-        return [spread(start) for start in self._starts()]
+        return [broadcast(start) for start in self._starts()]
 
     def load_stage(self, ref: Any) -> list[jax.Array]:
         def load(start: int) -> jax.Array:
@@ -56,7 +56,7 @@ class WarpRows(Block):
     def begin_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
         return jnp.sum(self._added_up(chunks), axis=1)
 
-    def spread(self, per_row: jax.Array) -> jax.Array:
+    def broadcast(self, per_row: jax.Array) -> jax.Array:
         return self._cast(lax.broadcast_in_dim(per_row, self.shape, (0,)))
 
     def load_rows(self, ref: Any) -> jax.Array:
