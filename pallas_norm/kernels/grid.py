@@ -27,7 +27,7 @@ def units(plan: Plan, rows: int) -> tuple[int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Extent:
+class GridExtent:
     """What a kernel knows of its rows: numbers of the program, or of the launch (see `launch_arguments.count`)."""
 
     blocks: Any  # full ones, of plan.block rows
@@ -49,14 +49,14 @@ def counts_of(plan: Plan, rows: int) -> tuple[int, int, int]:
     return blocks, programs, programs + left
 
 
-def extent(plan: Plan, rows: int, counts: dict[str, Any], *, interpret: bool) -> Extent:
+def extent(plan: Plan, rows: int, counts: dict[str, Any], *, interpret: bool) -> GridExtent:
     """Of `rows` rows, or of the row count of the launch, where the kernel has the operands of COUNTS."""
     if not counts:
         blocks, programs, with_left = counts_of(plan, rows)
-        return Extent(blocks, programs, with_left - programs, programs)
+        return GridExtent(blocks, programs, with_left - programs, programs)
     blocks, first_left = (launch_arguments.count(counts[name], interpret=interpret) for name in COUNTS[:2])
     programs = blocks if plan.programs is None else lax.min(blocks, jnp.int32(plan.programs))
-    return Extent(blocks, programs, 0 if plan.block == 1 else None, first_left)
+    return GridExtent(blocks, programs, 0 if plan.block == 1 else None, first_left)
 
 
 def counts_and_rows(refs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -119,7 +119,7 @@ class CtaBlocks:
 
 def run(
     plan: Plan,
-    extent: Extent,
+    extent: GridExtent,
     exchange: Exchange | None,
     full: Callable[[CtaBlocks], None],
     left_over: Callable[[Block, Any], None],
