@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 
-from pallas_norm.plans.hardware import HELD, SMS, WARPS
+from pallas_norm.plans.hardware import RESIDENT_CLUSTERS, SMS, WARPS
 from pallas_norm.plans.plan import FEWEST_STAGES, BackwardPlan, Plan, Regime, Source, staged_view, stages_of
 from pallas_norm.regimes import backward_plan_for, plan_for
 
@@ -81,14 +81,19 @@ def _forward_pipelines(plan: Plan, itemsize: int) -> Iterator[Plan]:
         return
     room = min(6, stages_of(plan, itemsize, per_sm=1))
     for stages in sorted({room, min(room, FEWEST_STAGES)}) if room >= FEWEST_STAGES else ():
-        kept = {"source": Source.PIPELINE, "stages": stages, "programs": HELD[plan.cluster], "keeps_rows": True}
-        for change in ({}, {"programs": 2 * HELD[plan.cluster]}, {"keeps_rows": False}):
+        kept = {
+            "source": Source.PIPELINE,
+            "stages": stages,
+            "programs": RESIDENT_CLUSTERS[plan.cluster],
+            "keeps_rows": True,
+        }
+        for change in ({}, {"programs": 2 * RESIDENT_CLUSTERS[plan.cluster]}, {"keeps_rows": False}):
             yield dataclasses.replace(plan, **kept | change)
 
 
 def _backward(plan: Plan, source: Source, *, stages: int, per_sm: int, keeps_weight: bool) -> BackwardPlan:
     shape = {name: getattr(plan, name) for name in ("n", "regime", "vec", "lanes", "block", "warpgroups", "cluster")}
-    programs = per_sm * HELD[plan.cluster]
+    programs = per_sm * RESIDENT_CLUSTERS[plan.cluster]
     return BackwardPlan(**shape, source=source, stages=stages, keeps_weight=keeps_weight, programs=programs)
 
 

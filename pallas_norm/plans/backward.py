@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from .. import _validate
 from .backward_warp import LONGEST_IN_WARPS, LONGEST_SHORT, in_warps
-from .hardware import HELD, SMS, WARPS
+from .hardware import RESIDENT_CLUSTERS, SMS, WARPS
 from .lengths import LARGEST_N, checked
 from .plan import FEWEST_STAGES, BackwardPlan, Choice, Regime, Source, staged_view, stages_of
 from .vectors import NARROW, cta_vector, vector
@@ -132,7 +132,7 @@ PIPELINES = (
         warpgroups=4,
         cluster=2,
         stages=3,
-        programs=HELD[2],
+        programs=RESIDENT_CLUSTERS[2],
         why="2048 x 32768: 0.848; 4 CTAs 0.710, read twice 0.640",
         figures=(5, 9, 11),
     ),
@@ -142,7 +142,7 @@ PIPELINES = (
         warpgroups=4,
         cluster=4,
         stages=3,
-        programs=HELD[4],
+        programs=RESIDENT_CLUSTERS[4],
         why="1024 x 65536: 0.789; 8 CTAs 0.707, read twice 0.461",
         figures=(5, 9, 11),
     ),
@@ -152,7 +152,7 @@ PIPELINES = (
         warpgroups=4,
         cluster=8,
         stages=3,
-        programs=HELD[8],
+        programs=RESIDENT_CLUSTERS[8],
         why="1024 x 131072: 0.814; 512 rows, read twice 0.424",
         figures=(5, 11),
     ),
@@ -238,7 +238,7 @@ def _reread(n: int, itemsize: int, column_bytes: int) -> Choice:
     wide = column_bytes > 2 * itemsize
     row = next(row for row in REREAD if n <= row.largest_n and (row.with_wide_columns or not wide))
     vec = cta_vector(n, itemsize, row.warpgroups * row.cluster, largest_overlap=int(n * LARGEST_REREAD_OVERLAP))
-    programs = HELD[row.cluster] * row.per_sm
+    programs = RESIDENT_CLUSTERS[row.cluster] * row.per_sm
     plan = BackwardPlan(
         n,
         Regime.CTA,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 
 from .. import _validate
-from .hardware import HELD, SMS, WARPS
+from .hardware import RESIDENT_CLUSTERS, SMS, WARPS
 from .lengths import LARGEST_N, checked
 from .plan import FEWEST_STAGES, Choice, Plan, Regime, Source, staged_view, stages_of
 from .vectors import Narrower, cta_vector, lanes_of, narrow, vector, warp_vector
@@ -82,7 +82,7 @@ TABLE = (
         warpgroups=4,
         cluster=2,
         source=Source.PIPELINE,
-        programs=HELD[2],
+        programs=RESIDENT_CLUSTERS[2],
         stages=2,
         why="1024 x 65536: 72.3 us, 3 stages 72.8, 4 CTAs 77.9",
         figures=(8, 9),
@@ -101,7 +101,7 @@ TABLE = (
         warpgroups=4,
         cluster=4,
         source=Source.PIPELINE,
-        programs=HELD[4],
+        programs=RESIDENT_CLUSTERS[4],
         stages=2,
         why="1024 x 131072: 141.6 us, 3 stages 142.4, 8 CTAs 160.8",
         figures=(8, 9),
