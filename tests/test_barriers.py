@@ -83,7 +83,7 @@ def forward(plan: Plan) -> str:
 
 
 def backward(plan: BackwardPlan) -> str:
-    kernel = sys.modules["pallas_norm.kernels.backward"].parts
+    kernel = sys.modules["pallas_norm.kernels.backward"].partial_dweights
 
     def run(x: jax.Array, weight: jax.Array, rstd: jax.Array) -> Any:
         operands = {"x": x, "dy": x, "weight": weight, "rstd": rstd}

@@ -48,7 +48,7 @@ def backward(n: int = N, *, rows: int = ROWS, **changes: object) -> None:
 
     Without the second kernel, which adds up the parts of dweight: the detector tells of the last kernel that ran.
     """
-    kernel = sys.modules["pallas_norm.kernels.backward"].parts
+    kernel = sys.modules["pallas_norm.kernels.backward"].partial_dweights
     plan = dataclasses.replace(backward_plan_for(n, "bfloat16"), programs=1, **changes)
     operands = {"x": ones(rows, n), "dy": ones(rows, n), "weight": ones(n), "rstd": jnp.ones((rows,), jnp.float32)}
     options = {"plan": plan, "spec": Spec(), "with_dweight": True, "interpret": True}

@@ -196,7 +196,7 @@ def backward(
         _run(program, x.device, arrays, _counts(plan, count))
         return dx, None
     assert weight is not None
-    parts_count = backward_kernel.parts_of(plan, count)
+    parts_count = backward_kernel.partial_dweight_rows(plan, count)
     # The sum reads whole tiles, and leaves out what no program wrote.
     new = torch.empty if parts_count >= TILE else torch.zeros
     parts = new(max(parts_count, TILE), n, dtype=torch.float32, device=x.device)

@@ -88,7 +88,7 @@ class Program:
                 )
             else:
                 assert isinstance(plan, BackwardPlan)
-                results = backward_kernel.parts(
+                results = backward_kernel.partial_dweights(
                     operands, plan=plan, spec=self.spec, with_dweight="dweight" in self.outputs, interpret=False
                 )
             return tuple(results[name] for name in self.outputs)

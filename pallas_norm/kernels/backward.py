@@ -81,22 +81,22 @@ def backward(
     interpret: bool,
 ) -> dict[str, jax.Array]:
     """dx, on request dweight, rounded to dweight_dtype; of x (rows, n), rstd, dy, and where given weight and ds."""
-    results = parts(operands, plan=plan, spec=spec, with_dweight=with_dweight, interpret=interpret)
+    results = partial_dweights(operands, plan=plan, spec=spec, with_dweight=with_dweight, interpret=interpret)
     if with_dweight:
-        used = parts_of(plan, len(operands["x"]))
+        used = partial_dweight_rows(plan, len(operands["x"]))
         results["dweight"] = dweight_sum.column_sum(results["dweight"], used, dweight_dtype, interpret=interpret)
     return results
 
 
-def parts_of(plan: BackwardPlan, rows: int) -> int:
+def partial_dweight_rows(plan: BackwardPlan, rows: int) -> int:
     """Programs, each with its part of dweight, that work on `rows` rows."""
     return grid.counts_of(plan, rows)[2]
 
 
-def parts(
+def partial_dweights(
     operands: dict[str, jax.Array], *, plan: BackwardPlan, spec: Spec, with_dweight: bool, interpret: bool
 ) -> dict[str, jax.Array]:
-    """As backward, but of dweight the part of each program, in the first parts_of(...) rows.
+    """As backward, but of dweight the part of each program, in the first partial_dweight_rows(...) rows.
 
     The operands of `grid.COUNTS` make the row count one of the launch, as in the forward pass.
     """
@@ -107,7 +107,9 @@ def parts(
         plan = dataclasses.replace(launch.interpretable(plan, x.dtype.itemsize), keeps_weight=True)
     outputs = {"dx": jax.ShapeDtypeStruct(x.shape, x.dtype)}
     if with_dweight:
-        outputs["dweight"] = jax.ShapeDtypeStruct((max(parts_of(plan, nominal_rows), dweight_sum.TILE), n), F32)
+        outputs["dweight"] = jax.ShapeDtypeStruct(
+            (max(partial_dweight_rows(plan, nominal_rows), dweight_sum.TILE), n), F32
+        )
     names = [name for name in ("x", "dy", "ds") if name in operands]
     inputs, stages = staged(plan, operands, names)
     scratch: dict[str, Any] = {}
