@@ -28,10 +28,10 @@ def label(plan: Plan) -> str:
     name = f"{plan.regime.value}:v{plan.vec}l{plan.lanes}b{plan.block}g{plan.warpgroups}c{plan.cluster}"
     if not isinstance(plan, BackwardPlan):
         if plan.source is Source.PIPELINE:
-            return f"{name}p{plan.stages}{'k' if plan.keeps_rows else ''}x{plan.programs}"
+            return f"{name}p{plan.stages}{'k' if plan.rows_in_registers else ''}x{plan.programs}"
         return name + ("r" if plan.source is Source.MEMORY else "")
     source = {Source.PIPELINE: f"p{plan.stages}", Source.MEMORY: "m", Source.REGISTERS: "r"}[plan.source]
-    options = f"{'k' if plan.keeps_rows else ''}{'w' if plan.keeps_weight else ''}"
+    options = f"{'k' if plan.rows_in_registers else ''}{'w' if plan.keeps_weight else ''}"
     return f"{name}:{source}{options}x{-(-plan.programs * plan.cluster // SMS)}"
 
 
@@ -85,9 +85,9 @@ def _forward_pipelines(plan: Plan, itemsize: int) -> Iterator[Plan]:
             "source": Source.PIPELINE,
             "stages": stages,
             "programs": RESIDENT_CLUSTERS[plan.cluster],
-            "keeps_rows": True,
+            "rows_in_registers": True,
         }
-        for change in ({}, {"programs": 2 * RESIDENT_CLUSTERS[plan.cluster]}, {"keeps_rows": False}):
+        for change in ({}, {"programs": 2 * RESIDENT_CLUSTERS[plan.cluster]}, {"rows_in_registers": False}):
             yield dataclasses.replace(plan, **kept | change)
 
 
@@ -107,7 +107,7 @@ def _pipelines(plan: Plan, itemsize: int, per_sm: int) -> Iterator[BackwardPlan]
             found = _backward(plan, Source.PIPELINE, stages=stages, per_sm=per_sm, keeps_weight=True)
             yield found
             if stages == min(room, 3) and plan.chunks * plan.vec <= KEPT // 2:  # a stage is free sooner: few do
-                yield dataclasses.replace(found, keeps_rows=True)
+                yield dataclasses.replace(found, rows_in_registers=True)
             if plan.chunks * plan.vec > KEPT // 2:
                 yield _backward(plan, Source.PIPELINE, stages=stages, per_sm=per_sm, keeps_weight=False)
 

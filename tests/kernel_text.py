@@ -58,7 +58,7 @@ def _shape(plan: Plan) -> tuple[Any, ...]:
 def _kind(plan: Plan) -> tuple[Any, ...]:
     """What decides which statements a kernel has."""
     shared = plan.warpgroups > 1, plan.cluster > 1
-    kept = plan.keeps_rows, getattr(plan, "keeps_weight", None)
+    kept = plan.rows_in_registers, getattr(plan, "keeps_weight", None)
     return plan.regime, *shared, plan.block > 1, plan.overlap > 0, plan.source, *kept
 
 

@@ -101,7 +101,7 @@ FORWARD = {
     "shared": Plan(4096, **SHARED),
     "cluster": Plan(4096, **SHARED, cluster=2),
     "in warps": Plan(128, Regime.WARP, 8, 16, 8),
-    "pipeline, cluster": Plan(4096, **SHARED, cluster=2, **PIPED, keeps_rows=True),
+    "pipeline, cluster": Plan(4096, **SHARED, cluster=2, **PIPED, rows_in_registers=True),
 }
 PIPELINE = backward_plan_for(4096, "bfloat16")
 BACKWARD = {
@@ -109,8 +109,8 @@ BACKWARD = {
     "rows in warps, two chunks": BackwardPlan(512, Regime.WARP, 8, 32, 4, source=Source.MEMORY),
     "pipeline in warps": backward_plan_for(512, "bfloat16"),
     "pipeline, rows kept": PIPELINE,
-    "pipeline": dataclasses.replace(PIPELINE, keeps_rows=False),
-    "pipeline, shared": dataclasses.replace(PIPELINE, **SHARED, keeps_rows=False),
+    "pipeline": dataclasses.replace(PIPELINE, rows_in_registers=False),
+    "pipeline, shared": dataclasses.replace(PIPELINE, **SHARED, rows_in_registers=False),
     "shared": BackwardPlan(4096, **SHARED, source=Source.MEMORY),
     "cluster": BackwardPlan(4096, **SHARED, cluster=2, source=Source.MEMORY),
     "pipeline, cluster": BackwardPlan(4096, **SHARED, cluster=2, **PIPED),

@@ -64,15 +64,15 @@ KERNELS: dict[str, Callable[[], None]] = {
     "backward in warps": lambda: backward(IN_WARPS),
     "backward, shared, from registers": lambda: backward(**SHARED, source=Source.REGISTERS, stages=0),
     "backward, shared, from memory": lambda: backward(**SHARED, source=Source.MEMORY, stages=0),
-    "pipeline": lambda: backward(PIPED, rows=6, stages=2, keeps_rows=False),
-    "pipeline of three stages": lambda: backward(PIPED, rows=7, stages=3, keeps_rows=False),
-    "pipeline, rows kept": lambda: backward(PIPED, rows=6, stages=2, keeps_rows=True),
-    "pipeline, shared": lambda: backward(PIPED, rows=6, **SHARED, stages=2, keeps_rows=False),
-    "pipeline, shared, rows kept": lambda: backward(PIPED, rows=6, **SHARED, stages=2, keeps_rows=True),
+    "pipeline": lambda: backward(PIPED, rows=6, stages=2, rows_in_registers=False),
+    "pipeline of three stages": lambda: backward(PIPED, rows=7, stages=3, rows_in_registers=False),
+    "pipeline, rows kept": lambda: backward(PIPED, rows=6, stages=2, rows_in_registers=True),
+    "pipeline, shared": lambda: backward(PIPED, rows=6, **SHARED, stages=2, rows_in_registers=False),
+    "pipeline, shared, rows kept": lambda: backward(PIPED, rows=6, **SHARED, stages=2, rows_in_registers=True),
     "pipeline in warps": lambda: backward(512, rows=25, stages=2),
-    "pipeline in warps, rows kept": lambda: backward(512, rows=25, stages=2, keeps_rows=True),
+    "pipeline in warps, rows kept": lambda: backward(512, rows=25, stages=2, rows_in_registers=True),
     "forward, pipeline, shared, rows kept": lambda: forward(
-        PIPED, rows=6, **SHARED, source=Source.PIPELINE, stages=2, keeps_rows=True, programs=1
+        PIPED, rows=6, **SHARED, source=Source.PIPELINE, stages=2, rows_in_registers=True, programs=1
     ),
 }
 
@@ -134,12 +134,12 @@ READ_UNWAITED = Rewrite(
 # warpgroup may find the barrier of its stage two phases on: it fails, the other one waits for it, and nothing ends.
 REFILLED_UNREAD = Rewrite(
     "rows",
-    "kept = self._read(block) if plan.keeps_rows",
+    "kept = self._read(block) if plan.rows_in_registers",
     "mosaic.arrive_and_wait(block.exchange.barrier)\n        self.pipeline.refill(self.step)\n"
-    "        kept = self._read(block) if plan.keeps_rows",
+    "        kept = self._read(block) if plan.rows_in_registers",
     also=("        if self.pipeline.plan.regime is Regime.CTA:\n            self.pipeline.refill(self.step)\n", ""),
 )
-REFILLED_EARLY = Rewrite("pipeline", "read = step if self.plan.keeps_rows else step - 1", "read = step")
+REFILLED_EARLY = Rewrite("pipeline", "read = step if self.plan.rows_in_registers else step - 1", "read = step")
 WITHOUT = {
     "forward sum": (MEET, "forward, shared"),
     "forward sum of four": (MEET, "forward, shared by four"),

@@ -49,7 +49,7 @@ class Pipeline:
     def refill(self, step: jax.Array) -> None:
         """Overwrites the stage that is read no more: of this step where rows are kept, else of the one before. To be
         called when all warps have met after they read it for the last time."""
-        read = step if self.plan.keeps_rows else step - 1
+        read = step if self.plan.rows_in_registers else step - 1
         following = read + self.plan.stages
         self._copy(following, (read >= 0) & (following < self.steps))
 

@@ -143,7 +143,7 @@ class Staged(Rows[T]):
 
     def first(self, block: Block) -> T:
         plan = self.pipeline.plan
-        kept = self._read(block) if plan.keeps_rows else None
+        kept = self._read(block) if plan.rows_in_registers else None
         if plan.regime is Regime.WARP:  # the warps share no sum in which they meet
             mosaic.arrive_and_wait(self.pipeline.read)
             self.pipeline.refill(self.step)
@@ -155,7 +155,7 @@ class Staged(Rows[T]):
             self.pipeline.refill(self.step)
 
     def second(self, block: Block, first: T) -> T:
-        return first if self.pipeline.plan.keeps_rows else self._read(block)
+        return first if self.pipeline.plan.rows_in_registers else self._read(block)
 
 
 # --- the blocks of a CTA, each with its rows --------------------------------------------------------------------------

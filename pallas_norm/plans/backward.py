@@ -33,7 +33,7 @@ class Staged:
     cluster: int = 1
     stages: int
     programs: int
-    keeps_rows: bool = False
+    rows_in_registers: bool = False
     why: str
     figures: tuple[int, ...]  # the files bench/results/tuning_*.json that have the times
 
@@ -69,7 +69,7 @@ PIPELINES = (
         largest_row_bytes=2048,
         stages=4,
         programs=7 * SMS,
-        keeps_rows=True,
+        rows_in_registers=True,
         why="32768 x 1024: 0.929, in warps 0.897; 896: 0.928, 0.894",
         figures=(9, 10, 11),
     ),
@@ -86,7 +86,7 @@ PIPELINES = (
         largest_row_bytes=8192,
         stages=3,
         programs=3 * SMS,
-        keeps_rows=True,
+        rows_in_registers=True,
         why="16384 x 3072: 0.942; rows not kept 0.928",
         figures=(9, 11),
     ),
@@ -95,7 +95,7 @@ PIPELINES = (
         largest_row_bytes=8192,
         stages=3,
         programs=2 * SMS,
-        keeps_rows=True,
+        rows_in_registers=True,
         why="16384 x 4096: 0.947; rows not kept 0.932",
         figures=(10, 11),
     ),
@@ -113,7 +113,7 @@ PIPELINES = (
         warpgroups=4,
         stages=3,
         programs=SMS,
-        keeps_rows=True,
+        rows_in_registers=True,
         why="8192 x 8192: 0.951; rows not kept 0.893, 2 warpgroups 0.847",
         figures=(8, 9, 11),
     ),
@@ -170,7 +170,7 @@ def _staged(plan: BackwardPlan, row: Staged, itemsize: int, column_bytes: int) -
     if stages < FEWEST_STAGES or staged_view(plan, itemsize) is None:
         return None
     return dataclasses.replace(
-        plan, source=Source.PIPELINE, stages=stages, programs=programs, keeps_rows=row.keeps_rows
+        plan, source=Source.PIPELINE, stages=stages, programs=programs, rows_in_registers=row.rows_in_registers
     )
 
 

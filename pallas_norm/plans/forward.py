@@ -167,7 +167,7 @@ def choice(n: int, itemsize: int, inputs: int) -> Choice:
             if stages < FEWEST_STAGES:  # the same chunks, so that the bits are those of the form without a residual
                 plan = dataclasses.replace(plan, source=row.unstaged)
             else:
-                plan = dataclasses.replace(plan, stages=stages, programs=row.programs, keeps_rows=True)
+                plan = dataclasses.replace(plan, stages=stages, programs=row.programs, rows_in_registers=True)
             return Choice(plan, row.why, row.figures)
     raise AssertionError(f"the table has no row for {n} elements")
 

@@ -40,7 +40,7 @@ class Plan:
     cluster: int = 1  # CTAs that share a row
     source: Source = Source.REGISTERS
     stages: int = 0  # rows in shared memory, of a PIPELINE
-    keeps_rows: bool = False  # of a PIPELINE, in registers for the second pass: the first one frees the stage
+    rows_in_registers: bool = False  # of a PIPELINE, in registers for the second pass: the first one frees the stage
     programs: int | None = None  # of a persistent grid, at most; None: one a block
 
     @property
@@ -106,7 +106,7 @@ def from_memory(plan: AnyPlan) -> AnyPlan:
     if plan.source is not Source.PIPELINE:
         return plan
     grid = {} if isinstance(plan, BackwardPlan) else {"programs": None}
-    return dataclasses.replace(plan, source=Source.MEMORY, stages=0, keeps_rows=False, **grid)
+    return dataclasses.replace(plan, source=Source.MEMORY, stages=0, rows_in_registers=False, **grid)
 
 
 def staged_view(plan: Plan, itemsize: int) -> tuple[int, ...] | None:

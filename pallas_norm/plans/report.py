@@ -64,7 +64,7 @@ def _owner(plan: Plan) -> str:
 def _source(plan: Plan) -> str:
     if plan.source is not Source.PIPELINE:
         return plan.source.value
-    return f"pipeline, {plan.stages} stages{', kept in registers' if plan.keeps_rows else ''}"
+    return f"pipeline, {plan.stages} stages{', kept in registers' if plan.rows_in_registers else ''}"
 
 
 def row(choice: Choice, itemsize: int) -> tuple[str, ...]:
