@@ -1,4 +1,4 @@
-"""The second kernel of the backward pass: the programs' partials of dweight, added up by column in a fixed order."""
+"""The second kernel of the backward pass: the programs' parts of dweight, added up by column in a fixed order."""
 
 # pyright: reportArgumentType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 
@@ -71,7 +71,8 @@ def _body(
 
 
 def column_sum(partials: jax.Array, rows: jax.Array | int, dtype: Any, *, interpret: bool) -> jax.Array:
-    """(n,): the sum of the first `rows` of the at least TILE rows of `partials`, (held, n) in float32, rounded to dtype.
+    """(n,): the sum of the first `rows` of the at least TILE rows of `partials`, (held, n) in float32, rounded to
+    dtype.
 
     rows: a number, or an operand whose address stands for one (see `launch_arguments.count`).
     """
