@@ -142,7 +142,7 @@ def _with_grid_of_rows(module_bytes: bytes, program: Program) -> bytes:
             slot = llvm.getelementptr(pointer, addresses, [], [program.inputs.index("programs")], pointer, 0)
             programs = arith.divui(llvm.ptrtoint(i64, llvm.load(pointer, slot)), constant(COUNT))
             grid = arith.index_cast(ir.IndexType.get(), arith.muli(programs, constant(plan.cluster)))
-        _, _, nominal = grid.counts_of(plan, NOMINAL_ROWS)
+        _, _, nominal = counts_of(plan, NOMINAL_ROWS)
         if "value" not in launch.operands[1].owner.attributes or (
             ir.IntegerAttr(launch.operands[1].owner.attributes["value"]).value != nominal * plan.cluster
         ):

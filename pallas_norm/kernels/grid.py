@@ -134,8 +134,7 @@ def run(
     """
     program = lax.axis_index("program")
 
-    def blocks() -> None:
-        full(CtaBlocks(plan, exchange, program, extent.programs, extent.blocks, interpret))
+    blocks = functools.partial(full, CtaBlocks(plan, exchange, program, extent.programs, extent.blocks, interpret))
 
     def one_row() -> None:
         left_over(OneRow(plan, program - extent.first_left + extent.blocks * plan.block, interpret), program)
