@@ -28,6 +28,7 @@ import torch
 
 import pallas_norm
 from pallas_norm import _dispatch
+from pallas_norm.kernels.grid import counts_of
 from pallas_norm.kernels.launch_arguments import COUNT
 
 from . import cache
