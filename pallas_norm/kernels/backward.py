@@ -98,7 +98,7 @@ def partial_dweights(
 ) -> dict[str, jax.Array]:
     """As backward, but of dweight the part of each program, in the first partial_dweight_rows(...) rows.
 
-    The operands of `grid.COUNTS` make the row count one of the launch, as in the forward pass.
+    With LaunchArguments among the operands the row count is one of the launch, as in the forward pass.
     """
     x = operands["x"]
     nominal_rows, n = x.shape

@@ -64,8 +64,8 @@ def forward(
 ) -> dict[str, jax.Array]:
     """y, with a residual also s, on request rstd; of x (rows, n), and where given residual and weight.
 
-    The operands of `grid.COUNTS` make the row count one of the launch, and those that `grid.counts_and_rows` knows the
-    strides of the rows; the shape of x then bounds nothing.
+    With LaunchArguments among the operands the row count, and where they have strides those of the rows, are the
+    launch's; the shape of x then bounds nothing.
     """
     x = operands["x"]
     if interpret:

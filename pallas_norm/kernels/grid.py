@@ -13,9 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..plans.plan import Plan, Regime
-from . import launch_arguments
 from .block import Block
 from .cta import Exchange, SharedRow, WarpgroupRow
+from .launch_arguments import COUNTS as COUNTS
+from .launch_arguments import LaunchArguments, count
 from .warp import OneRow, WarpRows
 
 SLOTS = 2  # of the exchange: while some warps still read one row's partial sums, others already write the next row's
@@ -39,42 +40,21 @@ class GridExtent:
     first_left: Any
 
 
-COUNTS = ("blocks", "first_left", "programs")  # the last is the host's: it launches so many
-
-
 def counts_of(plan: Plan, rows: int) -> tuple[int, int, int]:
-    """The values of COUNTS."""
+    """The values of COUNTS: full blocks; the programs that work on them; these and one for each row left over."""
     blocks, left = units(plan, rows)
     programs = blocks if plan.programs is None else min(blocks, plan.programs)
     return blocks, programs, programs + left
 
 
-def extent(plan: Plan, rows: int, counts: dict[str, Any], *, interpret: bool) -> GridExtent:
-    """Of `rows` rows, or of the row count of the launch, where the kernel has the operands of COUNTS."""
-    if not counts:
+def extent(plan: Plan, rows: int, given: LaunchArguments | None, *, interpret: bool) -> GridExtent:
+    """Of `rows` rows, or of the row count of the launch."""
+    if given is None:
         blocks, programs, with_left = counts_of(plan, rows)
         return GridExtent(blocks, programs, with_left - programs, programs)
-    blocks, first_left = (launch_arguments.count(counts[name], interpret=interpret) for name in COUNTS[:2])
+    blocks, first_left = (count(ref, interpret=interpret) for ref in (given.blocks, given.first_left))
     programs = blocks if plan.programs is None else lax.min(blocks, jnp.int32(plan.programs))
     return GridExtent(blocks, programs, 0 if plan.block == 1 else None, first_left)
-
-
-def counts_and_rows(refs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The references of COUNTS, if any, and the others: those of rows at strides of the launch's choice, of which there
-    is a `group` then, wrapped as such."""
-    refs = dict(refs)
-    counts = {name: refs.pop(name) for name in COUNTS if name in refs}
-    group = refs.pop("group", None)
-    if group is None:
-        return counts, refs
-    levels = ("offset", "outer", "inner")
-    strides = {name: refs.pop(name) for name in list(refs) if name.endswith(levels)}
-
-    def wrapped(name: str, ref: Any) -> Any:
-        given = [strides.get(f"{name}_{level}") for level in levels]
-        return ref if any(level is None for level in given) else launch_arguments.StridedRows(ref, group, *given)
-
-    return counts, {name: wrapped(name, ref) for name, ref in refs.items()}
 
 
 def block(plan: Plan, index: Any, exchange: Exchange | None, slot: Any, *, interpret: bool) -> Block:

@@ -15,6 +15,7 @@ from ..plans.plan import Plan, Source, from_memory, staged_view
 from . import grid, mosaic
 from .block import Block
 from .cta import Exchange
+from .launch_arguments import LaunchArguments
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
 
@@ -33,7 +34,7 @@ def launch(
     scratch: Mapping[str, Any],
     interpret: bool,
 ) -> dict[str, jax.Array]:
-    """Runs a kernel on `rows` rows, or where `inputs` has grid.COUNTS on those of the launch; the outputs by name.
+    """Runs a kernel on `rows` rows, or where `inputs` has LaunchArguments on those of the launch; the outputs by name.
 
     work: given the references of inputs, outputs and scratch by name, what a CTA does with its full blocks, and with a
     row that is left over. An operand that is absent from `inputs` or `outputs` has no reference.
@@ -43,9 +44,9 @@ def launch(
     def kernel(*refs: Any) -> None:
         named = dict(zip([*inputs, *outputs, *exchange, *scratch], refs, strict=True))
         shared = Exchange(**{name: named.pop(name) for name in exchange}) if exchange else None
-        counts, named = grid.counts_and_rows(named)
-        extent = grid.extent(plan, rows, counts, interpret=interpret)
-        grid.run(plan, extent, shared, *work(named), interpret=interpret)
+        given, operands = LaunchArguments.taken_from(named)
+        extent = grid.extent(plan, rows, given, interpret=interpret)
+        grid.run(plan, extent, shared, *work(operands), interpret=interpret)
         if plan.cluster > 1:  # no CTA may leave while another still reads its total
             mosaic.cluster_arrive()
             mosaic.cluster_wait()
