@@ -5,7 +5,8 @@ interop/pallas_norm_torch/launch.py keeps the launch ABI.
 """
 
 # pyright: reportMissingTypeStubs=false, reportPrivateImportUsage=false, reportPrivateUsage=false
-# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false, reportUnusedImport=false
+# (layouts.py and mosaic.py take the imports from here.)
 
 from __future__ import annotations
 
