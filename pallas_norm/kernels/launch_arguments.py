@@ -97,7 +97,7 @@ class LaunchArguments:
             return None, others
         levels = {name: tuple(refs.get(f"{name}_{level}") for level in LEVELS) for name in others}
         strides = {name: given for name, given in levels.items() if all(level is not None for level in given)}
-        numbers = LaunchArguments(*(refs[name] for name in COUNTS), refs.get("group"), strides)
+        numbers = LaunchArguments(**{name: refs[name] for name in COUNTS}, group=refs.get("group"), strides=strides)
         return numbers, {name: numbers.rows(name, ref) for name, ref in others.items()}
 
     def rows(self, name: str, ref: Any) -> Any:
