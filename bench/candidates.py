@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 
-from pallas_norm.plans.hardware import HELD, SMS, WARPS
+from pallas_norm.plans.hardware import RESIDENT_CLUSTERS, SMS, WARPS
 from pallas_norm.plans.plan import FEWEST_STAGES, BackwardPlan, Plan, Regime, Source, staged_view, stages_of
 from pallas_norm.regimes import backward_plan_for, plan_for
 
@@ -28,10 +28,10 @@ def label(plan: Plan) -> str:
     name = f"{plan.regime.value}:v{plan.vec}l{plan.lanes}b{plan.block}g{plan.warpgroups}c{plan.cluster}"
     if not isinstance(plan, BackwardPlan):
         if plan.source is Source.PIPELINE:
-            return f"{name}p{plan.stages}{'k' if plan.keeps_rows else ''}x{plan.programs}"
+            return f"{name}p{plan.stages}{'k' if plan.rows_in_registers else ''}x{plan.programs}"
         return name + ("r" if plan.source is Source.MEMORY else "")
     source = {Source.PIPELINE: f"p{plan.stages}", Source.MEMORY: "m", Source.REGISTERS: "r"}[plan.source]
-    options = f"{'k' if plan.keeps_rows else ''}{'w' if plan.keeps_weight else ''}"
+    options = f"{'k' if plan.rows_in_registers else ''}{'w' if plan.keeps_weight else ''}"
     return f"{name}:{source}{options}x{-(-plan.programs * plan.cluster // SMS)}"
 
 
@@ -81,14 +81,19 @@ def _forward_pipelines(plan: Plan, itemsize: int) -> Iterator[Plan]:
         return
     room = min(6, stages_of(plan, itemsize, per_sm=1))
     for stages in sorted({room, min(room, FEWEST_STAGES)}) if room >= FEWEST_STAGES else ():
-        kept = {"source": Source.PIPELINE, "stages": stages, "programs": HELD[plan.cluster], "keeps_rows": True}
-        for change in ({}, {"programs": 2 * HELD[plan.cluster]}, {"keeps_rows": False}):
+        kept = {
+            "source": Source.PIPELINE,
+            "stages": stages,
+            "programs": RESIDENT_CLUSTERS[plan.cluster],
+            "rows_in_registers": True,
+        }
+        for change in ({}, {"programs": 2 * RESIDENT_CLUSTERS[plan.cluster]}, {"rows_in_registers": False}):
             yield dataclasses.replace(plan, **kept | change)
 
 
 def _backward(plan: Plan, source: Source, *, stages: int, per_sm: int, keeps_weight: bool) -> BackwardPlan:
     shape = {name: getattr(plan, name) for name in ("n", "regime", "vec", "lanes", "block", "warpgroups", "cluster")}
-    programs = per_sm * HELD[plan.cluster]
+    programs = per_sm * RESIDENT_CLUSTERS[plan.cluster]
     return BackwardPlan(**shape, source=source, stages=stages, keeps_weight=keeps_weight, programs=programs)
 
 
@@ -102,7 +107,7 @@ def _pipelines(plan: Plan, itemsize: int, per_sm: int) -> Iterator[BackwardPlan]
             found = _backward(plan, Source.PIPELINE, stages=stages, per_sm=per_sm, keeps_weight=True)
             yield found
             if stages == min(room, 3) and plan.chunks * plan.vec <= KEPT // 2:  # a stage is free sooner: few do
-                yield dataclasses.replace(found, keeps_rows=True)
+                yield dataclasses.replace(found, rows_in_registers=True)
             if plan.chunks * plan.vec > KEPT // 2:
                 yield _backward(plan, Source.PIPELINE, stages=stages, per_sm=per_sm, keeps_weight=False)
 

@@ -1,4 +1,4 @@
-"""Says whether pallas-norm works on this machine.
+"""Says whether pallas-norm works on this machine; with the word `plans`, which kernel covers which rows, and why.
 
 Prints the versions, the devices, which path a call takes and why, and a self-check: the bits that each path gives
 against a replay of its roundings in NumPy, on a GPU one launch of each kind of kernel; from PyTorch too where it is
@@ -12,13 +12,26 @@ import os
 import sys
 
 from . import _doctor
+from .plans import report
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pallas_norm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args(words)
+    plans = parser.add_subparsers(dest="command").add_parser(
+        "plans", help="prints which kernel covers which rows, and why"
+    )
+    plans.add_argument("--n", type=int, help="of rows of n elements only")
+    plans.add_argument("--dtype", choices=report.DTYPES, help="of x")
+    given = parser.parse_args(words)
+    if given.command == "plans":
+        print("\n".join(report.page(dtype=given.dtype, n=given.n)))  # noqa: T201
+        return 0
+    return _examine()
+
+
+def _examine() -> int:
     preallocates = "XLA_PYTHON_CLIENT_PREALLOCATE" not in os.environ
     # Before JAX's backend starts, which would take three quarters of the GPU's memory from whoever else is on it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

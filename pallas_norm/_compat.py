@@ -6,7 +6,7 @@ interop/pallas_norm_torch/launch/ keeps the launch's.
 
 # pyright: reportMissingTypeStubs=false, reportPrivateImportUsage=false, reportPrivateUsage=false
 # pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false, reportUnusedImport=false
-# (pl and fragments are for kernels/layouts.py)
+# (layouts.py and mosaic.py take the imports from here.)
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ from pallas_norm.regimes import backward_plan_for, plan_for
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"
+NUMBER = re.compile(r', mosaic_gpu.dump_basename = "kernel_\d+"')  # 0.11's, of the kernels of this process
 PROGRAMS = HERE.parent / "interop" / "pallas_norm_torch" / "programs.py"
 ROWS = 1033  # full blocks of every plan, and rows that fill none
 
@@ -58,7 +60,7 @@ def _shape(plan: Plan) -> tuple[Any, ...]:
 def _kind(plan: Plan) -> tuple[Any, ...]:
     """What decides which statements a kernel has."""
     shared = plan.warpgroups > 1, plan.cluster > 1
-    kept = plan.keeps_rows, getattr(plan, "keeps_weight", None)
+    kept = plan.rows_in_registers, getattr(plan, "keeps_weight", None)
     return plan.regime, *shared, plan.block > 1, plan.overlap > 0, plan.source, *kept
 
 
@@ -220,7 +222,7 @@ def text(module: bytes, *, raw: bool = False) -> str:
         if not raw:
             parsed = core._run_serde_pass(parsed, serialize=False)
             passmanager.PassManager.parse("builtin.module(canonicalize,cse)").run(parsed.operation)
-        return str(parsed)
+        return NUMBER.sub("", str(parsed))
 
 
 def digest(case: Case) -> str:

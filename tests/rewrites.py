@@ -7,6 +7,7 @@ that was found once is a rewrite, or a mutant of mutants.py, for ever.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 import types
@@ -33,7 +34,7 @@ SOURCE: dict[str, Rewrite] = {
     "overlap counted twice": Rewrite("block", "if self.plan.overlap:", "if False:"),
     "overlap mask one off": Rewrite("block", "() >= self._repeated()", "() > self._repeated()"),
     "only the last chunk summed": Rewrite("block", "functools.reduce(jnp.add, rest, last)", "last"),
-    "no rounding before the weight": Rewrite("forward", "unit = unit.astype(x.dtype).astype(F32)", "unit = unit"),
+    "no rounding before the weight": Rewrite("forward", "unit = unit.astype(chunk.dtype).astype(F32)", "unit = unit"),
     "mean over what is read": Rewrite("forward", "/ block.plan.n", "/ (block.plan.span * block.plan.chunks)"),
     "no eps": Rewrite("forward", "+ spec.eps", "+ 0.0"),
     "left-over rows misplaced": Rewrite(
@@ -48,19 +49,19 @@ SOURCE: dict[str, Rewrite] = {
     ),
     "s not rounded before the norm": Rewrite(
         "forward",
-        "(x.astype(F32) + r.astype(F32)).astype(dtype)",
-        "(x.astype(F32) + r.astype(F32))",
-        also=("block.store(s_ref, rows)", "block.store(s_ref, [x.astype(s_ref.dtype) for x in rows])"),
+        "(a.astype(F32) + b.astype(F32)).astype(a.dtype)",
+        "(a.astype(F32) + b.astype(F32))",
+        also=("block.store(out.s, x)", "block.store(out.s, [chunk.astype(out.s.dtype) for chunk in x])"),
     ),
     "s truncated": Rewrite(
         "forward",
-        "(x.astype(F32) + r.astype(F32)).astype(dtype)",
-        "lax.bitcast_convert_type(lax.bitcast_convert_type(x.astype(F32) + r.astype(F32), jnp.int32) & -65536, F32)"
-        ".astype(dtype)",
+        "(a.astype(F32) + b.astype(F32)).astype(a.dtype)",
+        "lax.bitcast_convert_type(lax.bitcast_convert_type(a.astype(F32) + b.astype(F32), jnp.int32) & -65536, F32)"
+        ".astype(a.dtype)",
     ),
     "backward: dy * weight not rounded": Rewrite("backward", "block.widened(g.astype(dtype)) if", "g if"),
     "backward: no projection": Rewrite("backward", "(g - unit * mean)", "g"),
-    "backward: ds dropped": Rewrite("backward", 'if "ds" in rows:', "if False:"),
+    "backward: ds dropped": Rewrite("backward", 'if "ds" in given:', "if False:"),
     "backward: dweight of the last row only": Rewrite("backward", "partials.append(partial[i] + ", "partials.append("),
     "backward: every step the first row": Rewrite(
         "grid", "return self.program + step * self.programs", "return self.program"
@@ -120,6 +121,23 @@ def module_of(rewrite: Rewrite) -> types.ModuleType:
     return next(sys.modules[name] for name in names if name in sys.modules)
 
 
+METHODS = (types.FunctionType, property, functools.cached_property)
+
+
+def _inherited(original: types.ModuleType, mutant: types.ModuleType) -> list[tuple[type, str, Any]]:
+    """Gives the original's classes the mutant's methods, for the classes of other modules that derive from them."""
+    undo: list[tuple[type, str, Any]] = []
+    for name, new in list(vars(mutant).items()):
+        if not isinstance(new, type) or new.__module__ != original.__name__:
+            continue
+        old = getattr(original, name)
+        for attribute, method in list(vars(new).items()):
+            if isinstance(method, METHODS) and attribute in vars(old):
+                undo.append((old, attribute, vars(old)[attribute]))
+                setattr(old, attribute, method)
+    return undo
+
+
 @contextlib.contextmanager
 def rewritten(rewrite: Rewrite) -> Iterator[None]:
     """pallas_norm with the rewrite: every module that refers to something of the rewritten one refers to the new."""
@@ -136,9 +154,10 @@ def rewritten(rewrite: Rewrite) -> Iterator[None]:
     mutant.__package__ = original.__package__
     mutant.__dict__["__file__"] = original.__file__
     sys.modules[original.__name__] = mutant  # dataclasses look their module up while they are made
-    undo: list[tuple[types.ModuleType, str, Any]] = []
+    undo: list[tuple[Any, str, Any]] = []
     try:
         exec(compile(text, original.__file__ or "", "exec"), mutant.__dict__)
+        undo += _inherited(original, mutant)
         for name, module in list(sys.modules.items()):
             if not name.startswith("pallas_norm") or module is mutant:
                 continue
@@ -151,7 +170,7 @@ def rewritten(rewrite: Rewrite) -> Iterator[None]:
         yield
     finally:
         sys.modules[original.__name__] = original
-        for module, attribute, value in undo:
-            setattr(module, attribute, value)
+        for owner, attribute, value in undo:
+            setattr(owner, attribute, value)
         jax.clear_caches()
         gpu_callbacks.reset_gpu_interpret_mode_state()  # a mutant may have stopped an interpreted kernel halfway

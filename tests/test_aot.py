@@ -54,7 +54,7 @@ def compiled_backward(
 
     def kernel(*values: jax.Array) -> dict[str, jax.Array]:
         operands = dict(zip(names, values, strict=True))
-        return backward_kernel.parts(operands, plan=plan, spec=Spec(), with_dweight=True, interpret=False)
+        return backward_kernel.partial_dweights(operands, plan=plan, spec=Spec(), with_dweight=True, interpret=False)
 
     operands = structs(n, dtype, names) | structs(n, dy_dtype or dtype, ("dy", "weight"))
     if counts:

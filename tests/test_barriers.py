@@ -83,7 +83,7 @@ def forward(plan: Plan) -> str:
 
 
 def backward(plan: BackwardPlan) -> str:
-    kernel = sys.modules["pallas_norm.kernels.backward"].parts
+    kernel = sys.modules["pallas_norm.kernels.backward"].partial_dweights
 
     def run(x: jax.Array, weight: jax.Array, rstd: jax.Array) -> Any:
         operands = {"x": x, "dy": x, "weight": weight, "rstd": rstd}
@@ -101,7 +101,7 @@ FORWARD = {
     "shared": Plan(4096, **SHARED),
     "cluster": Plan(4096, **SHARED, cluster=2),
     "in warps": Plan(128, Regime.WARP, 8, 16, 8),
-    "pipeline, cluster": Plan(4096, **SHARED, cluster=2, **PIPED, keeps_rows=True),
+    "pipeline, cluster": Plan(4096, **SHARED, cluster=2, **PIPED, rows_in_registers=True),
 }
 PIPELINE = backward_plan_for(4096, "bfloat16")
 BACKWARD = {
@@ -109,8 +109,8 @@ BACKWARD = {
     "rows in warps, two chunks": BackwardPlan(512, Regime.WARP, 8, 32, 4, source=Source.MEMORY),
     "pipeline in warps": backward_plan_for(512, "bfloat16"),
     "pipeline, rows kept": PIPELINE,
-    "pipeline": dataclasses.replace(PIPELINE, keeps_rows=False),
-    "pipeline, shared": dataclasses.replace(PIPELINE, **SHARED, keeps_rows=False),
+    "pipeline": dataclasses.replace(PIPELINE, rows_in_registers=False),
+    "pipeline, shared": dataclasses.replace(PIPELINE, **SHARED, rows_in_registers=False),
     "shared": BackwardPlan(4096, **SHARED, source=Source.MEMORY),
     "cluster": BackwardPlan(4096, **SHARED, cluster=2, source=Source.MEMORY),
     "pipeline, cluster": BackwardPlan(4096, **SHARED, cluster=2, **PIPED),
@@ -156,17 +156,18 @@ def test_every_barrier_is_between_the_accesses_that_it_orders(of: str, name: str
 
 
 MEET = "mosaic.arrive_and_wait(self.exchange.barrier)"
-BEFORE_A_CHUNK = "mosaic.arrive_and_wait(meeting.barrier)  # all have read the chunk before"
-AFTER_A_CHUNK = "mosaic.arrive_and_wait(meeting.barrier)\n            rows"
+BEFORE_A_CHUNK = "mosaic.arrive_and_wait(reduction.barrier)  # all have read the chunk before"
+AFTER_A_CHUNK = "mosaic.arrive_and_wait(reduction.barrier)\n            rows"
 ARRIVE, WAIT = "    plgpu.barrier_arrive(barrier)\n", "(barrier)\n    plgpu.barrier_wait(barrier)\n"
 CLUSTER_ARRIVE, CLUSTER_WAIT = "            mosaic.cluster_arrive()\n", "        mosaic.cluster_wait()\n"
-READ_BY_ALL = 'mosaic.arrive_and_wait(scratch["read"])'
+READ_BY_ALL = "mosaic.arrive_and_wait(self.pipeline.read)"
 ARRIVED = "mosaic.wait(self.arrived.at[lax.rem(step, jnp.int32(self.plan.stages))])"
 AT_THE_END = "    mosaic.cluster_arrive()\n            mosaic.cluster_wait()\n"
 FILLED_EARLY = Rewrite(
-    "pipeline",
-    "return row(step, self.wait(step), lambda: self.refill(step), carry)",
-    "stage = self.wait(step)\n            self.refill(step)\n            return row(step, stage, lambda: None, carry)",
+    "rows",
+    "stage = self.pipeline.wait(step)\n",
+    "stage = self.pipeline.wait(step)\n            self.pipeline.refill(step)\n",
+    also=("self.pipeline.refill(self.step)", "pass"),
 )
 WITHOUT: dict[str, tuple[Rewrite, str, str]] = {
     "forward sum": (Rewrite("cta", MEET, "pass"), "forward", "shared"),
@@ -178,7 +179,7 @@ WITHOUT: dict[str, tuple[Rewrite, str, str]] = {
     "cluster": (Rewrite("cta", CLUSTER_ARRIVE, "", also=(CLUSTER_WAIT, "")), "forward", "cluster"),
     "cluster, arrival": (Rewrite("cta", CLUSTER_ARRIVE, ""), "forward", "cluster"),
     "cluster, wait": (Rewrite("cta", CLUSTER_WAIT, ""), "backward", "cluster"),
-    "warps that share no sum": (Rewrite("backward", READ_BY_ALL, "pass"), "backward", "pipeline in warps"),
+    "warps that share no sum": (Rewrite("rows", READ_BY_ALL, "pass"), "backward", "pipeline in warps"),
     "cluster, at the end": (Rewrite("launch", AT_THE_END, "    pass\n"), "forward", "cluster"),
     "cluster, release": (
         Rewrite("mosaic", "arrive.release.aligned", "arrive.relaxed.aligned"),

@@ -177,10 +177,10 @@ def test_the_row_lengths_reach_the_barriers() -> None:
     assert cluster.cluster > 1
     assert cluster.source is not Source.PIPELINE
     piped = plan_for(PIPED_CLUSTER, "bfloat16")
-    assert (piped.source, piped.cluster, piped.keeps_rows) == (Source.PIPELINE, 4, True)
+    assert (piped.source, piped.cluster, piped.rows_in_registers) == (Source.PIPELINE, 4, True)
     piped = plan_of(BACKWARD_CLUSTER)
     assert (piped.source, piped.cluster) == (Source.PIPELINE, 2)
-    kept = {n: plan_of(n).keeps_rows for n in (PIPELINE, KEPT, IN_WARPS) if plan_of(n).source is Source.PIPELINE}
+    kept = {n: plan_of(n).rows_in_registers for n in (PIPELINE, KEPT, IN_WARPS) if plan_of(n).source is Source.PIPELINE}
     assert kept == {PIPELINE: False, KEPT: True, IN_WARPS: False}
     shared = backward_plan_for(16384, "bfloat16")
     assert (shared.source, shared.warpgroups) == (Source.PIPELINE, 4)

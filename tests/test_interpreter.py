@@ -48,7 +48,7 @@ def backward(n: int = N, *, rows: int = ROWS, **changes: object) -> None:
 
     Without the second kernel, which adds up the parts of dweight: the detector tells of the last kernel that ran.
     """
-    kernel = sys.modules["pallas_norm.kernels.backward"].parts
+    kernel = sys.modules["pallas_norm.kernels.backward"].partial_dweights
     plan = dataclasses.replace(backward_plan_for(n, "bfloat16"), programs=1, **changes)
     operands = {"x": ones(rows, n), "dy": ones(rows, n), "weight": ones(n), "rstd": jnp.ones((rows,), jnp.float32)}
     options = {"plan": plan, "spec": Spec(), "with_dweight": True, "interpret": True}
@@ -64,15 +64,15 @@ KERNELS: dict[str, Callable[[], None]] = {
     "backward in warps": lambda: backward(IN_WARPS),
     "backward, shared, from registers": lambda: backward(**SHARED, source=Source.REGISTERS, stages=0),
     "backward, shared, from memory": lambda: backward(**SHARED, source=Source.MEMORY, stages=0),
-    "pipeline": lambda: backward(PIPED, rows=6, stages=2, keeps_rows=False),
-    "pipeline of three stages": lambda: backward(PIPED, rows=7, stages=3, keeps_rows=False),
-    "pipeline, rows kept": lambda: backward(PIPED, rows=6, stages=2, keeps_rows=True),
-    "pipeline, shared": lambda: backward(PIPED, rows=6, **SHARED, stages=2, keeps_rows=False),
-    "pipeline, shared, rows kept": lambda: backward(PIPED, rows=6, **SHARED, stages=2, keeps_rows=True),
+    "pipeline": lambda: backward(PIPED, rows=6, stages=2, rows_in_registers=False),
+    "pipeline of three stages": lambda: backward(PIPED, rows=7, stages=3, rows_in_registers=False),
+    "pipeline, rows kept": lambda: backward(PIPED, rows=6, stages=2, rows_in_registers=True),
+    "pipeline, shared": lambda: backward(PIPED, rows=6, **SHARED, stages=2, rows_in_registers=False),
+    "pipeline, shared, rows kept": lambda: backward(PIPED, rows=6, **SHARED, stages=2, rows_in_registers=True),
     "pipeline in warps": lambda: backward(512, rows=25, stages=2),
-    "pipeline in warps, rows kept": lambda: backward(512, rows=25, stages=2, keeps_rows=True),
+    "pipeline in warps, rows kept": lambda: backward(512, rows=25, stages=2, rows_in_registers=True),
     "forward, pipeline, shared, rows kept": lambda: forward(
-        PIPED, rows=6, **SHARED, source=Source.PIPELINE, stages=2, keeps_rows=True, programs=1
+        PIPED, rows=6, **SHARED, source=Source.PIPELINE, stages=2, rows_in_registers=True, programs=1
     ),
 }
 
@@ -132,20 +132,14 @@ READ_UNWAITED = Rewrite(
 )
 # Where rows are kept the warpgroups meet before the stage is refilled, and read it afterwards. Without that meeting a
 # warpgroup may find the barrier of its stage two phases on: it fails, the other one waits for it, and nothing ends.
-MEET_THEN_REFILL = "mosaic.arrive_and_wait(exchange.barrier)\n{0}met()\n{0}"
-REFILLED_UNREAD_FORWARD = Rewrite(
-    "forward",
-    "xs = read()\n        begun = block.begin_sum(_squares(xs))\n        met()\n",
-    MEET_THEN_REFILL.format(" " * 8) + "xs = read()\n        begun = block.begin_sum(_squares(xs))\n",
-    also=("from . import grid, launch\n", "from . import grid, launch, mosaic\n"),
-)
 REFILLED_UNREAD = Rewrite(
-    "backward",
-    "rows = read() if plan.keeps_rows",
-    MEET_THEN_REFILL.format(" " * 12) + "rows = read() if plan.keeps_rows",
-    also=("            if plan.regime is Regime.CTA:\n                met()\n", ""),
+    "rows",
+    "kept = self._read(block) if plan.rows_in_registers",
+    "mosaic.arrive_and_wait(block.exchange.barrier)\n        self.pipeline.refill(self.step)\n"
+    "        kept = self._read(block) if plan.rows_in_registers",
+    also=("        if self.pipeline.plan.regime is Regime.CTA:\n            self.pipeline.refill(self.step)\n", ""),
 )
-REFILLED_EARLY = Rewrite("pipeline", "read = step if self.plan.keeps_rows else step - 1", "read = step")
+REFILLED_EARLY = Rewrite("pipeline", "read = step if self.plan.rows_in_registers else step - 1", "read = step")
 WITHOUT = {
     "forward sum": (MEET, "forward, shared"),
     "forward sum of four": (MEET, "forward, shared by four"),
@@ -158,10 +152,7 @@ WITHOUT = {
     "a stage refilled a row early": (REFILLED_EARLY, "pipeline"),
     "a stage refilled a row early, shared": (REFILLED_EARLY, "pipeline, shared"),
     "a stage refilled before all have read it": (FILLED_EARLY, "pipeline, shared"),
-    "a stage refilled before all have read it, forward": (
-        REFILLED_UNREAD_FORWARD,
-        "forward, pipeline, shared, rows kept",
-    ),
+    "a stage refilled before all have read it, forward": (REFILLED_UNREAD, "forward, pipeline, shared, rows kept"),
     "a stage refilled before it is read, rows kept": (FILLED_EARLY, "pipeline, rows kept"),
     "a stage refilled before all have read it, rows kept": (REFILLED_UNREAD, "pipeline, shared, rows kept"),
 }

@@ -74,7 +74,7 @@ def kind(plan: Plan) -> tuple[Any, ...]:
     """What decides which statements of a kernel's body are there."""
     keeps_weight = getattr(plan, "keeps_weight", None)
     shared = plan.warpgroups > 1, plan.cluster > 1
-    return plan.regime, *shared, plan.overlap > 0, plan.source, plan.keeps_rows, keeps_weight
+    return plan.regime, *shared, plan.overlap > 0, plan.source, plan.rows_in_registers, keeps_weight
 
 
 def array(*shape: int, dtype: Any) -> jax.ShapeDtypeStruct:

@@ -12,7 +12,8 @@ from pallas_norm.kernels import launch
 from pallas_norm.kernels.block import Block
 from pallas_norm.kernels.cta import SharedRow, WarpgroupRow
 from pallas_norm.kernels.warp import WarpRows
-from pallas_norm.plans.backward import PIPELINES, SHORT, SMALLEST_PIPELINE, WARP_PIPELINES
+from pallas_norm.plans.backward import PIPELINES, SMALLEST_PIPELINE, WARP_PIPELINES
+from pallas_norm.plans.backward_warp import SHORT
 from pallas_norm.plans.forward import ANY, TABLE
 from pallas_norm.plans.hardware import SMEM_BYTES, SMS, WARPS
 from pallas_norm.plans.lengths import LARGEST_N, SMALLEST_N
@@ -162,7 +163,7 @@ def check_memory(plan: Plan, itemsize: int, column_bytes: int) -> None:
         assert plan.stages >= 2, plan
         check_view(plan, itemsize)
     else:
-        assert (plan.stages, plan.keeps_rows) == (0, False), plan
+        assert (plan.stages, plan.rows_in_registers) == (0, False), plan
 
 
 def check_view(plan: Plan, itemsize: int) -> None:
@@ -181,7 +182,7 @@ def check_view(plan: Plan, itemsize: int) -> None:
 @pytest.mark.parametrize("dtype", FORWARD)
 def test_the_residual_form_reads_a_row_in_the_same_chunks(dtype: str) -> None:
     """So add_rms_norm has the bits of an addition and rms_norm; only where the rows come from may differ."""
-    own = {"source": Source.REGISTERS, "stages": 0, "programs": None, "keeps_rows": False}
+    own = {"source": Source.REGISTERS, "stages": 0, "programs": None, "rows_in_registers": False}
     different = 0
     for n in sorted({*WIDTHS, *ALIGNED}):
         plan, with_residual = plan_for(n, dtype), plan_for(n, dtype, residual=True)
@@ -221,8 +222,10 @@ def test_every_line_of_the_tables_is_some_rows_plan() -> None:
     backward = [backward_plan_for(n, **form) for n in ALIGNED for form in BACKWARD]
     for table, regime in ((PIPELINES, Regime.CTA), (WARP_PIPELINES, Regime.WARP)):
         piped = [plan for plan in backward if plan.source is Source.PIPELINE and plan.regime is regime]
-        found = {(plan.warpgroups, plan.cluster, plan.stages, plan.programs, plan.keeps_rows) for plan in piped}
-        assert {(row.warpgroups, row.cluster, row.stages, row.programs, row.keeps_rows) for row in table} <= found
+        found = {(plan.warpgroups, plan.cluster, plan.stages, plan.programs, plan.rows_in_registers) for plan in piped}
+        assert {
+            (row.warpgroups, row.cluster, row.stages, row.programs, row.rows_in_registers) for row in table
+        } <= found
     found = set()
     for plan in (backward_plan_for(n, **form) for n in range(32, 257) for form in BACKWARD):
         if plan.source is Source.REGISTERS and plan.vec > 1:

@@ -14,8 +14,7 @@ from pallas_norm._spec import Spec
 from pallas_norm.kernels import backward as backward_kernel
 from pallas_norm.kernels import dweight_sum
 from pallas_norm.kernels import forward as forward_kernel
-from pallas_norm.kernels.grid import COUNTS
-from pallas_norm.kernels.launch_arguments import BYTES, COUNT
+from pallas_norm.kernels.launch_arguments import COUNT, LaunchArguments
 from pallas_norm.plans.plan import BackwardPlan, Plan, from_memory
 from pallas_norm.regimes import backward_plan_for, plan_for
 
@@ -58,12 +57,8 @@ class Program:
         """What each number is multiplied with to be passed as an address."""
         if self.kind == "column_sum":
             return {"rows": COUNT}
-        counts: dict[str, int] = dict.fromkeys(COUNTS, COUNT)
-        if not self.strided:
-            return counts
         rows_of = [name for name in (*dict(self.dtypes), *self.outputs) if name in ("x", "residual", "y", "s")]
-        in_bytes = {f"{name}_{level}": BYTES for name in rows_of for level in ("offset", "outer", "inner")}
-        return counts | {"group": COUNT} | in_bytes
+        return LaunchArguments.units(rows_of if self.strided else ())
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -88,7 +83,7 @@ class Program:
                 )
             else:
                 assert isinstance(plan, BackwardPlan)
-                results = backward_kernel.parts(
+                results = backward_kernel.partial_dweights(
                     operands, plan=plan, spec=self.spec, with_dweight="dweight" in self.outputs, interpret=False
                 )
             return tuple(results[name] for name in self.outputs)

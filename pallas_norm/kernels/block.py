@@ -20,10 +20,11 @@ from ..plans.plan import Plan
 from . import conversions, launch_arguments, layouts
 
 F32 = jnp.float32
+Chunks = list[jax.Array]  # the parts of a row that a CTA has, all of one shape
 
 
 @dataclasses.dataclass(frozen=True)
-class Meeting:
+class ColumnReduction:
     """Shared memory in which the rows of a block meet, to be added up column by column."""
 
     rows: Any  # SMEM f32 (plan.block, plan.span)
@@ -89,7 +90,7 @@ class Block:
         """Second half: waits for other CTAs, where they have parts of the row."""
         return begun
 
-    def spread(self, per_row: jax.Array) -> jax.Array:
+    def broadcast(self, per_row: jax.Array) -> jax.Array:
         """Per-row values in the shape of a chunk; a scalar broadcasts by itself."""
         return per_row
 
@@ -101,9 +102,9 @@ class Block:
         """The inverse of load_rows."""
         ref[self.row] = per_row
 
-    def store_columns(self, ref: Any, chunks: Sequence[jax.Array], meeting: Meeting | None) -> None:
+    def store_columns(self, ref: Any, chunks: Sequence[jax.Array], reduction: ColumnReduction | None) -> None:
         """Per-column values to a (n,) reference: the chunks, where they have several rows added up."""
-        del meeting
+        del reduction
         for start, chunk in zip(self._starts(), chunks, strict=True):
             layouts.store(ref.at[pl.ds(start, self.plan.span)], chunk, interpret=self.interpret)
 

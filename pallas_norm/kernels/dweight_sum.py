@@ -37,9 +37,9 @@ SHAPES = (
 
 
 def _body(
-    parts_ref: Any, rows_ref: Any, sum_ref: Any, *, columns: int, ahead: int, rows: Any, layout: Any, interpret: bool
+    partials_ref: Any, rows_ref: Any, sum_ref: Any, *, columns: int, ahead: int, rows: Any, layout: Any, interpret: bool
 ) -> None:
-    n = parts_ref.shape[1]
+    n = partials_ref.shape[1]
     if rows_ref is not None:
         rows = launch_arguments.count(rows_ref, interpret=interpret)
     column = lax.min(lax.axis_index("program") * columns, jnp.int32(n - columns))
@@ -53,7 +53,7 @@ def _body(
         nominal = tile * TILE
         start = lax.min(nominal, last)  # tiles past the last row read the last tile again, so no load needs a mask
         part = layouts.load(
-            parts_ref.at[pl.ds(start, TILE), pl.ds(column, columns)],
+            partials_ref.at[pl.ds(start, TILE), pl.ds(column, columns)],
             layout,
             shape=(TILE, columns),
             interpret=interpret,
@@ -70,22 +70,23 @@ def _body(
     layouts.store(sum_ref.at[pl.ds(column, columns)], rounded, interpret=interpret)
 
 
-def column_sum(parts: jax.Array, rows: jax.Array | int, dtype: Any, *, interpret: bool) -> jax.Array:
-    """(n,): the sum of the first `rows` of the at least TILE rows of `parts`, (held, n) in float32, rounded to dtype.
+def column_sum(partials: jax.Array, rows: jax.Array | int, dtype: Any, *, interpret: bool) -> jax.Array:
+    """(n,): the sum of the first `rows` of the at least TILE rows of `partials`, (held, n) in float32, rounded to
+    dtype.
 
     rows: a number, or an operand whose address stands for one (see `launch_arguments.count`).
     """
-    n = parts.shape[1]
+    n = partials.shape[1]
     vec = vector(n, 4)
     shape = next(shape for shape in SHAPES if n <= shape.largest_n)
     columns = n if interpret else min(shape.columns, 32 * vec)  # a row of a tile lies in one warp
     layout = None if interpret else layouts.rows_in_warps(columns // vec, vec)
     known = isinstance(rows, int)
 
-    def kernel(parts_ref: Any, *refs: Any) -> None:
+    def kernel(partials_ref: Any, *refs: Any) -> None:
         rows_ref, sum_ref = (None, *refs) if known else refs
         options = {"columns": columns, "ahead": shape.ahead, "rows": rows, "layout": layout, "interpret": interpret}
-        _body(parts_ref, rows_ref, sum_ref, **options)
+        _body(partials_ref, rows_ref, sum_ref, **options)
 
     result = mosaic.kernel(
         kernel,
@@ -93,5 +94,5 @@ def column_sum(parts: jax.Array, rows: jax.Array | int, dtype: Any, *, interpret
         out_type=jax.ShapeDtypeStruct((n,), dtype),
         grid=(-(-n // columns),),
         grid_names=("program",),
-    )(parts, *(() if known else (rows,)))
-    return _compat.vary_like(result, parts)
+    )(partials, *(() if known else (rows,)))
+    return _compat.vary_like(result, partials)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..plans.plan import Plan, Regime
-from . import launch_arguments
 from .block import Block
 from .cta import Exchange, SharedRow, WarpgroupRow
+from .launch_arguments import COUNTS as COUNTS
+from .launch_arguments import LaunchArguments, count
 from .warp import OneRow, WarpRows
 
 SLOTS = 2  # of the exchange: while some warps still read one row's partial sums, others already write the next row's
@@ -26,7 +28,7 @@ def units(plan: Plan, rows: int) -> tuple[int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Extent:
+class GridExtent:
     """What a kernel knows of its rows: numbers of the program, or of the launch (see `launch_arguments.count`)."""
 
     blocks: Any  # full ones, of plan.block rows
@@ -38,42 +40,21 @@ class Extent:
     first_left: Any
 
 
-COUNTS = ("blocks", "first_left", "programs")  # the last is the host's: it launches so many
-
-
 def counts_of(plan: Plan, rows: int) -> tuple[int, int, int]:
-    """The values of COUNTS."""
+    """The values of COUNTS: full blocks; the programs that work on them; these and one for each row left over."""
     blocks, left = units(plan, rows)
     programs = blocks if plan.programs is None else min(blocks, plan.programs)
     return blocks, programs, programs + left
 
 
-def extent(plan: Plan, rows: int, counts: dict[str, Any], *, interpret: bool) -> Extent:
-    """Of `rows` rows, or of the row count of the launch, where the kernel has the operands of COUNTS."""
-    if not counts:
+def extent(plan: Plan, rows: int, given: LaunchArguments | None, *, interpret: bool) -> GridExtent:
+    """Of `rows` rows, or of the row count of the launch."""
+    if given is None:
         blocks, programs, with_left = counts_of(plan, rows)
-        return Extent(blocks, programs, with_left - programs, programs)
-    blocks, first_left = (launch_arguments.count(counts[f"{name}_ref"], interpret=interpret) for name in COUNTS[:2])
+        return GridExtent(blocks, programs, with_left - programs, programs)
+    blocks, first_left = (count(ref, interpret=interpret) for ref in (given.blocks, given.first_left))
     programs = blocks if plan.programs is None else lax.min(blocks, jnp.int32(plan.programs))
-    return Extent(blocks, programs, 0 if plan.block == 1 else None, first_left)
-
-
-def counts_and_rows(refs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The references of COUNTS, if any, and the others: those of rows at strides of the launch's choice, of which there
-    is a `group` then, wrapped as such."""
-    refs = dict(refs)
-    counts = {name: refs.pop(name) for name in [f"{count}_ref" for count in COUNTS] if name in refs}
-    group = refs.pop("group_ref", None)
-    if group is None:
-        return counts, refs
-    levels = ("offset", "outer", "inner")
-    strides = {name: refs.pop(name) for name in list(refs) if name.removesuffix("_ref").endswith(levels)}
-
-    def wrapped(name: str, ref: Any) -> Any:
-        given = [strides.get(f"{name.removesuffix('_ref')}_{level}_ref") for level in levels]
-        return ref if any(level is None for level in given) else launch_arguments.StridedRows(ref, group, *given)
-
-    return counts, {name: wrapped(name, ref) for name, ref in refs.items()}
+    return GridExtent(blocks, programs, 0 if plan.block == 1 else None, first_left)
 
 
 def block(plan: Plan, index: Any, exchange: Exchange | None, slot: Any, *, interpret: bool) -> Block:
@@ -85,38 +66,63 @@ def block(plan: Plan, index: Any, exchange: Exchange | None, slot: Any, *, inter
     return SharedRow(plan, index, interpret, exchange, slot)
 
 
-class Share(NamedTuple):
-    """The blocks of one program of a persistent grid: every programs-th of `count`, from `program` on."""
+@dataclasses.dataclass(frozen=True)
+class CtaBlocks:
+    """The full blocks of one program: every programs-th of `count`, from `program` on; of a grid that is not persistent
+    one alone."""
 
+    plan: Plan
+    exchange: Exchange | None
     program: Any
     programs: Any
     count: Any
+    interpret: bool
 
     @property
     def steps(self) -> jax.Array:
         return lax.div(self.count - self.program + (self.programs - 1), jnp.int32(self.programs))
 
     def at(self, step: Any) -> Any:
+        """The index of the block of a step."""
         return self.program + step * self.programs
 
+    def block(self, step: Any) -> Block:
+        slot = lax.rem(step, jnp.int32(SLOTS))
+        return block(self.plan, self.at(step), self.exchange, slot, interpret=self.interpret)
 
-def for_each_program(
-    plan: Plan, extent: Extent, full: Callable[[Any], None], *, one_row: Callable[[Block], None], interpret: bool
+    @functools.cached_property
+    def first(self) -> Block:
+        if self.plan.programs is None:
+            return block(self.plan, self.program, self.exchange, 0, interpret=self.interpret)
+        return self.block(jnp.int32(0))
+
+
+def run(
+    plan: Plan,
+    extent: GridExtent,
+    exchange: Exchange | None,
+    full: Callable[[CtaBlocks], None],
+    left_over: Callable[[Block, Any], None],
+    *,
+    interpret: bool,
 ) -> None:
-    """`full(program)` in the programs of the full blocks, then one program for each row that fills none.
+    """`full(blocks)` in the programs of the full blocks, then one program, `left_over(block, program)`, for each row
+    that fills none.
 
     No row is written by two programs, so an output may be an input where there are no rows left over: those are held by
     every warp, which do not wait for each other. They have the lanes and vectors of the others.
     """
     program = lax.axis_index("program")
 
-    def left_over() -> None:
-        one_row(OneRow(plan, program - extent.first_left + extent.blocks * plan.block, interpret))
+    blocks = functools.partial(full, CtaBlocks(plan, exchange, program, extent.programs, extent.blocks, interpret))
+
+    def one_row() -> None:
+        left_over(OneRow(plan, program - extent.first_left + extent.blocks * plan.block, interpret), program)
 
     if extent.left == 0:
-        full(program)
+        blocks()
     elif extent.left is not None and extent.blocks == 0:
-        left_over()
+        one_row()
     else:
-        pl.when(program < extent.programs)(lambda: full(program))
-        pl.when(program >= extent.first_left)(left_over)
+        pl.when(program < extent.programs)(blocks)
+        pl.when(program >= extent.first_left)(one_row)

@@ -1,4 +1,4 @@
-"""From a kernel body and a Plan to a launched kernel: references by name, scratch, clusters."""
+"""From what a kernel does with a block, and a Plan, to a launched kernel: references by name, scratch, clusters."""
 
 from __future__ import annotations
 
@@ -12,35 +12,41 @@ import jax.numpy as jnp
 from .. import _compat
 from ..plans.hardware import WARPS
 from ..plans.plan import Plan, Source, from_memory, staged_view
-from . import mosaic
+from . import grid, mosaic
+from .block import Block
 from .cta import Exchange
-from .grid import SLOTS
+from .launch_arguments import LaunchArguments
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
 
 
+Full = Callable[[grid.CtaBlocks], None]
+LeftOver = Callable[[Block, Any], None]
+
+
 def launch(
-    body: Callable[..., None],
+    work: Callable[[dict[str, Any]], tuple[Full, LeftOver]],
     plan: Plan,
-    grid: int,
+    rows: int,
     inputs: Mapping[str, jax.Array],
     outputs: Mapping[str, jax.ShapeDtypeStruct],
     *,
-    scratch: Mapping[str, Any] | None = None,
+    scratch: Mapping[str, Any],
     interpret: bool,
 ) -> dict[str, jax.Array]:
-    """Runs `body(exchange, x_ref=..., y_ref=..., ...)` in `grid` programs; returns the outputs by name.
+    """Runs a kernel on `rows` rows, or where `inputs` has LaunchArguments on those of the launch; the outputs by name.
 
-    An operand that is absent from `inputs` or `outputs` is absent from the call: the body's default for it is None.
+    work: given the references of inputs, outputs and scratch by name, what a CTA does with its full blocks, and with a
+    row that is left over. An operand that is absent from `inputs` or `outputs` has no reference.
     """
-    meeting = _exchange(plan)
-    scratch = scratch or {}
+    exchange = _exchange(plan)
 
     def kernel(*refs: Any) -> None:
-        named = dict(zip([*inputs, *outputs, *meeting, *scratch], refs, strict=True))
-        exchange = Exchange(**{name: named.pop(name) for name in meeting}) if meeting else None
-        own = {name: named.pop(name) for name in scratch}
-        body(exchange, **{f"{name}_ref": ref for name, ref in named.items()}, **own)
+        named = dict(zip([*inputs, *outputs, *exchange, *scratch], refs, strict=True))
+        shared = Exchange(**{name: named.pop(name) for name in exchange}) if exchange else None
+        given, operands = LaunchArguments.taken_from(named)
+        extent = grid.extent(plan, rows, given, interpret=interpret)
+        grid.run(plan, extent, shared, *work(operands), interpret=interpret)
         if plan.cluster > 1:  # no CTA may leave while another still reads its total
             mosaic.cluster_arrive()
             mosaic.cluster_wait()
@@ -50,13 +56,14 @@ def launch(
         options |= {"num_threads": plan.warpgroups, "thread_name": "warpgroup"}
     if plan.cluster > 1:
         options |= {"cluster": (plan.cluster,), "cluster_names": ("cluster",)}
+    _, _, programs = grid.counts_of(plan, rows)
     results = mosaic.kernel(
         kernel,
         interpret=interpret,
         out_type=tuple(outputs.values()),
-        grid=(grid,),
+        grid=(programs,),
         grid_names=("program",),
-        scratch_types=(*meeting.values(), *scratch.values()),
+        scratch_types=(*exchange.values(), *scratch.values()),
         **options,
     )(*inputs.values())
     like = next(iter(inputs.values()))
@@ -67,9 +74,9 @@ def _exchange(plan: Plan) -> dict[str, Any]:
     if plan.workers == 1:
         return {}
     return {
-        "partials": mosaic.smem((SLOTS, plan.warpgroups, WARPS), jnp.float32),
+        "partials": mosaic.smem((grid.SLOTS, plan.warpgroups, WARPS), jnp.float32),
         "barrier": mosaic.barrier(plan.warpgroups),
-        "total": mosaic.smem((SLOTS,), jnp.float32),
+        "total": mosaic.smem((grid.SLOTS,), jnp.float32),
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -60,6 +60,49 @@ def count(ref: Any, *, interpret: bool) -> jax.Array:
         return fragments.FragmentedArray.splat(_count_of(ref), (), is_signed=True)
 
     return inline(ref)
+
+
+COUNTS = ("blocks", "first_left", "programs")  # the last is the host's: it launches so many
+LEVELS = ("offset", "outer", "inner")
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchArguments:
+    """The numbers of a launch, as a kernel's references: how many rows there are, and where they lie.
+
+    strides: of each operand whose rows lie at strides, by name, in the order of LEVELS; there is a `group` then.
+    """
+
+    blocks: Any
+    first_left: Any
+    programs: Any
+    group: Any = None
+    strides: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict[str, tuple[Any, ...]])
+
+    @staticmethod
+    def units(strided: Iterable[str] = ()) -> dict[str, int]:
+        """The operands' names, in this order, and what each number is multiplied with to be passed as an address.
+
+        strided: operands whose rows lie at strides.
+        """
+        counts, in_bytes = dict.fromkeys(COUNTS, COUNT), [f"{name}_{level}" for name in strided for level in LEVELS]
+        return {**counts, **({"group": COUNT} if in_bytes else {}), **dict.fromkeys(in_bytes, BYTES)}
+
+    @staticmethod
+    def taken_from(refs: Mapping[str, Any]) -> tuple[LaunchArguments | None, dict[str, Any]]:
+        """(the numbers of the launch among a kernel's references, or None; the others, rows at strides as such)."""
+        names = LaunchArguments.units(refs)
+        others = {name: ref for name, ref in refs.items() if name not in names}
+        if COUNTS[0] not in refs:
+            return None, others
+        levels = {name: tuple(refs.get(f"{name}_{level}") for level in LEVELS) for name in others}
+        strides = {name: given for name, given in levels.items() if all(level is not None for level in given)}
+        numbers = LaunchArguments(**{name: refs[name] for name in COUNTS}, group=refs.get("group"), strides=strides)
+        return numbers, {name: numbers.rows(name, ref) for name, ref in others.items()}
+
+    def rows(self, name: str, ref: Any) -> Any:
+        """The reference, as one of rows at strides where this operand has them."""
+        return StridedRows(ref, self.group, *self.strides[name]) if name in self.strides else ref
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ def kernel(body: Callable[..., None], *, interpret: bool, **options: Any) -> Cal
     """`plgpu.kernel` with Lane semantics: the default differs between versions; cluster kernels compile in Lane only.
 
     Without automatic barriers: Pallas would put two around each store, for regions that a thread both reads and writes.
-    Ours are the shared memory of Exchange and Meeting, between whose reads and writes the kernels have barriers of
-    their own.
+    Ours are the shared memory of Exchange and ColumnReduction, between whose reads and writes the kernels have barriers
+    of their own.
     """
     params = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True)
     if interpret:

@@ -13,50 +13,45 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..plans.plan import Plan, Regime, staged_view
+from ..plans.plan import Plan, Regime, Source, staged_view
 from . import mosaic
+from .grid import CtaBlocks
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """plan.stages rows of each operand in shared memory, or a CTA's parts of them. Step i of this program works on row
-    row_of(i)."""
+    """plan.stages rows of each operand in shared memory, or a CTA's parts of them. Step i of this CTA works on block
+    block_of(i)."""
 
     sources: Mapping[str, Any]  # GMEM (rows, *staged_view)
     buffers: dict[str, Any]  # SMEM (stages, *staged_view without the axis of the cluster)
     arrived: Any  # a barrier for each stage
+    read: Any  # a barrier at which warps that share no sum meet; None where they share one
     plan: Plan
-    row_of: Callable[[Any], Any]
+    block_of: Callable[[Any], Any]
     steps: jax.Array
+
+    @staticmethod
+    def of(plan: Plan, sources: Mapping[str, Any], scratch: Mapping[str, Any], blocks: CtaBlocks) -> Pipeline:
+        buffers = {name: scratch[f"{name}_stages"] for name in sources}
+        return Pipeline(sources, buffers, scratch["arrived"], scratch.get("read"), plan, blocks.at, blocks.steps)
 
     def start(self) -> None:
         for step in range(self.plan.stages):
             self._copy(step, step < self.steps)
 
-    def stage(self, step: jax.Array) -> dict[str, Any]:
-        """The references of this step's row."""
+    def wait(self, step: jax.Array) -> dict[str, Any]:
+        """The references of this step's stage, once the rows are there."""
+        mosaic.wait(self.arrived.at[lax.rem(step, jnp.int32(self.plan.stages))])
         stage = lax.rem(step, jnp.int32(self.plan.stages))
         return {name: buffer.at[stage] for name, buffer in self.buffers.items()}
-
-    def wait(self, step: jax.Array) -> dict[str, Any]:
-        """As `stage`, once the row is there."""
-        mosaic.wait(self.arrived.at[lax.rem(step, jnp.int32(self.plan.stages))])
-        return self.stage(step)
 
     def refill(self, step: jax.Array) -> None:
         """Overwrites the stage that is read no more: of this step where rows are kept, else of the one before. To be
         called when all warps have met after they read it for the last time."""
-        read = step if self.plan.keeps_rows else step - 1
+        read = step if self.plan.rows_in_registers else step - 1
         following = read + self.plan.stages
         self._copy(following, (read >= 0) & (following < self.steps))
-
-    def each_row(self, row: Callable[[jax.Array, dict[str, Any], Callable[[], None], Any], Any], carry: Any) -> Any:
-        """carry = row(step, stage, met, carry), which calls met() once, where all warps have met."""
-
-        def body(step: jax.Array, carry: Any) -> Any:
-            return row(step, self.wait(step), lambda: self.refill(step), carry)
-
-        return lax.fori_loop(0, self.steps, body, carry)
 
     def _copy(self, step: Any, condition: jax.Array) -> None:
         if self.plan.warpgroups > 1:
@@ -64,13 +59,13 @@ class Pipeline:
 
         @pl.when(condition)
         def _() -> None:
-            stages, row = self.plan.stages, self.row_of(step)
+            stages, block = self.plan.stages, self.block_of(step)
             stage = lax.rem(step, jnp.int32(stages)) if isinstance(step, jax.Array) else step % stages
-            part: tuple[Any, ...] = (row,)
+            part: tuple[Any, ...] = (block,)
             if self.plan.regime is Regime.WARP:
-                part = (pl.ds(row * self.plan.block, self.plan.block),)
+                part = (pl.ds(block * self.plan.block, self.plan.block),)
             elif self.plan.cluster > 1:
-                part = (row, slice(None), lax.axis_index("cluster"))
+                part = (block, slice(None), lax.axis_index("cluster"))
             for name, source in self.sources.items():
                 mosaic.copy_to_smem(source.at[part], self.buffers[name].at[stage], self.arrived.at[stage])
 
@@ -78,11 +73,16 @@ class Pipeline:
 def staged(
     plan: Plan, operands: Mapping[str, jax.Array], names: Sequence[str]
 ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """What a kernel needs for a Pipeline of `names`: these operands, seen as staged_view says, and shared memory."""
+    """(the operands, those of `names` seen as staged_view says; the shared memory that their pipeline needs)."""
+    if plan.source is not Source.PIPELINE:
+        return dict(operands), {}
     view = staged_view(plan, operands["x"].dtype.itemsize)
     assert view is not None
     stage = view if plan.cluster == 1 else (view[0], *view[2:])
     stage = (plan.block, *stage) if plan.regime is Regime.WARP else stage
     views = {name: operands[name].reshape(len(operands[name]), *view) for name in names}
-    buffers = {f"{name}_stages": mosaic.smem((plan.stages, *stage), operands[name].dtype) for name in names}
-    return views, buffers | {"arrived": mosaic.barrier(len(names), plan.stages)}
+    scratch = {f"{name}_stages": mosaic.smem((plan.stages, *stage), operands[name].dtype) for name in names}
+    scratch |= {"arrived": mosaic.barrier(len(names), plan.stages)}
+    if plan.regime is Regime.WARP:
+        scratch["read"] = mosaic.barrier(1)
+    return {**operands, **views}, scratch

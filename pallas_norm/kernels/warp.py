@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from . import layouts, mosaic
-from .block import Block, Meeting
+from .block import Block, ColumnReduction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class WarpRows(Block):
         return self.row.start
 
     def columns(self, ref: Any) -> list[jax.Array]:
-        def spread(start: int) -> jax.Array:
+        def broadcast(start: int) -> jax.Array:
             column = layouts.load(
                 ref.at[pl.ds(start, self.plan.span)],
                 self.layout.reduce(0),
@@ -45,7 +45,7 @@ class WarpRows(Block):
             )
             return self._cast(lax.broadcast_in_dim(column, self.shape, (1,)))
 
-        return [spread(start) for start in self._starts()]
+        return [broadcast(start) for start in self._starts()]
 
     def load_stage(self, ref: Any) -> list[jax.Array]:
         def load(start: int) -> jax.Array:
@@ -56,7 +56,7 @@ class WarpRows(Block):
     def begin_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
         return jnp.sum(self._added_up(chunks), axis=1)
 
-    def spread(self, per_row: jax.Array) -> jax.Array:
+    def broadcast(self, per_row: jax.Array) -> jax.Array:
         return self._cast(lax.broadcast_in_dim(per_row, self.shape, (0,)))
 
     def load_rows(self, ref: Any) -> jax.Array:
@@ -65,14 +65,14 @@ class WarpRows(Block):
     def store_rows(self, ref: Any, per_row: jax.Array) -> None:
         layouts.store(ref.at[self.row], per_row, interpret=self.interpret)
 
-    def store_columns(self, ref: Any, chunks: Sequence[jax.Array], meeting: Meeting | None) -> None:
-        assert meeting is not None
+    def store_columns(self, ref: Any, chunks: Sequence[jax.Array], reduction: ColumnReduction | None) -> None:
+        assert reduction is not None
         one_row = OneRow(self.plan, None, self.interpret)
         for start, chunk in zip(self._starts(), chunks, strict=True):
-            mosaic.arrive_and_wait(meeting.barrier)  # all have read the chunk before
-            layouts.store(meeting.rows, chunk, interpret=self.interpret)
-            mosaic.arrive_and_wait(meeting.barrier)
-            rows = [one_row._load(meeting.rows.at[row]) for row in range(self.plan.block)]
+            mosaic.arrive_and_wait(reduction.barrier)  # all have read the chunk before
+            layouts.store(reduction.rows, chunk, interpret=self.interpret)
+            mosaic.arrive_and_wait(reduction.barrier)
+            rows = [one_row._load(reduction.rows.at[row]) for row in range(self.plan.block)]
             layouts.store(
                 ref.at[pl.ds(start, self.plan.span)], functools.reduce(jnp.add, rows), interpret=self.interpret
             )

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 
 from .. import _validate
-from .hardware import HELD, SMS, WARPS
+from .backward_warp import LONGEST_IN_WARPS, LONGEST_SHORT, in_warps
+from .hardware import RESIDENT_CLUSTERS, SMS, WARPS
 from .lengths import LARGEST_N, checked
-from .plan import FEWEST_STAGES, BackwardPlan, Regime, Source, staged_view, stages_of
-from .vectors import NARROW, Narrower, cta_vector, lanes_of, vector, warp_vector
+from .plan import FEWEST_STAGES, BackwardPlan, Choice, Regime, Source, staged_view, stages_of
+from .vectors import NARROW, cta_vector, vector
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -32,9 +33,9 @@ class Staged:
     cluster: int = 1
     stages: int
     programs: int
-    keeps_rows: bool = False
+    rows_in_registers: bool = False
     why: str
-    figures: str  # the result file, of those in bench/results, that has the times
+    figures: tuple[int, ...]  # the files bench/results/tuning_*.json that have the times
 
 
 # Rows in warps, of 16-bit types. The others stay in registers (up to LONGEST_SHORT), or are read twice.
@@ -46,7 +47,7 @@ WARP_PIPELINES = (
         stages=3,
         programs=4 * SMS,
         why="65536 x 512: 54.8 us, read twice 56.4, refilled later 56.0",
-        figures="",
+        figures=(7, 9, 10),
     ),
     Staged(
         largest_n=832,
@@ -55,11 +56,11 @@ WARP_PIPELINES = (
         stages=4,
         programs=3 * SMS,
         why="32768 x 768: 42.7 us, refilled later 44.1, CTA 44.6",
-        figures="",
+        figures=(9, 10),
     ),
 )
 
-SMALLEST_PIPELINE = 768  # of a CTA; 32768 x 896: 55.7 us, in warps 57.6, but 65536 x 512: 68.2, in warps 57.6
+SMALLEST_PIPELINE = 768  # of a CTA. 32768 x 896: 55.7 us, in warps 57.6; but 65536 x 512: 68.2, 57.6 (tuning_3)
 
 # Share of the copy kernel's throughput on an H200, bf16, both kernels of the backward pass counted.
 PIPELINES = (
@@ -68,9 +69,9 @@ PIPELINES = (
         largest_row_bytes=2048,
         stages=4,
         programs=7 * SMS,
-        keeps_rows=True,
+        rows_in_registers=True,
         why="32768 x 1024: 0.929, in warps 0.897; 896: 0.928, 0.894",
-        figures="",
+        figures=(9, 10, 11),
     ),
     Staged(
         largest_n=2048,
@@ -78,25 +79,25 @@ PIPELINES = (
         stages=4,
         programs=5 * SMS,
         why="16384 x 2048: 0.923; rows kept, 4 programs an SM 0.903, in warps 0.873",
-        figures="",
+        figures=(6, 11),
     ),
     Staged(
         largest_n=3072,
         largest_row_bytes=8192,
         stages=3,
         programs=3 * SMS,
-        keeps_rows=True,
+        rows_in_registers=True,
         why="16384 x 3072: 0.942; rows not kept 0.928",
-        figures="",
+        figures=(9, 11),
     ),
     Staged(
         largest_n=4096,
         largest_row_bytes=8192,
         stages=3,
         programs=2 * SMS,
-        keeps_rows=True,
+        rows_in_registers=True,
         why="16384 x 4096: 0.947; rows not kept 0.932",
-        figures="",
+        figures=(10, 11),
     ),
     Staged(
         largest_n=7168,
@@ -104,7 +105,7 @@ PIPELINES = (
         stages=3,
         programs=2 * SMS,
         why="16384 x 5120: 0.956, rows kept 0.960; 5376: 0.962, 0.952; 7168: 0.920",
-        figures="",
+        figures=(9, 11),
     ),
     Staged(
         largest_n=8192,
@@ -112,9 +113,9 @@ PIPELINES = (
         warpgroups=4,
         stages=3,
         programs=SMS,
-        keeps_rows=True,
+        rows_in_registers=True,
         why="8192 x 8192: 0.951; rows not kept 0.893, 2 warpgroups 0.847",
-        figures="",
+        figures=(8, 9, 11),
     ),
     Staged(
         largest_n=16384,
@@ -123,7 +124,7 @@ PIPELINES = (
         stages=3,
         programs=SMS,
         why="4096 x 16384: 0.899; 8 warpgroups 0.887, 2 CTAs 0.751",
-        figures="",
+        figures=(6, 9, 11),
     ),
     Staged(
         largest_n=32768,
@@ -131,9 +132,9 @@ PIPELINES = (
         warpgroups=4,
         cluster=2,
         stages=3,
-        programs=HELD[2],
+        programs=RESIDENT_CLUSTERS[2],
         why="2048 x 32768: 0.848; 4 CTAs 0.710, read twice 0.640",
-        figures="",
+        figures=(5, 9, 11),
     ),
     Staged(
         largest_n=65536,
@@ -141,9 +142,9 @@ PIPELINES = (
         warpgroups=4,
         cluster=4,
         stages=3,
-        programs=HELD[4],
+        programs=RESIDENT_CLUSTERS[4],
         why="1024 x 65536: 0.789; 8 CTAs 0.707, read twice 0.461",
-        figures="",
+        figures=(5, 9, 11),
     ),
     Staged(
         largest_n=LARGEST_N,
@@ -151,9 +152,9 @@ PIPELINES = (
         warpgroups=4,
         cluster=8,
         stages=3,
-        programs=HELD[8],
+        programs=RESIDENT_CLUSTERS[8],
         why="1024 x 131072: 0.814; 512 rows, read twice 0.424",
-        figures="",
+        figures=(5, 11),
     ),
 )
 
@@ -169,11 +170,11 @@ def _staged(plan: BackwardPlan, row: Staged, itemsize: int, column_bytes: int) -
     if stages < FEWEST_STAGES or staged_view(plan, itemsize) is None:
         return None
     return dataclasses.replace(
-        plan, source=Source.PIPELINE, stages=stages, programs=programs, keeps_rows=row.keeps_rows
+        plan, source=Source.PIPELINE, stages=stages, programs=programs, rows_in_registers=row.rows_in_registers
     )
 
 
-def _pipeline_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan | None:
+def _pipeline(n: int, itemsize: int, column_bytes: int) -> Choice | None:
     """None for rows that are better off without, and for those that no bulk copy moves."""
 
     def fitting(table: Sequence[Staged]) -> Iterator[Staged]:
@@ -184,14 +185,14 @@ def _pipeline_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan | N
             vec = vector(n, itemsize)
             vec = vec // 2 if -n % (32 * vec) > n // 8 else vec
             if (plan := _staged(BackwardPlan(n, Regime.WARP, vec, 32, WARPS), row, itemsize, column_bytes)) is not None:
-                return plan
+                return Choice(plan, row.why, row.figures)
     if n < SMALLEST_PIPELINE:
         return None
     for row in fitting(PIPELINES):
         vec = cta_vector(n, itemsize, row.warpgroups * row.cluster, largest_overlap=int(n * LARGEST_OVERLAP))
         shape = BackwardPlan(n, Regime.CTA, vec, warpgroups=row.warpgroups, cluster=row.cluster)
         if (plan := _staged(shape, row, itemsize, column_bytes)) is not None:
-            return plan
+            return Choice(plan, row.why, row.figures)
     return None
 
 
@@ -206,25 +207,39 @@ class Reread:
     with_wide_columns: bool = True  # of a wider dy, or of ds too
     warpgroups: int
     cluster: int = 1
-    per_sm: int = 1  # programs
+    per_sm: int = 1  # programs for which an SM has registers; more would run after the others
+    why: str
 
 
-# An SM has the registers for two programs of up to 17 elements a lane, and where x and dy are all that a row has; more
-# would run after the others.
 REREAD = (
-    Reread(largest_n=4096, warpgroups=1, per_sm=2),
-    Reread(largest_n=4352, with_wide_columns=False, warpgroups=2, per_sm=2),
-    Reread(largest_n=8192, warpgroups=2),
-    *(Reread(largest_n=row.largest_n, warpgroups=row.warpgroups, cluster=row.cluster) for row in NARROW),
+    Reread(largest_n=4096, warpgroups=1, per_sm=2, why="no bulk copy moves it; a lane has at most 32 elements"),
+    Reread(
+        largest_n=4352,
+        with_wide_columns=False,
+        warpgroups=2,
+        per_sm=2,
+        why="no bulk copy moves it; registers for two programs of up to 17 elements a lane",
+    ),
+    Reread(largest_n=8192, warpgroups=2, why="no bulk copy moves it; registers for one program"),
+    *(
+        Reread(
+            largest_n=row.largest_n,
+            warpgroups=row.warpgroups,
+            cluster=row.cluster,
+            why="no bulk copy moves it; at most 16 elements a lane, whose addresses fill the registers else",
+        )
+        for row in NARROW
+    ),
 )
+LARGEST_REREAD_OVERLAP = 1 / 4
 
 
-def _reread_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan:
+def _reread(n: int, itemsize: int, column_bytes: int) -> Choice:
     wide = column_bytes > 2 * itemsize
     row = next(row for row in REREAD if n <= row.largest_n and (row.with_wide_columns or not wide))
-    vec = cta_vector(n, itemsize, row.warpgroups * row.cluster, largest_overlap=n // 4)
-    programs = HELD[row.cluster] * row.per_sm
-    return BackwardPlan(
+    vec = cta_vector(n, itemsize, row.warpgroups * row.cluster, largest_overlap=int(n * LARGEST_REREAD_OVERLAP))
+    programs = RESIDENT_CLUSTERS[row.cluster] * row.per_sm
+    plan = BackwardPlan(
         n,
         Regime.CTA,
         vec,
@@ -234,120 +249,18 @@ def _reread_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan:
         keeps_weight=False,
         programs=programs,
     )
-
-
-# --- rows in warps ----------------------------------------------------------------------------------------------------
-
-LONGEST_SHORT = 256  # in registers
-LONGEST_IN_WARPS = 1023
-MOST_ELEMENTS = 24  # of a lane: n = 200 and 896 spilled with 56
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Short:
-    """Programs of an SM where a lane has up to so many elements, of all its rows."""
-
-    largest: int
-    programs: tuple[int, int, int, int]  # where a column of x, dy and ds has up to 4, 6, 8 and 12 bytes
-
-
-# As many as an SM has registers for at once; the others would run in a second wave. Of 80 elements, of which 3 fit,
-# 128 MB took 113 us with 6 and 128 with 4; of 96 elements, of which 5 fit, 111 with 4 and 126 with 6.
-SHORT = (
-    Short(largest=8, programs=(7, 5, 5, 4)),
-    Short(largest=12, programs=(5, 4, 4, 3)),
-    Short(largest=16, programs=(4, 3, 3, 2)),
-    Short(largest=20, programs=(3, 3, 2, 2)),
-    Short(largest=MOST_ELEMENTS, programs=(3, 2, 2, 2)),
-)
-# Elements that are read one by one take more registers: n = 127 88, n = 128 72; four are what all but the longest of
-# these have registers for.
-ODD_PER_SM = 4
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Rows of a group of lanes at a time, where one gives a lane up to so many elements."""
-
-    largest: int
-    rows: int
-    why: str
-    figures: str
-
-
-ROWS = (
-    Rows(largest=8, rows=2, why="65536 x 128: 19.1 us, with one row 21.3, with four 24.2", figures=""),
-    Rows(largest=MOST_ELEMENTS, rows=1, why="one row is enough to be read at a time", figures=""),
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RereadInWarps:
-    """Rows that are too long to be short ones, and that no bulk copy moves."""
-
-    largest_n: int
-    per_sm: int  # programs for which an SM has registers
-    why: str
-    figures: str
-
-
-REREAD_IN_WARPS = (
-    RereadInWarps(
-        largest_n=640,
-        per_sm=4,
-        why="65536 x 512: 57.6 us, kept in registers 58.6, and then n = 1000 spills",
-        figures="",
-    ),
-    RereadInWarps(largest_n=LONGEST_IN_WARPS, per_sm=3, why="registers for three programs", figures=""),
-)
-
-NARROWER = (
-    Narrower(
-        itemsize=2,
-        largest_n=224,
-        vector_bytes=8,
-        why="64 MB of 96 elements 59.9 us, with 16 bytes 77.1; of 160 68.9, 82.7; 4096 x 128: 4.6, 5.3. Of 256 "
-        "elements 59.1, 54.4",
-        figures="",
-    ),
-)
-
-
-def _short_programs(elements: int, column_bytes: int) -> int:
-    row = next(row for row in SHORT if elements <= row.largest)
-    return SMS * row.programs[(4, 6, 8, 12).index(column_bytes)]
-
-
-def _warp_plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan:
-    vec = warp_vector(n, itemsize, NARROWER)
-
-    def elements(lanes: int) -> int:
-        return -(-n // (lanes * vec)) * vec
-
-    lanes = lanes_of(n, vec)
-    while lanes < 32 and elements(lanes) > MOST_ELEMENTS:
-        lanes *= 2
-    block = WARPS * (32 // lanes)
-    if n <= LONGEST_SHORT:
-        rows = next(row.rows for row in ROWS if elements(lanes) <= row.largest)
-        programs = ODD_PER_SM * SMS if vec == 1 else _short_programs(rows * elements(lanes), column_bytes)
-        return BackwardPlan(n, Regime.WARP, vec, lanes, block * rows, programs=programs)
-    row = next(row for row in REREAD_IN_WARPS if n <= row.largest_n)
-    programs = row.per_sm * SMS
-    return BackwardPlan(n, Regime.WARP, vec, lanes, block, source=Source.MEMORY, keeps_weight=False, programs=programs)
+    return Choice(plan, row.why, ())
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _plan(n: int, itemsize: int, column_bytes: int) -> BackwardPlan:
+def choice(n: int, itemsize: int, column_bytes: int) -> Choice:
     """column_bytes: of x, dy and ds together."""
-    if (plan := _pipeline_plan(n, itemsize, column_bytes)) is not None:
-        return plan
-    if n <= LONGEST_IN_WARPS:
-        return _warp_plan(n, itemsize, column_bytes)
-    return _reread_plan(n, itemsize, column_bytes)
+    if (piped := _pipeline(n, itemsize, column_bytes)) is not None:
+        return piped
+    return (in_warps if n <= LONGEST_IN_WARPS else _reread)(n, itemsize, column_bytes)
 
 
 def backward_plan_for(
@@ -360,4 +273,4 @@ def backward_plan_for(
     """
     n, itemsize = checked(n), jnp.dtype(_validate.dtype_name("dtype", dtype)).itemsize
     dy_itemsize = jnp.dtype(_validate.dtype_name("dy_dtype", dtype if dy_dtype is None else dy_dtype)).itemsize
-    return _plan(n, itemsize, dy_itemsize + itemsize * (2 if residual else 1))
+    return choice(n, itemsize, dy_itemsize + itemsize * (2 if residual else 1)).plan

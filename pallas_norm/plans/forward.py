@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 
 from .. import _validate
-from .hardware import HELD, SMS, WARPS
+from .hardware import RESIDENT_CLUSTERS, SMS, WARPS
 from .lengths import LARGEST_N, checked
-from .plan import FEWEST_STAGES, Plan, Regime, Source, staged_view, stages_of
+from .plan import FEWEST_STAGES, Choice, Plan, Regime, Source, staged_view, stages_of
 from .vectors import Narrower, cta_vector, lanes_of, narrow, vector, warp_vector
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Row:
     stages: int = 0
     unstaged: Source = Source.MEMORY  # of a PIPELINE, where too few stages fit: in the residual form
     why: str
-    figures: str  # the result file, of those in bench/results, that has the times
+    figures: tuple[int, ...]  # the files bench/results/tuning_*.json that have the times
 
 
 # Times are of an H200, bf16, cold L2; the copy kernel took 67 us where the bytes of x and y are 268 MB. A row of a
@@ -45,18 +45,18 @@ TABLE = (
         largest_n=1023,
         regime=Regime.WARP,
         why="65536 x 896: 57.8 us, CTA 60.2; 65536 x 1024: 67.2 us, CTA 64.8",
-        figures="",
+        figures=(1,),
     ),
     Row(
         largest_n=8192,
         why="16384 x 4096: 66.8 us, 2 warpgroups 74.0; 8192 x 8192: 66.6, 66.6 with 2",
-        figures="",
+        figures=(1,),
     ),
     Row(
         largest_n=16384,
         warpgroups=2,
         why="4096 x 16384: 66.9 us, 4 warpgroups 90.7, read twice 69.8",
-        figures="",
+        figures=(1, 3),
     ),
     Row(
         largest_n=32768,
@@ -67,14 +67,14 @@ TABLE = (
         stages=3,
         unstaged=Source.REGISTERS,
         why="1024 rows: 34.1 us, no pipeline 37.3; 64: 5.3, 4.9",
-        figures="",
+        figures=(4, 9),
     ),
     Row(
         largest_n=32768,
         largest_row_bytes=65536,
         warpgroups=4,
         why="rows that no bulk copy moves; 2048 x 32768: 70.8 us, 8 warpgroups 76.0",
-        figures="",
+        figures=(4,),
     ),
     Row(
         largest_n=65536,
@@ -82,10 +82,10 @@ TABLE = (
         warpgroups=4,
         cluster=2,
         source=Source.PIPELINE,
-        programs=HELD[2],
+        programs=RESIDENT_CLUSTERS[2],
         stages=2,
         why="1024 x 65536: 72.3 us, 3 stages 72.8, 4 CTAs 77.9",
-        figures="",
+        figures=(8, 9),
     ),
     Row(
         largest_n=65536,
@@ -93,7 +93,7 @@ TABLE = (
         warpgroups=8,
         source=Source.MEMORY,
         why="1024 x 65536: 77.6 us, kept in a cluster of 4: 93.2",
-        figures="",
+        figures=(4, 7),
     ),
     Row(
         largest_n=LARGEST_N,
@@ -101,10 +101,10 @@ TABLE = (
         warpgroups=4,
         cluster=4,
         source=Source.PIPELINE,
-        programs=HELD[4],
+        programs=RESIDENT_CLUSTERS[4],
         stages=2,
         why="1024 x 131072: 141.6 us, 3 stages 142.4, 8 CTAs 160.8",
-        figures="",
+        figures=(8, 9),
     ),
     Row(
         largest_n=LARGEST_N,
@@ -113,7 +113,7 @@ TABLE = (
         cluster=2,
         source=Source.MEMORY,
         why="512 x 131072: 94.6 us, kept in a cluster of 8: 101.7",
-        figures="",
+        figures=(4, 7),
     ),
     Row(
         largest_n=LARGEST_N,
@@ -121,7 +121,7 @@ TABLE = (
         cluster=4,
         source=Source.MEMORY,
         why="as the row above, for rows of twice the bytes; not measured",
-        figures="",
+        figures=(),
     ),
 )
 
@@ -133,7 +133,7 @@ NARROWER = (
         vector_bytes=8,
         why="8 rows of 896: 1.41 us, with 16 bytes 1.79; of 640 1.28, 1.70; of 768 1.28, 1.41; with 65536 rows no "
         "slower. 512 and 1000 gain nothing",
-        figures="",
+        figures=(9,),
     ),
 )
 WIDE_BYTES = 16  # of a vector. Longer rows with narrower ones are shared by more warpgroups: vectors.NARROW
@@ -152,21 +152,23 @@ def _cta_plan(n: int, itemsize: int, row: Row) -> Plan:
 
 
 @functools.cache
-def _plan(n: int, itemsize: int, inputs: int) -> Plan:
+def choice(n: int, itemsize: int, inputs: int) -> Choice:
     """inputs: arrays of rows that are read."""
     for row in (row for row in TABLE if n <= row.largest_n and n * itemsize <= row.largest_row_bytes):
         if row.regime is Regime.WARP:
             vec = warp_vector(n, itemsize, NARROWER)
             lanes = lanes_of(n, vec)
-            return Plan(n, Regime.WARP, vec, lanes, WARPS * (32 // lanes))
+            return Choice(Plan(n, Regime.WARP, vec, lanes, WARPS * (32 // lanes)), row.why, row.figures)
         plan = _cta_plan(n, itemsize, row)
         if plan.source is not Source.PIPELINE:
-            return plan
+            return Choice(plan, row.why, row.figures)
         if staged_view(plan, itemsize) is not None:
             stages = min(row.stages, stages_of(plan, inputs * itemsize, per_sm=1))
             if stages < FEWEST_STAGES:  # the same chunks, so that the bits are those of the form without a residual
-                return dataclasses.replace(plan, source=row.unstaged)
-            return dataclasses.replace(plan, stages=stages, programs=row.programs, keeps_rows=True)
+                plan = dataclasses.replace(plan, source=row.unstaged)
+            else:
+                plan = dataclasses.replace(plan, stages=stages, programs=row.programs, rows_in_registers=True)
+            return Choice(plan, row.why, row.figures)
     raise AssertionError(f"the table has no row for {n} elements")
 
 
@@ -176,4 +178,4 @@ def plan_for(n: int, dtype: DTypeLike, *, residual: bool = False) -> Plan:
     residual: the form that also adds a residual. Raises NotImplementedError where there is no kernel for n.
     """
     n, itemsize = checked(n), jnp.dtype(_validate.dtype_name("dtype", dtype)).itemsize
-    return _plan(n, itemsize, 2 if residual else 1)
+    return choice(n, itemsize, 2 if residual else 1).plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from .hardware import SMEM_BYTES, WARPS
 
@@ -40,7 +40,7 @@ class Plan:
     cluster: int = 1  # CTAs that share a row
     source: Source = Source.REGISTERS
     stages: int = 0  # rows in shared memory, of a PIPELINE
-    keeps_rows: bool = False  # of a PIPELINE, in registers for the second pass: the first one frees the stage
+    rows_in_registers: bool = False  # of a PIPELINE, in registers for the second pass: the first one frees the stage
     programs: int | None = None  # of a persistent grid, at most; None: one a block
 
     @property
@@ -77,6 +77,14 @@ class BackwardPlan(Plan):
     keeps_weight: bool = True  # in registers; else it is read again for every row
 
 
+class Choice(NamedTuple):
+    """A plan, and the row of a table that gave it."""
+
+    plan: Any
+    why: str
+    figures: tuple[int, ...]
+
+
 FEWEST_STAGES = 2  # the one that is read and the one that is filled
 
 
@@ -98,7 +106,7 @@ def from_memory(plan: AnyPlan) -> AnyPlan:
     if plan.source is not Source.PIPELINE:
         return plan
     grid = {} if isinstance(plan, BackwardPlan) else {"programs": None}
-    return dataclasses.replace(plan, source=Source.MEMORY, stages=0, keeps_rows=False, **grid)
+    return dataclasses.replace(plan, source=Source.MEMORY, stages=0, rows_in_registers=False, **grid)
 
 
 def staged_view(plan: Plan, itemsize: int) -> tuple[int, ...] | None:

@@ -20,7 +20,7 @@ class Narrower:
     multiple_of: int = 1
     vector_bytes: int
     why: str
-    figures: str
+    figures: tuple[int, ...]  # the files bench/results/tuning_*.json that have the times
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

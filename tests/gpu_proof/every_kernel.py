@@ -63,8 +63,8 @@ def backward(case: Backward, implementation: str) -> None:
     if implementation == "xla":
         kernel, used = functools.partial(_dispatch.backward, **options), None
     else:
-        interpret, used = implementation == "interpret", backward_kernel.parts_of(plan, len(terms))
-        kernel = functools.partial(backward_kernel.parts, plan=plan, interpret=interpret, **options)
+        interpret, used = implementation == "interpret", backward_kernel.partial_dweight_rows(plan, len(terms))
+        kernel = functools.partial(backward_kernel.partial_dweights, plan=plan, interpret=interpret, **options)
     results = jax.jit(kernel)({name: jnp.asarray(value) for name, value in given.items()})
     operands.assert_equal(results["dx"], dx)
     if case.dweight:

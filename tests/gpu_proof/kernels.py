@@ -16,7 +16,7 @@ from tests.oracle import DTYPES
 
 # Those of the suite, and odd ones beyond them, whose narrow vectors take plans of their own.
 ALL_WIDTHS = tuple(sorted({*WIDTHS, *(row.largest_n - 1 for row in vectors.NARROW)}))
-FIELDS = ("regime", "source", "keeps_rows", "vec", "warpgroups", "cluster")
+FIELDS = ("regime", "source", "rows_in_registers", "vec", "warpgroups", "cluster")
 
 
 def kind_of_plan(plan: Any) -> tuple[Any, ...]:

@@ -46,8 +46,8 @@ def program(case: Any, elements: int, *, interpret: bool) -> tuple[Callable[...,
     if isinstance(case, Forward):
         return functools.partial(forward_kernel.forward, with_rstd=True, **options), operands.forward(case, rows)
     given = rough(case, operands.backward(case, rows)[0])
-    used = backward_kernel.parts_of(case.plan, rows)
-    kernel = functools.partial(backward_kernel.parts, with_dweight=case.dweight, **options)
+    used = backward_kernel.partial_dweight_rows(case.plan, rows)
+    kernel = functools.partial(backward_kernel.partial_dweights, with_dweight=case.dweight, **options)
 
     def with_used_parts(given: dict[str, Any]) -> dict[str, Any]:
         results = kernel(given)

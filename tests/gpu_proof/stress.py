@@ -34,7 +34,7 @@ GPU = DEVICE == "cuda"
 PATTERNS = 3  # of each case and thread
 CAPTURED = 12  # calls in a thread's graph
 LARGEST_CHURN = 1 << 21  # bytes
-HELD = 24  # tensors, freed at random
+RESIDENT_CLUSTERS = 24  # tensors, freed at random
 
 
 class Graph:
@@ -110,7 +110,7 @@ class Worker:
         for _ in range(4):
             size = self.draw.randint(1, LARGEST_CHURN if GPU else 1000)
             self.held.append(torch.empty(size, dtype=torch.uint8, device=DEVICE).fill_(255))  # as floats: NaN
-        while len(self.held) > HELD:
+        while len(self.held) > RESIDENT_CLUSTERS:
             self.held.pop(self.draw.randrange(len(self.held)))
 
 

@@ -126,7 +126,7 @@ MUTANTS = {
     "kernels for other dtypes": Mutant("_launches", "        and tensor.dtype in DTYPES\n        and tensor.layout is STRIDED", "        and tensor.layout is STRIDED", "test_huggingface_ways_back.py::test_unusual_operands"),
     "lazily negated memory launched": Mutant("_launches", "tensor.is_neg() or tensor.is_nested", "tensor.is_nested", "test_huggingface_ways_back.py::test_unusual_operands"),
     "forward mode launched": Mutant("_launches", "    return not forward_mode() and (transformation() is None or not _torch_state.inside_jvp())\n", "    return True\n", "test_huggingface_ways_back.py::test_forward_mode"),
-    "tensors of inference mode saved": Mutant("_launches", "    if inference and torch.is_grad_enabled():\n        return False\n", "", "test_huggingface_ways_back.py::test_tensors_of_inference"),
+    "tensors of inference mode launched": Mutant("_launches", "    if inference and torch.is_grad_enabled():\n        return False\n", "", "test_huggingface_ways_back.py::test_tensors_of_inference"),
     "the operator lost in compiled programs": Mutant("_launches", "    if is_compiling():\n", "    if False:\n", "test_huggingface_ways_back.py::test_compiled_programs"),
     "a hidden helper passed by": Mutant("_replacing", "            and hidden.isdisjoint(members)\n", "", "test_huggingface_ways_back.py::test_a_helper_hidden"),
     "a changed class passed by": Mutant("_replacing", "            and owner.forward is own\n", "", "test_huggingface_ways_back.py::test_a_class_whose_forward"),

@@ -89,7 +89,7 @@ def _results(program: Program, count: int, plan: Plan, device: torch.device) -> 
 
 
 def _parts(plan: Plan, count: int) -> int:
-    return backward_kernel.parts_of(plan, count) if isinstance(plan, BackwardPlan) else 0
+    return backward_kernel.partial_dweight_rows(plan, count) if isinstance(plan, BackwardPlan) else 0
 
 
 def _launch(
