@@ -146,11 +146,13 @@ def _exact(name: str) -> Callable[..., torch.Tensor]:
 
 def _norms(model: nn.Module) -> list[tuple[nn.Module, Any]]:
     """The model's norms with their rows of the table of classes."""
-    from pallas_norm_torch._classes import recognise
+    from pallas_norm_torch._classes import looks_like_one, recognise
 
     found = []
     for norm in model.modules():
         row = recognise(type(norm))
+        if row is None and looks_like_one(type(norm)):
+            row = "no row of the table of classes knows its forward"
         if isinstance(row, str) or (row is not None and row.kind.name not in ("LLAMA", "OLMO2", "GEMMA")):
             reason = row if isinstance(row, str) else f"computes {row.kind.value}"
             raise ValueError(f"{type(norm).__name__}: {reason}; needed Llama's, Olmo2's or Gemma's norm: another model")
