@@ -85,8 +85,8 @@ def aligned(operands: Arrays) -> Arrays:
 
     def placed(name: str, value: jax.Array) -> jax.Array:
         spec = _of(name, rows, value.ndim)
-        there = jax.typeof(value).sharding
-        if not there.mesh.empty and _spec(value) == tuple(spec):
+        # What lies on no mesh (an array from before it, outside jit) may go with any; only jit knows the devices.
+        if jax.typeof(value).sharding.mesh.empty or _spec(value) == tuple(spec):
             return value
         return jax.sharding.reshard(value, NamedSharding(mesh, spec))
 

@@ -89,13 +89,13 @@ REFERENCE: dict[str, Rewrite] = {
     ),
     "xla: mean over n + 1 in long rows": Rewrite(
         "reference",
-        "jnp.mean(g * unit, axis=-1, keepdims=True)",
+        "row_mean(g * unit, axis_name, axis_index_groups)",
         "jnp.sum(g * unit, axis=-1, keepdims=True) / (x.shape[-1] + (x.shape[-1] > 4000))",
         n=4096,
     ),
     "xla: mean of squares over n + 1 in long rows": Rewrite(
         "reference",
-        "jnp.mean(wide * wide, axis=-1, keepdims=True)",
+        "row_mean(wide * wide, axis_name, axis_index_groups)",
         "jnp.sum(wide * wide, axis=-1, keepdims=True) / (x.shape[-1] + (x.shape[-1] > 4000))",
         n=4096,
     ),
@@ -109,8 +109,8 @@ REFERENCE: dict[str, Rewrite] = {
     ),
     "xla: dx not rounded before ds is added": Rewrite(
         "reference",
-        "dx = round_to(rstd[..., None] * (g - unit * jnp.mean(g * unit, axis=-1, keepdims=True)), x.dtype)",
-        "dx = rstd[..., None] * (g - unit * jnp.mean(g * unit, axis=-1, keepdims=True))",
+        "dx = round_to(rstd[..., None] * (g - unit * row_mean(g * unit, axis_name, axis_index_groups)), x.dtype)",
+        "dx = rstd[..., None] * (g - unit * row_mean(g * unit, axis_name, axis_index_groups))",
         also=("return dx if ds is None", "return round_to(dx, x.dtype) if ds is None"),
     ),
 }  # fmt: skip

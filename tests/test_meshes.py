@@ -289,3 +289,25 @@ def test_operands_that_disagree_raise_what_the_sum_raises() -> None:
     y, s = add_rms_norm(x, jax.device_put(X, NamedSharding(mesh, P(None, "model"))))
     assert padded(y) == padded(s) == ("data", "model", None)
     assert_equal(s, add_rms_norm(X, X)[1])
+
+
+@pytest.mark.parametrize("kind", ["explicit", "auto"])
+def test_a_weight_from_before_the_mesh_goes_with_rows_on_it(kind: str) -> None:
+    """Outside jit nothing may move it: only a program knows the devices."""
+    (x,) = placed(mesh_of(kind), P("data"), X)
+    weight = jnp.asarray(WEIGHT)
+
+    def gradients(x: Any, weight: Any) -> Any:
+        y, pullback = jax.vjp(rms_norm, x, weight)
+        return pullback(y)
+
+    expected = jax.jit(gradients)(X, WEIGHT)
+    for function in (gradients, jax.jit(gradients)):
+        dx, dweight = function(x, weight)
+        assert_equal(dx, expected[0])
+        assert padded(dx) == ("data", None, None)
+        assert_close(dweight, expected[1], 2 * ROWS * U32 * 16 * ROWS * np.abs(WEIGHT).max() * 16)
+    assert_equal(rms_norm(x, weight), rms_norm(X, WEIGHT))
+    assert jax.vmap(rms_norm, in_axes=(0, None))(x, weight).shape == X.shape
+    with pytest.raises(TypeError, match="jvp"):
+        jax.jvp(rms_norm, (x, weight), (x, weight))
