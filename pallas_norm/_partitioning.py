@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import _compat, reference
+from . import _compat, _spmd, reference
 from ._sharding import COLUMNS, PER_ROW
 
 TARGET = "pallas_norm"
@@ -37,7 +37,7 @@ def register(decode: Callable[[str], Any]) -> None:
     """On import: a program from a file or a cache may hold calls that this process never lowered."""
     global _decode
     _decode = decode
-    _compat.register_partitioner(TARGET, _partition, _infer)
+    _spmd.register_partitioner(TARGET, _partition, _infer)
 
 
 def lowered(context: Any, values: Sequence[Any], call: Any) -> Any:
@@ -53,7 +53,7 @@ def lowered(context: Any, values: Sequence[Any], call: Any) -> Any:
 
     # The weight's factor is its own: a weight that lies split over the columns (FSDP) must not split the rows of x.
     replicated = ("columns",) if {*call.names, *call.results} & {*COLUMNS} else ()
-    return _compat.partitioned_call(
+    return _spmd.partitioned_call(
         context,
         values,
         target=TARGET,
@@ -72,7 +72,7 @@ def _sharding(name: str, rows: Any) -> Any:
         *batch, columns, replicas, manual = rows.shape
         order = [len(batch), *range(len(batch)), len(batch) + 1, len(batch) + 2]
         rows = rows.transpose(order).reshape(columns, math.prod(batch) * replicas, manual)
-    return _compat.from_tiling(rows)
+    return _spmd.from_tiling(rows)
 
 
 def _groups(rows: Any, axes: range) -> list[list[int]]:
@@ -86,7 +86,7 @@ def _tiles(call: Any, arg_shapes: Sequence[Any], arg_shardings: Sequence[Any]) -
     at = call.names.index("x")
     given = [sharding for sharding in arg_shardings if sharding is not None and not sharding.is_replicated()]
     devices = max([math.prod(sharding.tile_assignment_dimensions()) for sharding in given], default=1)
-    return _compat.tiling(arg_shardings[at], len(arg_shapes[at].dimensions()), devices)
+    return _spmd.tiling(arg_shardings[at], len(arg_shapes[at].dimensions()), devices)
 
 
 def _numbers(rows: Any, mesh: Sequence[tuple[int, bool]]) -> Any:
@@ -143,13 +143,13 @@ def _partition(
         for sharding, shape in zip(operands, arg_shapes, strict=True)
     ]
     numbers = _numbers(rows, given["mesh"])
-    program = _compat.local_program(_local(call, numbers), structs, (SHARDS, numbers.size), "cuda")
+    program = _spmd.local_program(_local(call, numbers), structs, (SHARDS, numbers.size), "cuda")
     results = [_sharding(name, rows) for name in call.results]
-    return program, operands, _compat.tuple_of_shardings(result_shape, results)
+    return program, operands, _spmd.tuple_of_shardings(result_shape, results)
 
 
 def _infer(arg_shapes: Sequence[Any], arg_shardings: Sequence[Any], result_shape: Any, config: bytes) -> Any:
     assert _decode is not None
     call = _decode(json.loads(config)["call"])
     rows = _tiles(call, arg_shapes, arg_shardings)
-    return _compat.tuple_of_shardings(result_shape, [_sharding(name, rows) for name in call.results])
+    return _spmd.tuple_of_shardings(result_shape, [_sharding(name, rows) for name in call.results])

@@ -66,3 +66,56 @@ def test_no_file_is_too_long_for_one_idea() -> None:
     assert {
         name: length for name, path in MODULES.items() if (length := len(path.read_text().splitlines())) > 300
     } == {}
+
+
+# What pallas_norm_torch takes of pallas_norm beside its public names: a new name here is a new seam.
+SEAM = {
+    "_autodiff": {"gradient", "norm"},
+    "_compat": {"adopt", "cuda_capabilities"},
+    "_dispatch": {"NEEDED_CAPABILITY", "no_kernel_for"},
+    "_doctor": {"REPORT", "SHOWN_LENGTHS", "Line", "attempt", "check_cases"},
+    "_selfcheck": {"*"},
+    "_spec": {"Spec"},
+    "_validate": {"*"},
+    "kernels.backward": {"partial_dweight_rows", "partial_dweights"},
+    "kernels.dweight_sum": {"TILE", "column_sum"},
+    "kernels.forward": {"forward"},
+    "kernels.grid": {"COUNTS", "counts_of"},
+    "kernels.launch_arguments": {"ALIGNMENT", "BYTES", "COUNT", "LaunchArguments"},
+    "plans.plan": {"BackwardPlan", "Plan", "Source", "from_memory"},
+    "regimes": {"backward_plan_for", "plan_for"},
+}
+
+
+def taken(text: str) -> set[tuple[str, str]]:
+    """(module of pallas_norm, name) of what a file takes from it."""
+    found: set[tuple[str, str]] = set()
+    modules: dict[str, str] = {}
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "pallas_norm":
+            base = ".".join((node.module or "").split(".")[1:])
+            for alias in node.names:
+                whole = f"{base}.{alias.name}" if base else alias.name
+                if whole in MODULES:
+                    modules[alias.asname or alias.name] = whole
+                else:
+                    found.add((base, alias.name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            found.add((modules[node.value.id], node.attr))
+    return found
+
+
+def test_the_torch_package_takes_what_the_seam_names() -> None:
+    files = (HOME.parent / "interop" / "pallas_norm_torch").rglob("*.py")
+    used = set().union(*(taken(file.read_text()) for file in files))
+    allowed = {(module, name) for module, names in SEAM.items() for name in names}
+    assert {(m, n) for m, n in used if (m, n) not in allowed and (m, "*") not in allowed and m} == set()
+    unused = {module for module, _ in allowed} - {module for module, _ in used}
+    assert unused == set()
+
+
+def test_a_name_beyond_the_seam_is_found() -> None:
+    text = "from pallas_norm.kernels import grid as grids\nfrom pallas_norm._spec import Spec\ngrids.extent(1)"
+    assert taken(text) == {("kernels.grid", "extent"), ("_spec", "Spec")}

@@ -215,7 +215,7 @@ def test_auto_axes_inside_explicit_ones(implementation: Any) -> None:
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("manual", [{"data"}, {"model"}, {"data", "model"}], ids=str)
+@pytest.mark.parametrize("manual", [{"data"}, {"model"}, {"data", "model"}], ids=lambda axes: "+".join(sorted(axes)))
 def test_shard_map_over_some_axes_runs_on_local_rows(kind: str, manual: set[str], check_vma: bool) -> None:  # noqa: FBT001
     if kind == "auto data, explicit model" and len(manual) == 2:
         pytest.skip("JAX cannot place an axis split over an Auto axis first and an Explicit one then")

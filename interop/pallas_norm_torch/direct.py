@@ -9,7 +9,8 @@ from pallas_norm._spec import Spec
 
 from . import launch
 from ._kernels import Backward, Forward
-from .prepared import BackwardCall, ForwardCall, backward_call, forward_call
+from .prepared import ForwardCall, forward_call
+from .prepared_gradient import BackwardCall, backward_call
 
 Tensor = torch.Tensor
 

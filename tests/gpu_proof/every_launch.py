@@ -18,7 +18,7 @@ import torch
 import pallas_norm_torch
 from pallas_norm.kernels import dweight_sum
 from pallas_norm.kernels.grid import counts_of
-from pallas_norm_torch import _library, direct, prepared
+from pallas_norm_torch import _library, direct, prepared_gradient
 from tests import oracle
 from tests.gpu_proof import kernels, operands
 from tests.gpu_proof.kernels import Backward, Forward
@@ -109,7 +109,7 @@ def unwritten_parts() -> Iterator[None]:
     has written those in a launch: initcheck told of every element that the sum read there, millions of them, and never
     came to its end.
     """
-    with mock.patch.object(prepared, "unwritten", _unwritten):
+    with mock.patch.object(prepared_gradient, "unwritten", _unwritten):
         yield
 
 

@@ -14,7 +14,7 @@ import torch
 
 from pallas_norm.kernels.launch_arguments import BYTES, COUNT
 from pallas_norm.plans.plan import BackwardPlan
-from pallas_norm_torch import _library, direct, launch, ops, prepared, rows, statements
+from pallas_norm_torch import _library, direct, launch, ops, prepared, prepared_gradient, rows, statements
 from pallas_norm_torch.launch.recording import Parameter, Recorded
 from pallas_norm_torch.programs import Program
 
@@ -129,11 +129,12 @@ def made(monkeypatch: pytest.MonkeyPatch) -> dict[Program, FakeKernel]:
 
     monkeypatch.setattr(launch, "kernel", kernel)
     monkeypatch.setattr(_library, "path", lambda x: direct)
-    for module in (prepared, rows):
+    for module in (prepared, prepared_gradient, rows):
         monkeypatch.setattr(module, "ALIGNMENT", ALIGNMENT)
-    for cache in ("_forward", "_backward_calls"):
-        monkeypatch.setattr(prepared, cache, {})
+    monkeypatch.setattr(prepared, "_forward", {})
+    monkeypatch.setattr(prepared_gradient, "_calls", {})
     monkeypatch.setattr(ops, "_prepared", {})
     monkeypatch.setattr(direct, "_refused", {})
-    monkeypatch.setattr(prepared, "_stream", lambda device: 99)
+    for module in (prepared, prepared_gradient):
+        monkeypatch.setattr(module, "_stream", lambda device: 99)
     return kernels

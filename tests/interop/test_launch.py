@@ -15,7 +15,7 @@ import torch
 from pallas_norm._spec import Spec
 from pallas_norm.kernels import grid as grids
 from pallas_norm.kernels.launch_arguments import COUNT
-from pallas_norm_torch import _kernels, _library, direct, explain, launch, prepared, statements
+from pallas_norm_torch import _kernels, _library, direct, explain, launch, prepared_gradient, statements
 from pallas_norm_torch.launch import compiling, lowering
 from pallas_norm_torch.programs import Program
 
@@ -90,7 +90,7 @@ def test_a_prepared_call_counts_as_the_kernels_do(kind: str, n: int, rows: int) 
     plan = program(kind, n).plan
     assert plan is not None
     blocks, first_left, ctas = grids.counts_of(plan, rows)
-    assert prepared._Grid(plan).of(rows) == (blocks * COUNT, first_left * COUNT, ctas * plan.cluster)
+    assert prepared_gradient.Grid(plan).of(rows) == (blocks * COUNT, first_left * COUNT, ctas * plan.cluster)
 
 
 class OnGpu:
