@@ -6,13 +6,15 @@ import concurrent.futures
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from pallas_norm_torch import add_rms_norm, cache, rms_norm
-from pallas_norm_torch.launch import compiling
+from pallas_norm._spec import Spec
+from pallas_norm_torch import add_rms_norm, cache, explain, ops, rms_norm, statements
+from pallas_norm_torch.launch import compiling, driver, kernels
 from tests.interop.cases import assert_same, bits, draw
 
 pytestmark = pytest.mark.gpu
@@ -208,3 +210,63 @@ def test_a_first_call_inside_a_capture_is_refused() -> None:
         rms_norm(x, weight)
     torch.cuda.synchronize()
     assert rms_norm(x, weight).shape == x.shape
+
+
+def test_no_backend_of_jax_is_started(tmp_path: Any) -> None:
+    """Nor by a first call that compiles: the clients take a context on every GPU and most of the memory of one."""
+    code = """
+import torch, pallas_norm_torch
+x, weight = torch.randn(5, 4096, device="cuda").bfloat16(), torch.ones(4096, device="cuda").bfloat16().requires_grad_()
+pallas_norm_torch.rms_norm(x, weight).sum().backward()
+pallas_norm_torch.rms_norm(x[:, :16], weight[:16])
+from jax._src import xla_bridge
+print(xla_bridge.backends_are_initialized())
+"""
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert run.stdout == "False\n"
+
+
+@pytest.fixture
+def another_context() -> Iterator[int]:
+    """A context of the same GPU that is not torch's, and current."""
+    made = driver.ask("cuCtxCreate", None, 0, driver.ask("cuDeviceGet", 0))
+    yield int(made)
+    driver.ask("cuCtxSetCurrent", driver.primary_context(0))
+    driver.ask("cuCtxDestroy", made)
+
+
+@pytest.mark.parametrize("n", [128, 4096, 65536, 768])
+def test_a_planted_context_changes_nothing_and_is_left_current(n: int, request: pytest.FixtureRequest) -> None:
+    """Kernels that are compiled, loaded (768) and launched while another context is current."""
+    x, weight = operands(9, n)
+    expected = statements.forward(x, None, weight, Spec(), with_rstd=False)[0] if n == 768 else rms_norm(x, weight)
+    torch.cuda.synchronize()
+    planted = request.getfixturevalue("another_context")
+    found = rms_norm(x, weight)
+    assert driver.current_context() == planted
+    driver.ask("cuCtxSetCurrent", driver.primary_context(0))
+    torch.cuda.synchronize()
+    assert_same(found, expected)
+
+
+def test_a_planted_launch_error_is_raised_and_nothing_is_kept_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = operands(9, 4096)
+    right = rms_norm(x, weight)
+    call = ops._prepared_for(x, None, weight, 1e-6, True, 0.0)  # noqa: FBT003
+    assert call is not None
+    monkeypatch.setattr(call, "_cluster", 0)  # a grid of no CTAs
+    message = r"the forward kernel for n = 4096 could not be launched on cuda:0: CUDA_ERROR_INVALID_VALUE \(invalid arg"
+    with pytest.raises(RuntimeError, match=message):
+        rms_norm(x, weight)
+    monkeypatch.undo()
+    assert_same(rms_norm(x, weight), right)
+
+
+def test_a_kernel_that_fails_its_trial_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that writes nothing, as in another GPU's context."""
+    monkeypatch.setattr(kernels.Kernel, "__call__", lambda *_: None)
+    x, weight = operands(9, 1728)
+    assert_same(rms_norm(x, weight), statements.forward(x, None, weight, Spec(), with_rstd=False)[0])
+    reason = "the forward kernel for n = 1728 is not used on cuda:0: in its trial run y came out wrong"
+    assert reason in explain(1728, torch.bfloat16, "cuda")
