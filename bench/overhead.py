@@ -56,16 +56,33 @@ def _empty_like(operands: Operands) -> Call:
 
 def _with_grad(factory: Callable[[Operands], Call], operands: Operands) -> Call:
     """The forward call that a training step makes, on leaves that require grad."""
-    torch = module("torch")
-    leaves = Operands(operands.case)
-    leaves.arrays, leaves.tensors = operands.arrays, dict(operands.tensors)
-    leaves.tensors["x"] = operands.tensors["x"].detach().requires_grad_()
-    leaves.tensors["weight"] = torch.nn.Parameter(operands.tensors["weight"].detach())
-    return factory(leaves)
+    return factory(_leaves(operands))
 
 
 def _grad(factory: Callable[[Operands], Call]) -> Callable[[Operands], Call]:
     return functools.partial(_with_grad, factory)
+
+
+def _leaves(operands: Operands) -> Operands:
+    """The same operands as leaves that require grad."""
+    leaves = Operands(operands.case)
+    leaves.arrays, leaves.tensors = operands.arrays, dict(operands.tensors)
+    leaves.tensors["x"] = operands.tensors["x"].detach().requires_grad_()
+    leaves.tensors["weight"] = module("torch").nn.Parameter(operands.tensors["weight"].detach())
+    return leaves
+
+
+def _both(factory: Callable[[Operands], Call]) -> Callable[[Operands], Call]:
+    """The forward and the backward call of a training step: dx and dweight."""
+
+    def make(operands: Operands) -> Call:
+        leaves = _leaves(operands)
+        forward, grad = factory(leaves), module("torch").autograd.grad
+        inputs = leaves.tensors["x"], leaves.tensors["weight"]
+        dy = module("torch").ones_like(operands.tensors["x"])
+        return Call(lambda: grad(forward(), inputs, dy), "dx and dweight too")
+
+    return make
 
 
 def _in_place(operands: Operands) -> Call:
@@ -80,10 +97,19 @@ def _add(operands: Operands) -> Call:
 
 
 def _strided(operands: Operands) -> Call:
-    norm, tensors = torch_baselines.exported("rms_norm"), operands.tensors
-    rows, n = tensors["x"].shape
-    columns = tensors["x"].new_empty(rows, n + 128)[:, :n].copy_(tensors["x"])
-    return Call(lambda: norm(columns, tensors["weight"], EPS), "columns of a wider tensor")
+    norm, columns = torch_baselines.exported("rms_norm"), _columns(operands)
+    return Call(lambda: norm(columns, operands.tensors["weight"], EPS), "columns of a wider tensor")
+
+
+def _functional_strided(operands: Operands) -> Call:
+    norm, columns = module("torch").nn.functional.rms_norm, _columns(operands)
+    return Call(lambda: norm(columns, columns.shape[-1:], operands.tensors["weight"], EPS), "columns of a wider tensor")
+
+
+def _columns(operands: Operands) -> Any:
+    x = operands.tensors["x"]
+    rows, n = x.shape
+    return x.new_empty(rows, n + 128)[:, :n].copy_(x)
 
 
 WAYS: dict[str, Callable[[Operands], Call]] = {
@@ -94,16 +120,20 @@ WAYS: dict[str, Callable[[Operands], Call]] = {
     "pallas-norm torch, add": _add,
     "pallas-norm torch, strided": _strided,
     "pallas-norm torch, grad": _grad(torch_baselines.ours),
+    "pallas-norm torch, forward and backward": _both(torch_baselines.ours),
     "pallas-norm by DLPack": _exchanged,
     "pallas-norm, jax.jit": functools.partial(_jax, jitted=True),
     "pallas-norm, JAX without jit": functools.partial(_jax, jitted=False),
     "F.rms_norm": torch_baselines.functional,
+    "F.rms_norm, strided": _functional_strided,
     "F.rms_norm, grad": _grad(torch_baselines.functional),
+    "F.rms_norm, forward and backward": _both(torch_baselines.functional),
     "HF eager": torch_baselines.hugging_face,
     "HF eager, grad": _grad(torch_baselines.hugging_face),
     "torch.compile": torch_baselines.compiled,
     "Liger": torch_baselines.liger,
     "Liger, grad": _grad(torch_baselines.liger),
+    "Liger, forward and backward": _both(torch_baselines.liger),
     "Quack": torch_baselines.quack,
     "SGLang": torch_baselines.sglang,
 }

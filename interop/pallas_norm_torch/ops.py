@@ -25,7 +25,6 @@ _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = _torch_state.dispatch_modes
 _transformation = _torch_state.transformation
 _tracing = _torch_state.tracing
-_is_lazy = _torch_state.is_lazy
 _takes_y = _validate.takes_y
 
 # By dtypes, n, options, device and form: the call for operands like some that were checked.
@@ -234,18 +233,18 @@ def _prepared_for(
             n, dtype = x.shape[-1], None
         else:
             n, dtype = weight.numel(), weight.dtype
-            if weight.dim() != 1 or weight.get_device() != device or _is_lazy(weight) or x.shape[-1] != n:
+            if weight.dim() != 1 or weight.get_device() != device or weight.is_neg() or x.shape[-1] != n:
                 return None
         call = _prepared[x.dtype, n, dtype, eps, cast_before_scale, weight_offset, device, residual is not None]
     except (KeyError, IndexError, RuntimeError):  # like none before, without an axis, or sparse
         return None
-    if _is_lazy(x) or (
+    if x.is_neg() or (
         residual is not None
         and (
             residual.shape != x.shape
             or residual.dtype != x.dtype
             or residual.get_device() != device
-            or _is_lazy(residual)
+            or residual.is_neg()
         )
     ):
         return None

@@ -13,7 +13,7 @@ import torch
 from pallas_norm.kernels.launch_arguments import BYTES, COUNT
 from pallas_norm.plans.plan import Plan, Source, from_memory
 
-from . import _torch_state, launch, rows
+from . import _torch_state, _validate, launch, rows
 from ._kernels import Backward, Forward, program_of
 from ._overlap import may_overlap
 from .prepared_gradient import BackwardCall, backward_call
@@ -50,6 +50,7 @@ class ForwardCall:
         dtype = kernel.x if kernel.weight is None else torch.promote_types(kernel.x, kernel.weight)
         self.y_dtype = None if dtype == kernel.x else dtype
         self._run = launch.kernel(program, device)
+        self._go = self._run.launch
         self._block_elements = self.plan.block * self.n
         self._most, self._cluster = program.plan.programs or NO_LIMIT, program.plan.cluster
         self._layouts: dict[Any, Any] = {}  # by shape, strides and offsets, the numbers; None: to be copied
@@ -84,7 +85,7 @@ class ForwardCall:
         full = blocks if blocks < self._most else self._most
         values = x_at, weight_at, blocks * COUNT, full * COUNT, 0, y.data_ptr()
         if self.device == _current_device():
-            self._run(_stream(self.device), full * self._cluster, values)
+            self._go(_stream(self.device), full * self._cluster, values)
         else:
             self._run.elsewhere(_stream(self.device), full * self._cluster, values)
         return y
@@ -111,7 +112,7 @@ class ForwardCall:
         full = blocks if blocks < self._most else self._most
         values = x_at, weight_at, blocks * COUNT, full * COUNT, 0, y.data_ptr(), rstd.data_ptr()
         if self.device == _current_device():
-            self._run(_stream(self.device), full * self._cluster, values)
+            self._go(_stream(self.device), full * self._cluster, values)
         else:
             self._run.elsewhere(_stream(self.device), full * self._cluster, values)
         return y, rstd
@@ -126,7 +127,7 @@ class ForwardCall:
         if weight is not None:
             usual = usual and weight.is_contiguous()
             at.append(weight.data_ptr())
-        if not usual or any(address % ALIGNMENT for address in at):
+        if not usual or any(address % ALIGNMENT for address in at) or not all(at):  # 0: without memory, or rows
             return self._unusual(x, residual, weight, out)
         y = _empty_like(x) if self.y_dtype is None else _empty_like(x, dtype=self.y_dtype)
         return self._launched(x, residual, y, at)
@@ -149,7 +150,7 @@ class ForwardCall:
 
     def _launch(self, run: Any, grid: int, values: list[int]) -> None:
         if self.device == _current_device():
-            run(_stream(self.device), grid, values)
+            run.launch(_stream(self.device), grid, values)
         else:
             run.elsewhere(_stream(self.device), grid, values)
 
@@ -157,6 +158,8 @@ class ForwardCall:
 
     def _unusual(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None) -> Results:
         """Into `out`, and rows that are not one behind the other from an aligned address on."""
+        if any(tensor is not None and tensor._is_zerotensor() for tensor in (x, residual, weight)):
+            _validate.operands(x, residual, weight, with_residual=residual is not None)  # raises: there is no memory
         weight = None if weight is None else rows.ready(weight)
         in_rows = all(t is None or (t.is_contiguous() and rows.aligned(t)) for t in (x, residual, out))
         plan, count = self.plan if in_rows else from_memory(self.plan), x.numel() // self.n

@@ -65,16 +65,16 @@ class BackwardCall:
         elsewhere, stream = self.device != _current_device(), _stream(self.device)
         run, run_sum = self._run, self._sum
         if run_sum is None or weight is None:
-            (run.elsewhere if elsewhere else run)(stream, grid, at)
+            (run.elsewhere if elsewhere else run.launch)(stream, grid, at)
             return dx, None
         # The sum reads whole tiles, and leaves out what no CTA wrote.
         used = grid // self._grid.cluster
         parts = unwritten(x, max(used, TILE), self.n)
         dweight = _empty_like(weight)
         at.append(parts.data_ptr())
-        (run.elsewhere if elsewhere else run)(stream, grid, at)
+        (run.elsewhere if elsewhere else run.launch)(stream, grid, at)
         numbers = [parts.data_ptr(), used * COUNT, dweight.data_ptr()]
-        (run_sum.elsewhere if elsewhere else run_sum)(stream, run_sum.recorded.grid, numbers)
+        (run_sum.elsewhere if elsewhere else run_sum.launch)(stream, run_sum.recorded.grid, numbers)
         return dx, dweight
 
 

@@ -39,9 +39,9 @@ class FakeKernel:
         self.launches: list[tuple[int, int, dict[str, int]]] = []
 
     def elsewhere(self, stream: int, grid: int, values: Sequence[int]) -> None:
-        self(stream, grid, values)
+        self.launch(stream, grid, values)
 
-    def __call__(self, stream: int, grid: int, values: Sequence[int]) -> None:
+    def launch(self, stream: int, grid: int, values: Sequence[int]) -> None:
         program = self.program
         named = dict(zip((*program.inputs, *program.outputs), values, strict=True))
         self.launches.append((stream, grid, named))

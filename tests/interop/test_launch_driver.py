@@ -92,7 +92,7 @@ def kernel(*, cluster: int = 1, parameters: tuple[Parameter, ...] | None = None)
 def test_the_driver_reads_what_the_header_says(cluster: int, fake: FakeDriver) -> None:
     launched = kernel(cluster=cluster)
     for grid, stream in ((12, 0), (12, 77), (8, 77), (8, 77)):
-        launched(stream, grid, [0xA00, 0xB00, 0xC00, 0xD00])
+        launched.launch(stream, grid, [0xA00, 0xB00, 0xC00, 0xD00])
         found = fake.launches[-1]
         assert found["grid"] == (grid, 1, 1)
         assert (found["block"], found["shared"], found["stream"]) == ((256, 1, 1), 2048, stream)
@@ -114,7 +114,7 @@ def test_descriptors_follow_the_address(fake: FakeDriver, monkeypatch: pytest.Mo
     template = bytes(range(128))
     launched = kernel(parameters=(Parameter(0, 0, template), Parameter(128, 1)))
     for address in (0x500, 0x600, 0x500):
-        launched(0, 1, [address, 0x900])
+        launched.launch(0, 1, [address, 0x900])
         expected = template[:120] + address.to_bytes(8, "little") + (0x900).to_bytes(8, "little")
         assert fake.launches[-1]["parameters"] == expected
     assert made == [0x500, 0x600]
@@ -123,7 +123,7 @@ def test_descriptors_follow_the_address(fake: FakeDriver, monkeypatch: pytest.Mo
 def test_an_error_of_the_driver_is_raised(fake: FakeDriver) -> None:
     fake.answer = lambda: 719
     with pytest.raises(RuntimeError) as caught:
-        kernel()(0, 1, [1, 2, 3, 4])
+        kernel().launch(0, 1, [1, 2, 3, 4])
     assert str(caught.value) == (
         "the forward kernel for n = 4096 could not be launched on cuda:1: CUDA_ERROR_719 (as it says); nothing was "
         "computed. An error of an earlier kernel of this process shows here too: run it with CUDA_LAUNCH_BLOCKING=1 to "
@@ -136,7 +136,7 @@ def test_another_context_than_the_devices_is_left_as_it_was(status: int, fake: F
     """JAX leaves the last GPU's context current in the thread that starts it."""
     fake.current = OTHERS
     fake.answer = lambda: 0 if fake.current == OWN else status
-    kernel()(0, 1, [1, 2, 3, 4])
+    kernel().launch(0, 1, [1, 2, 3, 4])
     assert [found["context"] for found in fake.launches] == [OTHERS, OWN]
     assert fake.current == OTHERS
 
@@ -144,14 +144,14 @@ def test_another_context_than_the_devices_is_left_as_it_was(status: int, fake: F
 def test_a_thread_without_a_context_gets_the_devices(fake: FakeDriver) -> None:
     fake.current = 0
     fake.answer = lambda: 0 if fake.current == OWN else kernels.NO_CONTEXT
-    kernel()(0, 1, [1, 2, 3, 4])
+    kernel().launch(0, 1, [1, 2, 3, 4])
     assert fake.current == OWN
 
 
 def test_an_error_in_the_own_context_is_not_tried_again(fake: FakeDriver) -> None:
     fake.answer = lambda: kernels.ANOTHERS
     with pytest.raises(RuntimeError, match="could not be launched on cuda:1: CUDA_ERROR_400"):
-        kernel()(0, 1, [1, 2, 3, 4])
+        kernel().launch(0, 1, [1, 2, 3, 4])
     assert len(fake.launches) == 1
 
 
@@ -256,7 +256,7 @@ def test_a_kernel_that_computes_something_else_does_not(program: Program) -> Non
 @pytest.mark.usefixtures("aligned")
 def test_a_kernel_that_writes_nothing_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one in another device's context: its launch fails, or it writes elsewhere."""
-    monkeypatch.setattr(FakeKernel, "__call__", lambda *_: None)
+    monkeypatch.setattr(FakeKernel, "launch", lambda *_: None)
     for program in PROGRAMS:
         assert not any(verdict(program).values())
 

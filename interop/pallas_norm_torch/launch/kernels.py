@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -43,8 +43,8 @@ def _cluster_attribute(cluster: int) -> Any:
 
 
 class Kernel:
-    """kernel(stream, grid, values): values are the addresses and numbers of `Program.inputs` and then of its outputs,
-    grid the number of CTAs. Raises RuntimeError where the driver refuses the launch."""
+    """kernel.launch(stream, grid, values): values are the addresses and numbers of `Program.inputs` and then of its
+    outputs, grid the number of CTAs. Raises RuntimeError where the driver refuses the launch."""
 
     def __init__(self, recorded: Recorded, device: int, name: str) -> None:
         self.device, self.name, self.recorded = device, name, recorded
@@ -65,16 +65,24 @@ class Kernel:
         self._launch = driver.launcher()
         # Taken and given back by one operation each, so that threads, and a finaliser amid a call, share none.
         self._free: list[_Memory] = []
+        self.launch = self._flat()
 
-    def __call__(self, stream: int, grid: int, values: Sequence[int]) -> None:
-        taken = self._with_descriptors(values) if self._templates else self._take(values)
-        memory = self._free.pop() if self._free else _Memory(self.recorded.function)
-        if memory.grid != grid or memory.stream != stream:
-            self._write_head(memory, stream, grid)
-        self._pack(memory.view, PARAMETERS_AT, *taken)
-        if status := self._launch(*memory.arguments):
-            self._again(status, memory)
-        self._free.append(memory)
+    def _flat(self) -> Callable[[int, int, Sequence[int]], None]:
+        """The launch with all that it needs in its own cells: 0.5 us less than through self."""
+        take = self._with_descriptors if self._templates else self._take
+        pack, launch, free, function = self._pack, self._launch, self._free, self.recorded.function
+
+        def launched(stream: int, grid: int, values: Sequence[int]) -> None:
+            taken = take(values)
+            memory = free.pop() if free else _Memory(function)
+            if memory.grid != grid or memory.stream != stream:
+                self._write_head(memory, stream, grid)
+            pack(memory.view, PARAMETERS_AT, *taken)
+            if status := launch(*memory.arguments):
+                self._again(status, memory)
+            free.append(memory)
+
+        return launched
 
     def _write_head(self, memory: _Memory, stream: int, grid: int) -> None:
         recorded = self.recorded
@@ -113,4 +121,4 @@ class Kernel:
     def elsewhere(self, stream: int, grid: int, values: Sequence[int]) -> None:
         """The same while another device is the current one."""
         with driver.context_of(self.device):
-            self(stream, grid, values)
+            self.launch(stream, grid, values)

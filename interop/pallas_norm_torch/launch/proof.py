@@ -97,7 +97,7 @@ def _launch(
 ) -> None:
     count = arrays["x"].shape[0]
     values = arguments.values(program, arrays, arguments.counts(plan, count) | dict(numbers))
-    kernel(stream, arguments.grid(plan, count), values)
+    kernel.launch(stream, arguments.grid(plan, count), values)
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
@@ -193,5 +193,5 @@ def _column_sum(kernel: Kernel, program: Program, device: torch.device, stream: 
     parts[count:] = torch.nan  # which it may read and must leave out
     dweight = torch.full_like(expected, torch.nan).to(device)
     values = arguments.values(program, {"parts": parts.to(device), "dweight": dweight}, {"rows": count})
-    kernel(stream, kernel.recorded.grid, values)
+    kernel.launch(stream, kernel.recorded.grid, values)
     return {"dweight": _same(dweight.cpu(), expected)}
