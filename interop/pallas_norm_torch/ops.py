@@ -252,11 +252,9 @@ def _prepared_for(
 
 
 def _added(x: Tensor, residual: Tensor, weight: Tensor | None, call: ForwardCall) -> tuple[Tensor, Tensor]:
-    if _grad_enabled() and _requires_grad(x, residual, weight):
+    if _grad_enabled() and (x.requires_grad or residual.requires_grad or (weight is not None and weight.requires_grad)):
         return _eager.norm(x, residual, weight, call)
-    y, s, _ = call(x, residual, weight)
-    assert s is not None
-    return y, s
+    return call.added(x, residual, weight)
 
 
 def _refuse(x: Tensor, reason: launch.Unavailable) -> None:

@@ -90,6 +90,30 @@ class ForwardCall:
             self._run.elsewhere(_stream(self.device), full * self._cluster, values)
         return y
 
+    def added(self, x: Tensor, residual: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(y, s), as `plain`, of a call with a residual."""
+        x_at, residual_at, weight_at = x.data_ptr(), residual.data_ptr(), 0 if weight is None else weight.data_ptr()
+        blocks, left = divmod(x.numel(), self._block_elements)
+        if (
+            (x_at | residual_at | weight_at) % ALIGNMENT
+            or left
+            or weight is None
+            or not (x_at and residual_at and weight_at)
+            or not (x.is_contiguous() and residual.is_contiguous() and weight.is_contiguous())
+        ):
+            y, s, _ = self(x, residual, weight)
+            assert s is not None
+            return y, s
+        y = _empty_like(x) if self.y_dtype is None else _empty_like(x, dtype=self.y_dtype)
+        s = _empty_like(x)
+        full = blocks if blocks < self._most else self._most
+        values = x_at, residual_at, weight_at, blocks * COUNT, full * COUNT, 0, y.data_ptr(), s.data_ptr()
+        if self.device == _current_device():
+            self._go(_stream(self.device), full * self._cluster, values)
+        else:
+            self._run.elsewhere(_stream(self.device), full * self._cluster, values)
+        return y, s
+
     def trained(self, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """(y, rstd), as `plain`, of a call with rstd."""
         x_at, weight_at = x.data_ptr(), 0 if weight is None else weight.data_ptr()
