@@ -21,7 +21,7 @@ help:
 	@echo 'make smoke         the wheel and the sdist, each in an environment of its own'
 
 install:
-	@scripts/bootstrap .venv $(MINIMUM) demo,test -- $(TORCH)
+	@scripts/bootstrap .venv $(MINIMUM) demo,test,test-torch -- $(TORCH)
 
 demo: install
 	@.venv/bin/python -m demo
