@@ -37,9 +37,7 @@ def assert_near(
     return found / bound if bound else 0.0
 
 
-def assert_training_near(
-    ours: Training, own: Training, exact: Training, dtype: torch.dtype = torch.bfloat16
-) -> str:
+def assert_training_near(ours: Training, own: Training, exact: Training, dtype: torch.dtype = torch.bfloat16) -> str:
     losses = [torch.tensor(one.losses, dtype=torch.float64) for one in (ours, own, exact)]
     assert_near("the losses", *losses, dtype)
     assert ours.gradients.keys() == own.gradients.keys() == exact.gradients.keys()
@@ -48,5 +46,5 @@ def assert_training_near(
         assert_near(f"the gradient of {name}", value, own.gradients[name], exact.gradients[name], dtype)
         for name, value in ours.gradients.items()
     ]
-    words = " ".join(f"{loss:.4f}" for loss in ours.losses)
-    return f"losses {words} (unpatched {' '.join(f'{loss:.4f}' for loss in own.losses)}), gradients {max(shares):.2f} of the bound"
+    words, those = (" ".join(f"{loss:.4f}" for loss in one.losses) for one in (ours, own))
+    return f"losses {words} (unpatched {those}), gradients {max(shares):.2f} of the bound"

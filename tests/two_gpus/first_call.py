@@ -66,7 +66,7 @@ WAYS: dict[str, Callable[[Known], None]] = {
 
 
 def with_jax(order: str, device: int) -> None:
-    """JAX on one GPU, torch on the other, in turns. JAX's start makes the last GPU's context the thread's current one."""
+    """JAX on one GPU, torch on the other, in turns. JAX's start makes the last GPU's context the current one."""
     if order == "jax-first":
         on_jax(1 - device)
         torch.cuda.set_device(device)

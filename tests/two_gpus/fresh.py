@@ -47,7 +47,10 @@ def uncached_and_cached(way: str, device: int, *options: str) -> str:
 def alone() -> list[Check]:
     cases = [("forward", 0), ("forward", 1), ("all", 1)]
     return [
-        (f"memory of both GPUs, first call {way} on cuda:{gpu}", functools.partial(uncached_and_cached, way, gpu, "memory"))
+        (
+            f"memory of both GPUs, first call {way} on cuda:{gpu}",
+            functools.partial(uncached_and_cached, way, gpu, "memory"),
+        )
         for way, gpu in cases
     ]
 

@@ -14,18 +14,20 @@ from tests.interop.cases import assert_same
 from tests.two_gpus import checks
 from tests.two_gpus.checks import Check
 
+GPU = torch.cuda.device_count() >= 2
+HERE, THERE = (0, 1) if GPU else ("cpu", "cpu")
 LAYERS = 2
-PARTS = {
-    "model.embed_tokens": 0,
-    "model.layers.0": 0,
-    "model.layers.1": 1,
-    "model.norm": 1,
-    "model.rotary_emb": 0,
-    "lm_head": 1,
+PARTS: dict[str, Any] = {
+    "model.embed_tokens": HERE,
+    "model.layers.0": HERE,
+    "model.layers.1": THERE,
+    "model.norm": THERE,
+    "model.rotary_emb": HERE,
+    "lm_head": THERE,
 }
 
 
-def llama(device: str = "cuda:0") -> Any:
+def llama(device: Any = HERE) -> Any:
     import transformers
 
     config = transformers.LlamaConfig(
@@ -39,8 +41,8 @@ def llama(device: str = "cuda:0") -> Any:
     return model.bfloat16().to(device).eval()
 
 
-def tokens(device: str = "cuda:0") -> torch.Tensor:
-    return torch.randint(0, 100, (8, 16), generator=torch.Generator().manual_seed(1)).to(device)
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 100, (8, 16), generator=torch.Generator().manual_seed(1)).to(HERE)
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -52,7 +54,7 @@ def patch(model: Any, *, fused: bool) -> None:
     report = pn.patch(model, fuse_residual=fused)
     assert dict(report.replaced) == {"LlamaRMSNorm": 2 * LAYERS + 1}, str(report)
     assert sum(report.fused.values()) == (LAYERS if fused else 0), str(report)
-    assert all(how.startswith("with kernels on cuda") for how in report.runs), str(report)
+    assert not GPU or all(how.startswith("with kernels on cuda") for how in report.runs), str(report)
 
 
 @functools.cache
@@ -69,13 +71,13 @@ def dispatched(*, first: str, fused: bool) -> None:
     model = llama("cpu")
     if first == "patch":
         pn.patch(model, fuse_residual=fused)
-    model = accelerate.dispatch_model(model, PARTS)
+    model = accelerate.dispatch_model(model, PARTS, main_device=HERE, force_hooks=True)
     if first == "dispatch":
         patch(model, fused=fused)
-    now = torch.cuda.current_device()
+    now = torch.cuda.current_device() if GPU else None
     for _ in range(2):
         assert_same(logits(model, tokens()).cpu(), on_one_gpu(fused))
-    assert torch.cuda.current_device() == now
+    assert not GPU or torch.cuda.current_device() == now
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -89,7 +91,7 @@ def dispatched_backward() -> None:
 
     alone = llama()
     patch(alone, fused=False)
-    model = accelerate.dispatch_model(llama("cpu"), PARTS)
+    model = accelerate.dispatch_model(llama("cpu"), PARTS, main_device=HERE, force_hooks=True)
     patch(model, fused=False)
     found, expected = gradients(model), gradients(alone)
     assert found.keys() == expected.keys()
@@ -114,7 +116,8 @@ def of_two_gpus() -> list[Check]:
         for first, words in (("patch", "patched before"), ("dispatch", "patched after")):
             check = functools.partial(dispatched, first=first, fused=fused)
             found.append((f"accelerate dispatch_model, {words}{form}", check))
-        found.append((f"DataParallel{form}", functools.partial(data_parallel, fused=fused)))
+        if GPU:
+            found.append((f"DataParallel{form}", functools.partial(data_parallel, fused=fused)))
     return [*found, ("accelerate dispatch_model, backward", dispatched_backward)]
 
 

@@ -70,7 +70,7 @@ def qwen3_by_plan(rank: Rank) -> str:
     _, exact = logits(torch.float32)
     model, own = logits(BF16, tp_plan="auto")
     report = pn.patch(model)
-    # Some versions of transformers bind the forward of q_norm and k_norm for their plan; those are left, with the reason.
+    # Some versions of transformers bind the forward of q_norm and k_norm for their plan; those are left.
     left = [norm.name for norm in report.left]
     assert report.replaced["Qwen3RMSNorm"] + len(left) == 4 * LAYERS + 1, str(report)
     assert all(name.endswith(("q_norm", "k_norm")) for name in left), str(report)

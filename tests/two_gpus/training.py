@@ -131,9 +131,7 @@ def check_ddp(rank: Rank, *, fused: bool) -> str:
     return assert_training_near(ddp(rank, patched=True, fused=fused), own_ddp(rank), exact(rank))
 
 
-def check_fsdp(
-    rank: Rank, *, dtype: torch.dtype = torch.float32, mixed: bool = True, **options: Any
-) -> str:
+def check_fsdp(rank: Rank, *, dtype: torch.dtype = torch.float32, mixed: bool = True, **options: Any) -> str:
     ours = fsdp(rank, dtype, mixed=mixed, **options)
     precision = BF16 if mixed else dtype
     return assert_training_near(ours, own_fsdp(rank, dtype, mixed), exact(rank), precision)
