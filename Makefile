@@ -7,7 +7,7 @@ MINIMUM := 3.11
 TESTS := .venv/bin/python -m pytest -n 2 -m 'not gpu and not nightly'
 export PYTHON
 
-.PHONY: help demo test coverage test-nightly test-gpu test-newest lint docs smoke install install-docs install-lint install-gpu clean
+.PHONY: help demo test coverage test-nightly test-gpu test-gpus test-newest lint docs smoke install install-docs install-lint install-gpu clean
 
 help:
 	@echo 'make demo          compare the norms bit by bit on real-sized activations; writes demo/out/bits.png'
@@ -15,6 +15,7 @@ help:
 	@echo 'make coverage      the same tests, and which lines and branches they leave out'
 	@echo 'make test-nightly  the tests that are too long for every push'
 	@echo 'make test-gpu      the tests that need an NVIDIA GPU of compute capability 9.0 or newer'
+	@echo 'make test-gpus     the tests that need two of them in one host; under five minutes'
 	@echo 'make test-newest   the tests that need no torch, with the newest supported JAX (needs Python >= 3.12)'
 	@echo 'make lint          ruff and pyright'
 	@echo 'make docs          the API pages, in docs/site; a warning is an error'
@@ -40,6 +41,10 @@ install-gpu:
 
 test-gpu: install-gpu
 	scripts/gpu-tests gpu-tests .venv-gpu/bin/python
+
+test-gpus: install-gpu
+	@.venv-gpu/bin/python -m pip install -q accelerate
+	scripts/two-gpus two-gpus .venv-gpu/bin/python
 
 test-newest:
 	@if reason=$$(scripts/find-python 3.12 --highest 2>&1 >/dev/null); then \

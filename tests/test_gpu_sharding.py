@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,16 +15,34 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_norm import add_rms_norm, rms_norm
+from tests.test_meshes import collectives, padded
 
 pytestmark = pytest.mark.gpu
 ROWS, N = 1024, 4096
+U32 = 2.0**-24  # half a unit in the last place of a float32
+KINDS = {
+    "explicit": (AxisType.Explicit,) * 2,
+    "auto": (AxisType.Auto,) * 2,
+    "explicit data, auto model": (AxisType.Explicit, AxisType.Auto),
+    "auto data, explicit model": (AxisType.Auto, AxisType.Explicit),
+}
+
+
+def two_devices() -> list[Any]:
+    if len(jax.devices()) < 2:
+        pytest.skip(f"needs two CUDA devices; this machine has {len(jax.devices())}")
+    return jax.devices()[:2]
 
 
 @pytest.fixture(params=[AxisType.Explicit, AxisType.Auto], ids=str)
 def mesh(request: pytest.FixtureRequest) -> Mesh:
-    if len(jax.devices()) < 2:
-        pytest.skip(f"needs two CUDA devices; this machine has {len(jax.devices())}")
-    return jax.make_mesh((2,), ("data",), axis_types=(request.param,), devices=jax.devices()[:2])
+    return jax.make_mesh((2,), ("data",), axis_types=(request.param,), devices=two_devices())
+
+
+def mesh_of(kind: str, *, split: str) -> Mesh:
+    """Of two axes, one of which has both devices."""
+    shape = (2, 1) if split == "data" else (1, 2)
+    return jax.make_mesh(shape, ("data", "model"), axis_types=KINDS[kind], devices=two_devices())
 
 
 def operands() -> list[jax.Array]:
@@ -41,9 +61,20 @@ def gradients(x: Any, residual: Any, dy: Any, weight: Any) -> Any:
     return jax.vjp(rms_norm, x, weight)[1](dy)
 
 
-def placed(mesh: Mesh) -> list[jax.Array]:
-    by_rows, everywhere = NamedSharding(mesh, P("data", None)), NamedSharding(mesh, P())
-    return [jax.device_put(value, everywhere if value.ndim == 1 else by_rows) for value in operands()]
+BY_ROWS, WHOLE = P("data", None), P()
+
+
+def placed(mesh: Mesh, rows: P = BY_ROWS, weight: P = WHOLE) -> list[jax.Array]:
+    return [jax.device_put(value, NamedSharding(mesh, weight if value.ndim == 1 else rows)) for value in operands()]
+
+
+def add_gradients(x: Any, residual: Any, dy: Any, weight: Any) -> Any:
+    return jax.vjp(add_rms_norm, x, residual, weight)[1]((dy, residual))
+
+
+def elements(shape: str) -> int:
+    """Of what a collective moves, such as f32[1024,1]."""
+    return math.prod(int(size) for size in re.findall(r"\d+", shape.partition("[")[2]))
 
 
 def assert_equal(found: Any, expected: Any) -> None:
@@ -68,3 +99,100 @@ def test_inside_shard_map(mesh: Mesh) -> None:
 
     x, _, _, weight = placed(mesh)
     assert_equal(sharded(x, weight), jax.jit(rms_norm)(*(operands()[i] for i in (0, 3))))
+
+
+@pytest.mark.parametrize("function", [forward, gradients, add_gradients])
+@pytest.mark.parametrize("split", ["data", "model"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_axis_of_two_eager_and_jitted(kind: str, split: str, function: Callable[..., Any]) -> None:
+    given = placed(mesh_of(kind, split=split), P(split, None))
+    expected = jax.jit(function)(*operands())
+    for way in (jax.jit(function), function):
+        found = way(*given)
+        if function is add_gradients:  # the sums of its rows are not exact, so only what each row gives is
+            found, expected_now = found[:2], expected[:2]
+        else:
+            expected_now = expected
+        assert_equal(found, expected_now)
+        for value in jax.tree.leaves(found):
+            if value.ndim == 2:
+                assert padded(value) == (split, None)
+    moved = {name for name, _ in collectives(function, *given)}
+    assert moved == (set() if function is forward else {"all-reduce"})
+
+
+@pytest.mark.parametrize("split", ["data", "model"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_shard_map_over_some_axes(kind: str, split: str) -> None:
+    mesh = mesh_of(kind, split=split)
+    rows = P(split, None)
+    x, residual, _, weight = placed(mesh, rows)
+    expected = jax.jit(add_rms_norm)(*(operands()[i] for i in (0, 1, 3)))
+    for manual in ({split}, {"data", "model"}):
+        mapped = jax.shard_map(add_rms_norm, mesh=mesh, in_specs=(rows, rows, P()), out_specs=rows, axis_names=manual)
+        assert_equal(jax.jit(mapped)(x, residual, weight), expected)
+        assert collectives(mapped, x, residual, weight) == []
+
+
+def test_the_gradient_inside_shard_map(mesh: Mesh) -> None:
+    """The transpose of the replicated weight sums dweight over the GPUs, of exact sums here."""
+
+    def local(x: Any, residual: Any, dy: Any, weight: Any) -> Any:
+        return gradients(x, residual, dy, weight)
+
+    rows = P("data", None)
+    mapped = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, rows, P()), out_specs=(rows, P())))
+    assert_equal(mapped(*placed(mesh)), jax.jit(gradients)(*operands()))
+
+
+@pytest.mark.parametrize("weight", [P("data"), P()], ids=["split weight", "whole weight"])
+def test_fsdp(mesh: Mesh, weight: P) -> None:
+    """A weight that lies split is gathered, never x; its gradient has the bits of one GPU."""
+    given = placed(mesh, weight=weight)
+    assert_equal(jax.jit(forward)(*given), jax.jit(forward)(*operands()))
+    dx, dweight = jax.jit(gradients)(*given)
+    assert_equal([dx, dweight], jax.jit(gradients)(*operands()))
+    if mesh.axis_types == (AxisType.Explicit,):
+        assert padded(dweight) == (*weight, None)[:1]
+    for function in (forward, gradients):
+        assert all(elements(shape) <= N for _, shape in collectives(function, *given))
+
+
+def test_a_sharded_last_axis_is_not_gathered(mesh: Mesh) -> None:
+    given = placed(mesh, P(None, "data"))
+    moved = collectives(forward, *given)
+    assert {name for name, _ in moved} == {"all-reduce"}
+    assert all(elements(shape) <= ROWS for _, shape in moved)
+    x, _, _, weight = operands()
+    y = jax.jit(forward)(*given)[0]
+    # rstd may be the neighbour of the kernel's; of signs nothing of it is left in bfloat16.
+    assert_equal(y, weight * x.astype("float32"))
+    dx, dweight = jax.jit(gradients)(*given)
+    expected_dx, expected_dweight = jax.jit(gradients)(*operands())
+    wide = np.asarray(expected_dx, np.float64)
+    assert np.all(np.abs(np.asarray(dx, np.float64) - wide) <= 2.0**-7 * np.abs(wide) + N * U32)
+    # Both add ROWS integers of at most 3, times unit, which is a few units in the last place off.
+    assert np.all(np.abs(np.asarray(dweight, np.float64) - np.asarray(expected_dweight)) <= ROWS * 3 * 8 * U32)
+
+
+def test_a_mesh_in_context(mesh: Mesh) -> None:
+    """Operands from before it, and on it."""
+    expected = jax.jit(forward)(*operands())
+    with jax.set_mesh(mesh):
+        for given in (operands(), placed(mesh)):
+            assert_equal(jax.jit(forward)(*given), expected)
+            assert_equal(forward(*given), expected)
+            assert_equal(jax.jit(gradients)(*given), jax.jit(gradients)(*operands()))
+
+
+def test_one_gpu_has_the_bits_of_the_other() -> None:
+    found = [
+        [
+            jax.jit(function)(*(jax.device_put(value, device) for value in operands()))
+            for function in (forward, gradients)
+        ]
+        for device in two_devices()
+    ]
+    for values, device in zip(found, two_devices(), strict=True):
+        assert all(value.devices() == {device} for value in jax.tree.leaves(values))
+    assert_equal(found[0], found[1])

@@ -140,7 +140,7 @@ def a_sharded_last_axis_is_gathered(mesh: Any) -> None:
 def a_partial_sum_is_added_up_first(mesh: Any) -> None:
     from torch.distributed.tensor import DTensor, Partial
 
-    local = draw(4, N, dtype=torch.float32, seed=dist.get_rank())
+    local = draw(4, N, dtype=torch.float32, seed=dist.get_rank()).to(mesh.device_type)
     x = DTensor.from_local(local, mesh, [Partial()])
     assert_same(whole(rms_norm(x)), rms_norm(whole(x)))
 
@@ -211,11 +211,12 @@ def sequence_parallel(mesh: Any) -> None:
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
-    model = torch.nn.Sequential(RMSNorm(N, dtype=torch.bfloat16))
+    device = mesh.device_type
+    model = torch.nn.Sequential(RMSNorm(N, dtype=torch.bfloat16, device=device))
     with torch.no_grad():
         model[0].weight.copy_(draw(N, dtype=torch.bfloat16, seed=3))
-    x = draw(2, 8, N, dtype=torch.bfloat16)
-    alone = RMSNorm(N, dtype=torch.bfloat16)
+    x = draw(2, 8, N, dtype=torch.bfloat16).to(device)
+    alone = RMSNorm(N, dtype=torch.bfloat16, device=device)
     alone.load_state_dict({"weight": model[0].weight.detach().clone()})
     parallelize_module(model, mesh, {"0": SequenceParallel()})
     shard = x.chunk(RANKS, dim=1)[dist.get_rank()].contiguous()
