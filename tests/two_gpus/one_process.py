@@ -53,7 +53,7 @@ def the_same_bits_on_both() -> None:
             found: list[list[torch.Tensor]] = []
             for device in DEVICES:
                 leaves = [value.to(device).requires_grad_() for value in (x, residual, weight)]
-                y, s = add_rms_norm(*leaves)
+                y, s = add_rms_norm(leaves[0], leaves[1], leaves[2])
                 gradients = torch.autograd.grad([y, s], leaves, [dy.to(device)] * 2)
                 plain = rms_norm(leaves[0].detach(), leaves[2].detach())
                 found.append([value.detach().cpu() for value in (y, s, plain, *gradients)])
