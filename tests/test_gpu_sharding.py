@@ -85,7 +85,7 @@ def assert_equal(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("function", [forward, gradients])
 def test_the_bits_of_two_gpus_are_those_of_one(mesh: Mesh, function: Callable[..., Any]) -> None:
     jitted = jax.jit(function)
-    program = jitted.lower(*placed(mesh)).compile().as_text()
+    program = jitted.lower(*placed(mesh)).compile().as_text() or ""
     assert "mosaic_gpu" in program
     assert "all-gather" not in program  # every GPU works on its own rows
     assert ("all-reduce" in program) == (function is gradients)  # dweight alone is summed over the GPUs

@@ -38,8 +38,8 @@ def assert_near(
 
 
 def assert_training_near(ours: Training, own: Training, exact: Training, dtype: torch.dtype = torch.bfloat16) -> str:
-    losses = [torch.tensor(one.losses, dtype=torch.float64) for one in (ours, own, exact)]
-    assert_near("the losses", *losses, dtype)
+    found, theirs, known = (torch.tensor(one.losses, dtype=torch.float64) for one in (ours, own, exact))
+    assert_near("the losses", found, theirs, known, dtype)
     assert ours.gradients.keys() == own.gradients.keys() == exact.gradients.keys()
     assert ours.gradients
     shares = [

@@ -17,7 +17,7 @@ from tests.two_gpus import checks
 from tests.two_gpus.checks import Check
 
 SECONDS = 120
-AT_ONCE = 6
+AT_ONCE = 8
 
 
 def child(*arguments: str, cache: str, **environment: str) -> str:

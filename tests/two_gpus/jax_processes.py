@@ -111,7 +111,7 @@ def of_process() -> list[checks.Check]:
 
 
 def process(number: int, port: int) -> int:
-    local = {} if REHEARSAL else {"local_device_ids": [number]}
+    local: dict[str, Any] = {} if REHEARSAL else {"local_device_ids": [number]}
     if REHEARSAL:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 1)

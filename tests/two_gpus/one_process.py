@@ -53,7 +53,7 @@ def the_same_bits_on_both() -> None:
             found: list[list[torch.Tensor]] = []
             for device in DEVICES:
                 leaves = [value.to(device).requires_grad_() for value in (x, residual, weight)]
-                y, s = add_rms_norm(*leaves)
+                y, s = add_rms_norm(leaves[0], leaves[1], leaves[2])
                 gradients = torch.autograd.grad([y, s], leaves, [dy.to(device)] * 2)
                 plain = rms_norm(leaves[0].detach(), leaves[2].detach())
                 found.append([value.detach().cpu() for value in (y, s, plain, *gradients)])
@@ -133,7 +133,7 @@ def side_streams() -> None:
             x.zero_()
             torch.cuda.synchronize(device)
             with torch.cuda.stream(stream):
-                torch.cuda._sleep(20_000_000)
+                torch.cuda._sleep(400_000_000)  # 0.2 s: the machine is busy
                 x.copy_(case.x)
                 with contextlib.ExitStack() as stack:
                     if now == device:
@@ -159,13 +159,14 @@ def streams_of_both_at_once() -> None:
 
 
 def graphs_on_either() -> None:
+    """On a stream of the device: the one that torch captures on by default is of the first capture's device."""
     for device in DEVICES:
         case, other = known.of(device), known.of(device, seed=1)
         x = case.x.clone()
         with torch.cuda.device(device):
             graph = torch.cuda.CUDAGraph()
             rms_norm(x, case.weight)
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
                 y = rms_norm(x, case.weight)
         for now in DEVICES:
             with torch.cuda.device(now):

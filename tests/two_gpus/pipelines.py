@@ -15,7 +15,8 @@ from tests.two_gpus import checks
 from tests.two_gpus.checks import Check
 
 GPU = torch.cuda.device_count() >= 2
-HERE, THERE = (0, 1) if GPU else ("cpu", "cpu")
+HERE: Any = 0 if GPU else "cpu"
+THERE: Any = 1 if GPU else "cpu"
 LAYERS = 2
 PARTS: dict[str, Any] = {
     "model.embed_tokens": HERE,
@@ -34,7 +35,7 @@ def llama(device: Any = HERE) -> Any:
         hidden_size=256, intermediate_size=512, num_hidden_layers=LAYERS, num_attention_heads=4, vocab_size=100
     )
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
+    model: Any = transformers.LlamaForCausalLM(config)
     for name, value in model.named_parameters():
         if "norm" in name:
             nn.init.uniform_(value, 0.5, 1.5)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 from tests.two_gpus import checks, ports
 
@@ -58,7 +59,7 @@ def main(module: str) -> int:
     """Of a module with CHECKS, functions of a Rank. A rank that dies takes the other one with it, and raises."""
     checks.require_two_gpus()
     outcomes = multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(work, (ports.free(), module, outcomes), nprocs=WORLD)
+    spawn(work, (ports.free(), module, outcomes), nprocs=WORLD)
     wanted, passed, failed = (sum(counts) for counts in zip(*(outcomes.get() for _ in range(WORLD)), strict=True))
     return checks.finish(passed, failed, wanted=wanted)
 

@@ -25,7 +25,7 @@ from tests.two_gpus.training import RankCheck, llama, patch, whole
 GPU = torch.cuda.device_count() >= WORLD
 BF16 = torch.bfloat16
 LAYERS = 2
-SHAPE: dict[str, int] = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 512 if GPU else 64,
     "intermediate_size": 1024 if GPU else 96,
     "num_hidden_layers": LAYERS,
@@ -58,7 +58,7 @@ def qwen3_by_plan(rank: Rank) -> str:
     tokens = torch.arange(64, device=rank.device).view(1, 64)
 
     def logits(dtype: torch.dtype, **options: Any) -> tuple[Any, torch.Tensor]:
-        model = transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        model: Any = transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype, **options)
         if not options:
             model = model.to(rank.device)  # HF brings a model with a plan there itself
         return model, whole_logits(model)

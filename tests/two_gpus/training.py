@@ -38,7 +38,7 @@ def llama(rank: Rank, dtype: torch.dtype) -> Any:
         vocab_size=VOCABULARY,
     )
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
+    model: Any = transformers.LlamaForCausalLM(config)
     for name, value in model.named_parameters():
         if "norm" in name:
             nn.init.uniform_(value, 0.5, 1.5)
