@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import traceback
 from pathlib import Path
@@ -19,6 +20,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_norm
+from pallas_norm import _lowering
+from pallas_norm.kernels import forward as forward_kernel
 
 HOME = Path(pallas_norm.__file__).parent
 
@@ -44,37 +47,51 @@ class _SeenError(Exception):
 
 
 def walk(n: int, *, backward: bool = False) -> Walk:
+    """To where the path is left open, when a program is traced, and from where it is chosen, when it is lowered."""
     x, weight = jax.ShapeDtypeStruct((8, n), jnp.bfloat16), jax.ShapeDtypeStruct((n,), jnp.bfloat16)
-    found: list[Walk] = []
+    traced: list[list[tuple[str, str]]] = []
+    lowered: list[list[tuple[str, str]]] = []
+
+    def seen() -> list[tuple[str, str]]:
+        stack = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(HOME)]
+        return [(str(Path(frame.filename).relative_to(HOME)), frame.name) for frame in stack]
 
     def load(*_: Any, **__: Any) -> Any:
-        stack = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(HOME)]
-        found.append(Walk([(str(Path(frame.filename).relative_to(HOME)), frame.name) for frame in stack]))
+        lowered.append(seen())
         raise _SeenError
 
+    chosen = _lowering.chosen
+
+    def choose(*arguments: Any) -> Any:
+        traced.append(seen())
+        return chosen(*arguments)
+
     def gradients(x: Any, weight: Any, dy: Any) -> Any:
-        _, pullback = jax.vjp(pallas_norm.rms_norm, x, weight)
-        with mock.patch.object(plgpu, "load", load):
-            return pullback(dy)
+        return jax.vjp(pallas_norm.rms_norm, x, weight)[1](dy)[0]
 
-    def forward(x: Any, weight: Any) -> Any:
-        with mock.patch.object(plgpu, "load", load):
-            return pallas_norm.rms_norm(x, weight)
+    program, operands = (gradients, (x, weight, x)) if backward else (pallas_norm.rms_norm, (x, weight))
+    skip = mock.patch.object(forward_kernel, "forward", _nothing) if backward else contextlib.nullcontext()
+    jax.clear_caches()  # what is kept of a trace is not walked again
+    patches = mock.patch.object(_lowering, "chosen", choose), mock.patch.object(plgpu, "load", load)
+    with patches[0], patches[1], skip, pytest.raises(_SeenError):
+        jax.jit(program).trace(*operands).lower(lowering_platforms=("cuda",))
+    return Walk([*traced[-1], *lowered[0]])
 
-    program, operands = (gradients, (x, weight, x)) if backward else (forward, (x, weight))
-    with pytest.raises(_SeenError):
-        jax.jit(program).trace(*operands)
-    return found[0]
+
+def _nothing(operands: dict[str, Any], **_: Any) -> dict[str, Any]:
+    """In place of the forward kernel, whose loads are not looked for."""
+    x = operands["x"]
+    return {"y": x, "rstd": jnp.zeros(x.shape[:1], jnp.float32)}
 
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("n", [128, 4096])
 def test_a_call_walks_no_further(n: int, *, backward: bool) -> None:
-    """The one return: launch calls what forward.py, or backward.py, does with a block. It was three, of 23 and 24
-    frames, where each kernel had a grid of its own."""
+    """Returns: to _transforms below a shard_map, to _dispatch from the rule of lowering, and from launch to what
+    forward.py, or backward.py, does with a block."""
     found = walk(n, backward=backward)
-    assert len(found.frames) <= 24, found
-    assert found.returns <= 1, found
+    assert len(found.frames) <= 27, found
+    assert found.returns <= 3, found
 
 
 def test_a_walk_counts_what_it_returns_to() -> None:

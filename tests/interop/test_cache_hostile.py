@@ -243,3 +243,23 @@ def test_the_kernel_is_lowered_where_the_cache_has_none(
         monkeypatch.setattr(os, "replace", refuses(errno.ENOSPC))
     assert compiling._cached_module(program, gpu) == (PAYLOAD, 7)
     assert len(lowered) == (1 if left == "what was stored" else 2)
+
+
+def test_another_gpu_has_a_module_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code depends on the architecture and on the shared memory."""
+    monkeypatch.setattr(lowering, "module_of", lambda program, gpu: (repr(gpu).encode(), 7))
+    for gpu in (lowering.Gpu((9, 0), 232448, 132), lowering.Gpu((12, 0), 101376, 170)):
+        assert compiling._cached_module(Program(), gpu)[0] == repr(gpu).encode()
+
+
+def test_a_release_without_sources_has_a_key_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation of .pyc files alone: the hash of nothing was equal for all releases."""
+    monkeypatch.setattr(compiling.pallas_norm, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(compiling, "__file__", str(tmp_path / "launch" / "compiling.py"))
+    digests = set()
+    for release in ("0.1.0", "0.2.0"):
+        monkeypatch.setattr(compiling.importlib.metadata, "version", lambda name, release=release: release)
+        compiling._source_digest.cache_clear()
+        digests.add(compiling._source_digest())
+    compiling._source_digest.cache_clear()
+    assert len(digests) == 2

@@ -200,3 +200,49 @@ def test_one_call_for_each_kernel_and_device() -> None:
     rms_norm(x, weight)
     rms_norm(x[:2], weight)
     assert len(prepared._forward) == 1
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_a_persistent_grid_has_no_more_ctas_than_its_plan(
+    made: dict[Program, FakeKernel],  # noqa: F811
+    *,
+    with_residual: bool,
+) -> None:
+    """Each takes several rows then; FakeKernel compares the counts with the plan's."""
+    rows, n = 140, 32768
+    x, weight = draw(rows, n, dtype=torch.bfloat16), draw(n, dtype=torch.bfloat16, seed=1)
+    residual = x if with_residual else None
+    for training in (False, True):
+        leaf = x.clone().requires_grad_(training)
+        found = rms_norm(leaf, weight) if residual is None else add_rms_norm(leaf, residual, weight)[0]
+        assert_same(found.detach(), expected(x, weight, residual)[0])
+    persistent = [program for program in made if program.plan is not None and program.plan.programs]
+    assert persistent or with_residual
+    for program in persistent:
+        assert all(grid <= program.plan.programs * program.plan.cluster for _, grid, _ in made[program].launches)
+
+
+def test_rows_at_other_offsets_are_other_layouts() -> None:
+    """Of the same shape and strides: only the address of the first row differs."""
+    wide = draw(6, 1024, dtype=torch.bfloat16)
+    for start in (0, 8, 16, 72):
+        x = wide[:, start : start + 128]
+        assert_same(rms_norm(x), expected(x, None)[0])
+
+
+def test_threads_with_other_row_counts_share_no_rstd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two looks at the tensor that rstd is made like, another thread may have put another one there."""
+    weight = draw(128, dtype=torch.float32).requires_grad_()
+    right = prepared._empty_like
+
+    def interrupted(like: torch.Tensor, **options: Any) -> torch.Tensor:
+        call = next(call for call in prepared._forward.values() if call.kernel.with_rstd)
+        call._rstd = torch.empty(1)
+        return right(like, **options)
+
+    rms_norm(draw(64, 128, dtype=torch.float32), weight)
+    monkeypatch.setattr(prepared, "_empty_like", interrupted)
+    x = draw(64, 128, dtype=torch.float32, seed=3)
+    y = rms_norm(x, weight)
+    (saved,) = [tensor for tensor in y.grad_fn.saved_tensors if tensor.dim() == 1 and tensor.shape != weight.shape]
+    assert saved.shape == (64,)
