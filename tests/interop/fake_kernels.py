@@ -14,7 +14,7 @@ import torch
 
 from pallas_norm.kernels.launch_arguments import BYTES, COUNT
 from pallas_norm.plans.plan import BackwardPlan
-from pallas_norm_torch import _library, direct, launch, ops, prepared, prepared_gradient, rows, statements
+from pallas_norm_torch import _library, _validate, direct, launch, ops, prepared, prepared_gradient, rows, statements
 from pallas_norm_torch.launch.recording import Parameter, Recorded
 from pallas_norm_torch.programs import Program
 
@@ -25,6 +25,7 @@ GRID_OF_SUM = 7
 
 def at(address: int, dtype: torch.dtype, elements: int) -> Tensor:
     """The memory there."""
+    assert address, "no memory"
     memory = (ctypes.c_char * (elements * dtype.itemsize)).from_address(address)
     return torch.frombuffer(memory, dtype=dtype)
 
@@ -129,7 +130,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> dict[Program, FakeKernel]:
 
     monkeypatch.setattr(launch, "kernel", kernel)
     monkeypatch.setattr(_library, "path", lambda x: direct)
-    for module in (prepared, prepared_gradient, rows):
+    for module in (prepared, prepared_gradient, rows, _validate):
         monkeypatch.setattr(module, "ALIGNMENT", ALIGNMENT)
     monkeypatch.setattr(prepared, "_forward", {})
     monkeypatch.setattr(prepared_gradient, "_calls", {})
