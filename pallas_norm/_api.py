@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import jax
 import jax.core
@@ -17,9 +17,37 @@ from . import _autodiff, _compat, _dispatch, _sharding, _validate
 from ._spec import Implementation, Spec
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from jaxtyping import Array, Float
 
 
+class _Options(TypedDict, total=False):
+    """The arguments with defaults that say nothing of what is returned."""
+
+    eps: float
+    cast_before_scale: bool
+    weight_offset: float
+    implementation: Implementation | None
+    axis_name: str | tuple[str, ...] | None
+
+
+@overload
+def rms_norm(
+    x: Float[Array, "*batch n"],
+    weight: Float[Array, " n"] | None = None,
+    *,
+    return_rstd: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Float[Array, "*batch n"]: ...
+@overload
+def rms_norm(
+    x: Float[Array, "*batch n"],
+    weight: Float[Array, " n"] | None = None,
+    *,
+    return_rstd: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch"]]: ...
 def rms_norm(
     x: Float[Array, "*batch n"],
     weight: Float[Array, " n"] | None = None,
@@ -30,7 +58,7 @@ def rms_norm(
     implementation: Implementation | None = None,
     return_rstd: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
-) -> Any:
+) -> Float[Array, "*batch n"] | tuple[Float[Array, "*batch n"], Float[Array, "*batch"]]:
     r"""y = weight * round(x / sqrt(mean(x^2) + eps)): RMSNorm with Hugging Face's rounding.
 
     Arguments:
@@ -74,10 +102,28 @@ def rms_norm(
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; `LlamaRMSNorm` in Hugging Face's
         transformers.
     """
-    results = _norm(x, None, weight, eps, cast_before_scale, weight_offset, implementation, return_rstd, axis_name)
-    return results if return_rstd else results[0]
+    y, *rstd = _norm(x, None, weight, eps, cast_before_scale, weight_offset, implementation, return_rstd, axis_name)
+    return (y, rstd[0]) if return_rstd else y
 
 
+@overload
+def add_rms_norm(
+    x: Float[Array, "*batch n"],
+    residual: Float[Array, "*batch n"],
+    weight: Float[Array, " n"] | None = None,
+    *,
+    return_rstd: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n"]]: ...
+@overload
+def add_rms_norm(
+    x: Float[Array, "*batch n"],
+    residual: Float[Array, "*batch n"],
+    weight: Float[Array, " n"] | None = None,
+    *,
+    return_rstd: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n"], Float[Array, "*batch"]]: ...
 def add_rms_norm(
     x: Float[Array, "*batch n"],
     residual: Float[Array, "*batch n"],
@@ -89,7 +135,7 @@ def add_rms_norm(
     implementation: Implementation | None = None,
     return_rstd: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
-) -> Any:
+) -> tuple[Float[Array, "*batch n"], ...]:
     """s = round(x + residual); y = rms_norm(s): the residual form of every decoder layer, in one kernel.
 
     Arguments:

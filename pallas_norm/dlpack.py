@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def rms_norm(
             weight = pallas_norm_torch.to_torch(jnp.asarray(_to_jax("weight", weight)))
         return pallas_norm_torch.rms_norm(x, weight, **options)
     arrays = _to_jax("x", x), None if weight is None else _to_jax("weight", weight)
-    y = _api.rms_norm(*arrays, **options)
+    y = cast(jax.Array, _api.rms_norm(*arrays, **options))
     if isinstance(x, np.ndarray):
         return np.array(y)  # its own memory, which may be written to
     if isinstance(x, jax.Array):
