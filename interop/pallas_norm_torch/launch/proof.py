@@ -80,7 +80,8 @@ def _results(program: Program, count: int, plan: Plan, device: torch.device) -> 
     """What the kernel writes: NaN before, so that nothing is right that was not written."""
     dtypes, n = {name: _dtype(dtype) for name, dtype in program.dtypes}, program.n
     y_dtype = torch.promote_types(dtypes["x"], dtypes.get("weight", dtypes["x"]))
-    # Not more parts than are written: a tile of them is for the sum, and torch spreads its filling over threads, 5 ms.
+    # Not more parts than are written: the sum wants a tile, whose filling torch spreads over threads, 5 ms where
+    # other processes keep the cores.
     shapes = {"rstd": (count,), "dweight": (_parts(plan, count), n)}
     found = {"y": y_dtype, "s": dtypes["x"], "dx": dtypes["x"], "rstd": torch.float32, "dweight": torch.float32}
     return {
