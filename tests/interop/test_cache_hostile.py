@@ -248,8 +248,9 @@ def test_the_kernel_is_lowered_where_the_cache_has_none(
 def test_another_gpu_has_a_module_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code depends on the architecture and on the shared memory."""
     monkeypatch.setattr(lowering, "module_of", lambda program, gpu: (repr(gpu).encode(), 7))
+    program = Program()  # one: its key has its address
     for gpu in (lowering.Gpu((9, 0), 232448, 132), lowering.Gpu((12, 0), 101376, 170)):
-        assert compiling._cached_module(Program(), gpu)[0] == repr(gpu).encode()
+        assert compiling._cached_module(program, gpu)[0] == repr(gpu).encode()
 
 
 def test_a_release_without_sources_has_a_key_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
