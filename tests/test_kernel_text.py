@@ -28,6 +28,8 @@ def test_the_record_has_every_form() -> None:
 
 @pytest.mark.parametrize("name", ["mean over what is read", "backward: no projection", "left-over rows misplaced"])
 def test_a_changed_kernel_is_seen(name: str) -> None:
-    case = next(case for case in kernel_text.expected() if case.n > 1000 or name.startswith("left"))
+    # An odd row, more of which is read than there is: where all of it is, the mean over what is read is the right one.
+    ragged = (case for case in kernel_text.expected() if case.n > 1000 and case.n % 2)
+    case = next(iter(kernel_text.expected())) if name.startswith("left") else next(ragged)
     with rewrites.rewritten(rewrites.SOURCE[name]):
         assert [found for found, _ in kernel_text.differing([case], kernel_text.expected())] == [case]
