@@ -245,7 +245,7 @@ def out_memory(value: Tensor, x: Tensor, weight: Tensor | None) -> None:
 
 
 def takes_y(out: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether the short way may write y to `out`: all of the above holds at a glance, and a kernel can write there."""
+    """Whether a prepared call may write y to `out`: all of the above holds at a glance, a kernel can write there."""
     if (
         type(out) not in _torch_state.TENSORS
         or out.dtype != dtype

@@ -1,4 +1,4 @@
-"""The public functions for torch: a short way for plain tensors, the registered operators for everything else."""
+"""The public functions for torch: prepared calls for plain tensors, the registered operators for everything else."""
 
 # pyright: reportOptionalMemberAccess=false, reportPrivateUsage=false, reportUnknownVariableType=false
 # (type(weight) in TENSORS tells no checker that it is not None; operators of torch.ops have no types)

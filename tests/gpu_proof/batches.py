@@ -49,7 +49,7 @@ Made = tuple[Tensors, Callable[[], Tensors]]
 
 
 def fresh(pattern: Pattern) -> Made:
-    """The short way, into memory of its own."""
+    """A prepared call, into memory of its own."""
     weight = pattern.case.weight
     return [rms_norm(x, weight, EPS) for x in pattern.xs], lambda: pattern.rows_of(pattern.case.y)
 

@@ -190,7 +190,7 @@ def test_devices_that_do_not_match() -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         rms_norm(X.cuda(), W)
     rms_norm(X.cuda(), W.cuda())
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):  # the short way does not go past it
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):  # a prepared call does not go past it
         rms_norm(X.cuda(), W)
     with pytest.raises(ValueError, match=r"^weight has shape \(32,\) but the last axis of x has length 64"):
         rms_norm(X.cuda(), W.cuda()[:32])

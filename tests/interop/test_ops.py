@@ -76,7 +76,7 @@ def test_eps_of_zero_is_zero(device: str) -> None:
 def test_the_options_of_one_call_are_not_those_of_another(device: str) -> None:
     x, weight = draw(4, 64, dtype=torch.float32, device=device), draw(64, dtype=torch.float32, device=device)
     first = rms_norm(x, weight, 1e-6)
-    for _ in range(2):  # checked, then by the short way
+    for _ in range(2):  # checked, then by a prepared call
         assert not torch.equal(rms_norm(x, weight, 1e-2), first)
         assert not torch.equal(rms_norm(x, weight, weight_offset=1.0), first)
         assert torch.equal(rms_norm(x, weight, 1e-6), first)
