@@ -77,7 +77,7 @@ def _gradient(
     try:
         prepared = call.gradient(dy.dtype, with_ds=ds is not None, with_dweight=with_dweight)
         return prepared(x, weight, rstd, dy, ds)
-    except launch.Unavailable as reason:  # raised before anything is written; `explain` tells it from now on
+    except launch.Unavailable as reason:  # raised before anything is written
         direct.refuse(call.n, call.device, str(reason))
         rstd, spec = rstd.view(x.shape[:-1]), call.kernel.spec
         return _library.backward(x, weight, rstd, dy, ds, spec, with_dweight=with_dweight)

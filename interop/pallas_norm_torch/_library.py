@@ -51,7 +51,7 @@ def forward(x: Tensor, *operands: Any, **options: Any) -> tuple[Tensor, Tensor |
     if path(x) is direct:
         try:
             return direct.forward(x, *operands, **options)
-        except launch.Unavailable as reason:  # raised before anything is written; `explain` tells it from now on
+        except launch.Unavailable as reason:  # raised before anything is written
             direct.refuse(x.shape[-1], x.device.index, str(reason))
     return statements.forward(x, *operands, **options)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from pallas_norm import _dispatch  # pyright: ignore[reportPrivateUsage]
@@ -17,6 +19,9 @@ Tensor = torch.Tensor
 
 _refused: dict[tuple[int, int], str | None] = {}  # by n and device, why, or None; what was found out once
 
+# By dtypes, n, options, device and form: the call for operands like some that `ops` has checked.
+calls: dict[Any, ForwardCall] = {}
+
 
 def unavailable(n: int, device: int) -> str | None:
     """Why rows of n elements cannot take the direct launch on this CUDA device, or None."""
@@ -26,8 +31,12 @@ def unavailable(n: int, device: int) -> str | None:
 
 
 def refuse(n: int, device: int, reason: str) -> None:
-    """From now on rows of n elements take the other way on this device, for that reason."""
+    """From now on rows of n elements take the other way on this device, for that reason, which `explain` tells.
+
+    Also those whose call was prepared: a backward pass that cannot be launched is found out after many forward passes.
+    """
     _refused[n, device] = reason
+    calls.clear()
 
 
 def result_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:

@@ -27,8 +27,7 @@ _transformation = _torch_state.transformation
 _tracing = _torch_state.tracing
 _takes_y = _validate.takes_y
 
-# By dtypes, n, options, device and form: the call for operands like some that were checked.
-_prepared: dict[Any, ForwardCall] = {}
+_prepared = direct.calls
 
 
 def rms_norm(
@@ -258,9 +257,8 @@ def _added(x: Tensor, residual: Tensor, weight: Tensor | None, call: ForwardCall
 
 
 def _refuse(x: Tensor, reason: launch.Unavailable) -> None:
-    """Raised before anything is written. `explain` tells it from now on, and other rows of that length follow."""
+    """Raised before anything is written; other rows of that length follow."""
     direct.refuse(x.shape[-1], x.get_device(), str(reason))
-    _prepared.clear()
 
 
 def _prepare(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> ForwardCall | None:

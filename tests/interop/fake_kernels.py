@@ -124,6 +124,7 @@ class FakeKernel:
 def made(monkeypatch: pytest.MonkeyPatch) -> dict[Program, FakeKernel]:
     """CPU tensors take the direct launch inside, with fake kernels, which are kept here by program."""
     kernels: dict[Program, FakeKernel] = {}
+    calls: dict[Any, Any] = {}
 
     def kernel(program: Program, device: int) -> FakeKernel:
         return kernels.setdefault(program, FakeKernel(program, device=device))
@@ -134,7 +135,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> dict[Program, FakeKernel]:
         monkeypatch.setattr(module, "ALIGNMENT", ALIGNMENT)
     monkeypatch.setattr(prepared, "_forward", {})
     monkeypatch.setattr(prepared_gradient, "_calls", {})
-    monkeypatch.setattr(ops, "_prepared", {})
+    for module, name in ((ops, "_prepared"), (direct, "calls")):
+        monkeypatch.setattr(module, name, calls)
     monkeypatch.setattr(direct, "_refused", {})
     for module in (prepared, prepared_gradient):
         monkeypatch.setattr(module, "_stream", lambda device: 99)

@@ -123,6 +123,8 @@ MUTANTS = {
     "loaded wherever lowering left the context": Mutant("launch/compiling", "            with driver.context_of(device):  # again", "            if True:  # again", "test_launch_driver.py::test_lowering_that_changes"),
     "the caller's context lost": Mutant("launch/driver", "    finally:\n        ask(\"cuCtxSetCurrent\", before)\n", "    finally:\n        pass\n", "test_launch_driver.py::test_another_context"),
     "launch errors dropped": Mutant("launch/kernels", "            if status := launch(*memory.arguments):\n", "            if (status := launch(*memory.arguments)) and False:\n", "test_launch_driver.py::test_an_error_of_the_driver"),
+    "no second try after entering": Mutant("launch/kernels", "            if before != driver.primary_context(self.device):", "            if driver.current_context() != driver.primary_context(self.device):", "test_launch_driver.py::test_a_thread_without"),
+    "launched on after it was refused": Mutant("direct", "    calls.clear()\n", "", "test_prepared.py::test_what_explain_says"),
     "no second try in the own context": Mutant("launch/kernels", "        if status in (NO_CONTEXT, ANOTHERS):\n", "        if False:\n", "test_launch_driver.py::test_another_context"),
     "a descriptor of another address": Mutant("launch/kernels", "known.get(address)", "next(iter(known.values()), None)", "test_launch_driver.py::test_descriptors"),
     "a head of another stream": Mutant("launch/kernels", "memory.grid != grid or memory.stream != stream", "memory.grid != grid", "test_launch_driver.py::test_the_driver_reads"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pallas_norm._spec import Spec
-from pallas_norm_torch import add_rms_norm, direct, explain, launch, ops, prepared, rms_norm, statements
+from pallas_norm_torch import _library, add_rms_norm, direct, explain, launch, ops, prepared, rms_norm, statements
 from pallas_norm_torch.programs import Program
 from tests.interop.cases import DTYPES, assert_same, draw
 from tests.interop.fake_kernels import FakeKernel, made  # noqa: F401 (a fixture)
@@ -169,6 +169,30 @@ def test_a_kernel_that_cannot_be_launched_takes_the_other_way_and_says_so(monkey
     wide = draw(6, 256, dtype=torch.float32)[:, :128]
     rms_norm(x, weight)
     assert_same(rms_norm(wide, weight), expected(wide, weight)[0])
+
+
+def test_what_explain_says_of_a_refused_backward_pass_is_true_of_the_next_forward_pass(
+    made: dict[Program, FakeKernel],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The prepared forward call was launched on, while `explain` said that no kernel was."""
+    leaf, weight = draw(6, 128, dtype=torch.float32).requires_grad_(), draw(128, dtype=torch.float32)
+    right = launch.kernel
+
+    def refusing(program: Program, device: int) -> Any:
+        if "dx" in program.outputs:
+            raise launch.Unavailable("it is Sunday")
+        return right(program, device)
+
+    monkeypatch.setattr(launch, "kernel", refusing)
+    rms_norm(leaf, weight).sum().backward()
+    assert leaf.grad is not None
+    assert direct._refused[128, -1] == "it is Sunday"
+    assert not ops._prepared
+    before = sum(len(kernel.launches) for kernel in made.values())
+    monkeypatch.setattr(_library, "path", lambda x: statements)  # as a refused length on a GPU
+    rms_norm(leaf, weight)
+    assert sum(len(kernel.launches) for kernel in made.values()) == before
 
 
 def test_numbers_equal_to_those_that_were_checked_are_checked_too() -> None:

@@ -107,8 +107,9 @@ class Kernel:
     def _again(self, status: int, memory: _Memory) -> None:
         """In the device's own context, where this thread has none or another one; else the error is raised."""
         if status in (NO_CONTEXT, ANOTHERS):
+            before = driver.current_context()
             driver.enter(self.device)
-            if status == NO_CONTEXT or driver.current_context() != driver.primary_context(self.device):
+            if before != driver.primary_context(self.device):  # the driver calls none now one error, now the other
                 with driver.context_of(self.device):
                     status = self._launch(*memory.arguments)
         if status:
