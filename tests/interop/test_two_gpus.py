@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import pallas_norm_torch
 from tests.interop.cases import assert_same
 from tests.test_gpu_tests import PYTHON, ROOT, executable
-from tests.two_gpus import both_stress, checks, distances, first_call, fresh, known, one_process, state
+from tests.two_gpus import all_reduce, both_stress, checks, distances, first_call, fresh, known, one_process, state
 from tests.two_gpus.distances import Training
 
 GROUPS = {
@@ -76,6 +77,39 @@ def test_what_pythonpath_names_comes_after_the_tree_and_before_the_installed(tmp
     command = [str(ROOT / "scripts" / "two-gpus"), str(tmp_path / "run"), python]
     subprocess.run(command, env=environment, capture_output=True, timeout=120, check=True)
     assert (tmp_path / "run" / "training.log").read_text() == ".:interop:/another/jax\n"
+
+
+def test_jax_takes_nccls_all_reduce_where_its_own_does_not_run_and_the_summary_says_so(tmp_path: Path) -> None:
+    """Plain JAX 0.12 raised INTERNAL on two H200 where NCCL gives no windows: 28 tests failed, none by a norm."""
+    program = "import os, sys; sys.exit('INTERNAL: no window' if '-ALL_REDUCE' not in os.environ['XLA_FLAGS'] else 0)"
+    call = f"import sys; from tests.two_gpus import all_reduce; sys.exit(all_reduce.main(program={program!r}))"
+    shows = f"""#!/usr/bin/env bash
+case "$*" in
+*all_reduce) exec {sys.executable} -c {shlex.quote(call)} ;;
+*jax_processes*|*training*) echo "flags:$XLA_FLAGS" ;;
+*) echo passed ;;
+esac
+"""
+    python = executable(tmp_path / "python", shows)
+    command = [str(ROOT / "scripts" / "two-gpus"), str(tmp_path / "run"), python]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert (
+        "plain JAX adds up no small arrays of two GPUs here: INTERNAL: no window; "
+        "the groups of JAX ran with --xla_gpu_experimental_use_collective_kernels=-ALL_REDUCE"
+    ) in done.stdout
+    assert "-ALL_REDUCE" in (tmp_path / "run" / "jax-processes.log").read_text()
+    assert (tmp_path / "run" / "training.log").read_text() == "flags:\n"
+
+
+@pytest.mark.parametrize(("program", "status"), [("", 0), ("raise SystemExit('no')", 1)])
+def test_plain_jax_that_runs_needs_no_flags_and_one_that_never_does_is_said(
+    program: str, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert all_reduce.main(program=program) == status
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("plain JAX adds up no arrays of two GPUs: no; with" if status else "")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() >= 2, reason="there are two GPUs: make test-gpus runs these")
