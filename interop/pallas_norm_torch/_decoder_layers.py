@@ -1,39 +1,31 @@
-"""Decoder layers whose first residual addition and the norm after it become one kernel, `add_rms_norm`.
+"""Layers in which a residual addition and the norm after it become one kernel, `add_rms_norm`.
 
-    s = round(residual + hidden)        the layer rounds here, and so does the kernel
-    hidden, residual = norm(s), s
+    hidden_states = residual + hidden_states
+    residual = hidden_states
+    hidden_states = self.post_attention_layernorm(hidden_states)
 
-A layer is known by the statements of its forward, whatever its parameters are called and in whatever order they come:
-what its own forward hands to attention by name is handed on by the same names.
+become `hidden_states, residual = add_norm(self.post_attention_layernorm, residual, hidden_states)`, which rounds the
+sum as the layer does. Such statements are looked for in the forward of the class, whatever its names are and whatever
+else it does: Llama's layer has them once, and so have those with a norm behind each sublayer (Gemma 2 and 3, GLM 4).
+The rest of the forward runs as it is written.
 """
 
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import inspect
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ._sources import definition_of
+from ._sources import bare, definition_of
 
-BODY = """\
-residual = hidden_states
-hidden_states = self.input_layernorm(hidden_states)
-hidden_states, _ = self.self_attn(hidden_states=hidden_states)
-hidden_states = residual + hidden_states
-residual = hidden_states
-hidden_states = self.post_attention_layernorm(hidden_states)
-hidden_states = self.mlp(hidden_states)
-hidden_states = residual + hidden_states
-return hidden_states"""
-"""Llama's layer and 70 more of 5.24, without what attention is given beside hidden_states."""
-
-UNKNOWN = "its forward is not that of a known decoder layer, so its addition stays outside the norm"
+UNKNOWN = "its forward adds nothing just before a norm, or its source cannot be read, so no addition goes into a norm"
 MODULE_HOOKS = tuple(
     getattr(torch.nn.modules.module, name)  # the dicts themselves, which stay the same objects
     for name in (
@@ -59,73 +51,126 @@ def _does_only_its_forward(norm: nn.Module, form: Any) -> bool:
     )
 
 
-def _add_norm(
-    norm: nn.Module, hidden_states: torch.Tensor, residual: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(s), s); in two steps where the norm has been restored, where its own call would do more, and where no
-    kernel is launched."""
-    form = getattr(type(norm).forward, "residual", None)
+def add_norm(norm: nn.Module, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm(s), s) of s = left + right; in two steps where the norm has been restored, where its own call would do
+    more, and where no kernel is launched."""
+    form = getattr(getattr(type(norm), "forward", None), "residual", None)
     if (
         form is not None
-        and hidden_states.dtype == residual.dtype
-        and hidden_states.shape == residual.shape
+        and left.dtype == right.dtype
+        and left.shape == right.shape
         and _does_only_its_forward(norm, form)
-        and form.takes(norm, hidden_states, residual)
+        and form.takes(norm, right, left)
     ):
-        return form.add(norm, hidden_states, residual)
-    residual = residual + hidden_states
-    return norm(residual), residual
+        return form.add(norm, right, left)
+    s = left + right
+    return norm(s), s
 
 
-def _handed_on(definition: ast.FunctionDef) -> tuple[str, ...] | None:
-    """The parameters that this forward hands to attention by their own names, all beside hidden_states; None where it
-    is not BODY."""
-    kwargs = definition.args.kwarg
-    parameters = [one.arg for one in (*definition.args.posonlyargs, *definition.args.args)][1:]
-    if definition.args.kwonlyargs or definition.args.vararg or parameters[:1] != ["hidden_states"]:
+# --- the statements ---------------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """Two statements, or three, of a list: where they end, what replaces them, and the attribute that is the norm."""
+
+    end: int
+    instead: list[ast.stmt]
+    norm: str
+
+
+def _assigned(statement: ast.stmt) -> tuple[str, ast.expr] | None:
+    match statement:
+        case ast.Assign(targets=[ast.Name(name)], value=value):
+            return name, value
+        case _:
+            return None
+
+
+def _found(statements: list[ast.stmt], at: int) -> Found | None:
+    """total = left + right; in some layers another = total; y = self.norm(total), or of the other name."""
+    match _assigned(statements[at]):
+        case (total, ast.BinOp(left, ast.Add(), right)):
+            pass
+        case _:
+            return None
+    names, end = {total}, at + 1
+    match _assigned(statements[end]) if end < len(statements) else None:
+        case (another, ast.Name(source)) if source == total:
+            names.add(another)
+            end += 1
+        case _:
+            another = total
+    match _assigned(statements[end]) if end < len(statements) else None:
+        case (y, ast.Call(ast.Attribute(ast.Name("self"), attr) as norm, [ast.Name(operand)], [])) if operand in names:
+            pass
+        case _:
+            return None
+    kept = [name for name in dict.fromkeys((total, another)) if name != y]
+    if not kept:  # the sum is not needed again
         return None
-    names, starred = list[str](), False
-    for node in (one for statement in definition.body for one in ast.walk(statement)):
-        match node:
-            case ast.Call(func=ast.Attribute(value=ast.Name("self"), attr="self_attn"), keywords=[first, *keywords]):
-                node.keywords = [first]
-                for keyword in keywords:
-                    match keyword:
-                        case ast.keyword(arg=str(name), value=ast.Name(id)) if name == id and name in parameters:
-                            names.append(name)
-                        case ast.keyword(arg=None, value=ast.Name(id)) if kwargs and id == kwargs.arg:
-                            starred = True
-                        case _:
-                            return None
-            case _:
-                pass
-    if starred is not bool(kwargs) or ast.unparse(ast.Module(_statements(definition), [])) != BODY:
+    targets = ast.Tuple([ast.Name(name, ast.Store()) for name in (y, kept[0])], ast.Store())
+    call = ast.Call(ast.Name(ADD_NORM, ast.Load()), [norm, left, right], [])
+    names_again = [ast.Assign([ast.Name(name, ast.Store())], ast.Name(kept[0], ast.Load())) for name in kept[1:]]
+    instead = [ast.copy_location(one, statements[at]) for one in (ast.Assign([targets], call), *names_again)]
+    return Found(end + 1, [*map(ast.fix_missing_locations, instead)], attr)
+
+
+def _lists(statements: list[ast.stmt]) -> Iterator[list[ast.stmt]]:
+    """That list and those of the blocks inside it, without those of functions."""
+    yield statements
+    for statement in statements:
+        if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            for field in ("body", "orelse", "finalbody"):
+                yield from _lists(getattr(statement, field, []))
+
+
+ADD_NORM = "_pallas_norm_add_norm"
+
+
+def _fuse_statements(definition: ast.FunctionDef) -> tuple[str, ...]:
+    """In place; the attributes that are the norms."""
+    norms = list[str]()
+    for statements in [*_lists(definition.body)]:
+        for at in range(len(statements) - 1, -1, -1):
+            if (found := _found(statements, at)) is not None:
+                statements[at : found.end] = found.instead
+                norms.insert(0, found.norm)
+    return tuple(norms)
+
+
+def _compiled(forward: types.FunctionType, definition: ast.FunctionDef) -> types.FunctionType:
+    """That function of another text, with the globals, defaults and lines of its own."""
+    definition.decorator_list, definition.args.defaults = [], []
+    definition.args.kw_defaults = [None] * len(definition.args.kw_defaults)
+    makes = ast.parse(f"def makes({ADD_NORM}):\n    return {definition.name}")
+    ast.increment_lineno(definition, forward.__code__.co_firstlineno - 1)
+    makes.body[0].body.insert(0, definition)  # pyright: ignore[reportAttributeAccessIssue]
+    space: dict[str, Any] = {}
+    exec(compile(makes, forward.__code__.co_filename, "exec", dont_inherit=True), forward.__globals__, space)
+    made: types.FunctionType = space["makes"](add_norm)
+    made.__defaults__, made.__kwdefaults__ = forward.__defaults__, forward.__kwdefaults__
+    functools.update_wrapper(made, forward)
+    return made
+
+
+def _renamed(name: str) -> bool:
+    """Whether a class has made it of a name like __x."""
+    return name.startswith("_") and not name.startswith("__") and "__" in name
+
+
+def _rewritten(forward: types.FunctionType) -> types.FunctionType | None:
+    definition = definition_of(forward)
+    # What is free, such as super's class, and what a class renames would be lost outside it.
+    names = (*forward.__code__.co_names, *forward.__code__.co_varnames)
+    if definition is None or forward.__code__.co_freevars or any(map(_renamed, names)):
         return None
-    return tuple(names) if {*parameters[1:]} == {*names} else None
-
-
-def _statements(definition: ast.FunctionDef) -> list[ast.stmt]:
-    return definition.body[1:] if ast.get_docstring(definition) is not None else definition.body
-
-
-def _fused(forward: types.FunctionType, names: tuple[str, ...]) -> Callable[..., torch.Tensor]:
-    """That forward with the two steps in one."""
-    parameters = [one for one in inspect.signature(forward).parameters.values() if one.kind is not one.VAR_KEYWORD]
-    positions = tuple(one.name for one in parameters[2:])
-    defaults = {one.name: one.default for one in parameters[2:] if one.default is not one.empty}
-
-    @functools.wraps(forward)
-    def fused(self: Any, hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
-        if len(arguments) > len(positions):
-            raise TypeError(f"{len(arguments) + 2} positional arguments; {len(positions) + 2} are taken")
-        given = {**defaults, **dict(zip(positions, arguments, strict=False)), **named}
-        residual = hidden_states
-        hidden_states = self.input_layernorm(hidden_states)
-        hidden_states, _ = self.self_attn(hidden_states=hidden_states, **given)
-        hidden_states, residual = _add_norm(self.post_attention_layernorm, hidden_states, residual)
-        return residual + self.mlp(hidden_states)
-
-    return fused
+    definition = bare(copy.deepcopy(definition))
+    norms = _fuse_statements(definition)
+    if not norms:
+        return None
+    made = _compiled(forward, definition)
+    made.norms = norms  # pyright: ignore[reportFunctionMemberAccess]
+    return made
 
 
 def _with_cell(wrapper: types.FunctionType, inner: Callable[..., Any], outer: Callable[..., Any]) -> Any:
@@ -146,11 +191,10 @@ def _fuse(forward: Any) -> Callable[..., torch.Tensor] | None:
         held = [cell.cell_contents for cell in forward.__closure__ or ()]
         fused = _fuse(inner) if any(value is inner for value in held) else None
         return None if fused is None else _with_cell(forward, inner, fused)
-    definition = definition_of(forward)
-    names = None if definition is None else _handed_on(definition)
-    return None if names is None else _fused(forward, names)
+    return _rewritten(forward)
 
 
 def fused_forward(owner: type) -> Callable[..., torch.Tensor] | str:
-    """The forward of that decoder layer with the two steps in one, or why there is none."""
+    """The forward of that layer with the two steps in one, whose `norms` are the attributes that it takes in; or why
+    there is none."""
     return _fuse(inspect.getattr_static(owner, "forward", None)) or UNKNOWN

@@ -135,13 +135,13 @@ def computed_class(owner: type, computation: Computation) -> type[nn.Module]:
     return _computed_class(owner, inspect.getattr_static(owner, "forward"), computation)
 
 
-def layer_class(owner: type) -> type[nn.Module] | str:
+def layer_class(owner: type) -> type[Any] | str:
     """The class that replaces the decoder layer `owner`, or why there is none."""
     return _layer_class(owner, inspect.getattr_static(owner, "forward", None))
 
 
 @functools.cache
-def _layer_class(owner: type, own: Callable[..., Any]) -> type[nn.Module] | str:
+def _layer_class(owner: type, own: Callable[..., Any]) -> type[Any] | str:
     del own  # what was recognised, which somebody may replace
     forward = fused_forward(owner)
     return forward if isinstance(forward, str) else _subclass(owner, forward, _new_layer)

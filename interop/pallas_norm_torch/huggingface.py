@@ -13,6 +13,7 @@ from torch import nn
 from . import _launches
 from ._changes import Change, apply_all, is_rebound
 from ._classes import Kind, Row
+from ._decoder_layers import UNKNOWN
 from ._forms import Computation
 from ._launches import DTYPES
 from ._recognition import Recognised, Recogniser
@@ -90,27 +91,45 @@ def _norms(model: nn.Module, recognised: Recogniser, draft: Draft) -> Iterator[C
             yield Change(module, owner, found.replacing(owner))
 
 
+USUAL = "post_attention_layernorm"  # what a decoder layer has, from whose absence in the report one would conclude
+
+
 def _layers(model: nn.Module, norms: Mapping[nn.Module, type[Any]], draft: Draft, *, fuse: bool) -> Iterator[Change]:
     """The decoder layers whose class has to change, given the replacing class of each norm."""
     for name, layer in _modules(model):
         owner = type(layer)
-        child = getattr(layer, "post_attention_layernorm", None)
-        norm = norms.get(child) if isinstance(child, nn.Module) else None
-        if is_fused(layer) and not fuse:
-            draft.restored[owner.__name__] += 1
-            yield Change(layer, owner, vars(owner)[ORIGINAL])
-        elif fuse and norm is not None and original(layer) is None:
-            replacing = REBOUND if is_rebound(layer) else layer_class(owner)
-            if norm.forward.residual is None:
-                replacing = f"its {norm.__name__} has no residual form, so the addition before it stays outside"
-            if isinstance(replacing, str):
-                draft.left.append(Left(name, owner.__name__, replacing))
-            else:
+        if original(layer) is not None:
+            if is_fused(layer) and not fuse:
+                draft.restored[owner.__name__] += 1
+                yield Change(layer, owner, vars(owner)[ORIGINAL])
+        elif fuse and any(child in norms for child in layer.modules() if child is not layer):
+            replacing = layer_class(owner)
+            reasons = _outside(layer, replacing, norms)
+            draft.left += [Left(name, owner.__name__, reason) for reason in reasons if reason is not None]
+            if None in reasons and not isinstance(replacing, str):
                 draft.fused[owner.__name__] += 1
                 yield Change(layer, owner, replacing)
-        elif fuse and isinstance(child, nn.Module) and any(inner in norms for inner in child.modules()):
-            wrapper = f"its post_attention_layernorm is a {type(child).__name__} around the norm, so it stays outside"
-            draft.left.append(Left(name, owner.__name__, wrapper))
+
+
+def _outside(layer: nn.Module, replacing: type[Any] | str, norms: Mapping[nn.Module, type[Any]]) -> list[str | None]:
+    """For each norm of a layer that follows an addition, why that stays outside; None where it does not."""
+    attributes = () if isinstance(replacing, str) else replacing.forward.norms
+    children = {one: getattr(layer, one, None) for one in attributes}  # an mlp after an addition is none
+    found = [one for one, child in children.items() if child in norms or "norm" in one]
+    if not found:
+        return [UNKNOWN] if hasattr(layer, USUAL) else []
+    return [REBOUND] if is_rebound(layer) else [_outside_of(one, children[one], norms) for one in found]
+
+
+def _outside_of(attribute: str, child: Any, norms: Mapping[nn.Module, type[Any]]) -> str | None:
+    norm = norms.get(child)
+    if norm is None:
+        around = isinstance(child, nn.Module) and any(inner in norms for inner in child.modules())
+        what = f"is a {type(child).__name__} around a norm" if around else "was not replaced"
+        return f"its {attribute} {what}, so the addition before it stays outside"
+    if norm.forward.residual is None:
+        return f"its {norm.__name__} has no residual form, so the addition before it stays outside"
+    return None
 
 
 Known = Mapping[type, Mapping[str, Any]]
@@ -143,9 +162,10 @@ def patch(model: nn.Module, *, fuse_residual: bool = False, known: Known = NOTHI
 
     Arguments:
         model: a model of transformers, any module that holds norms, or a norm.
-        fuse_residual: also replace the forward of Llama-shaped decoder layers, so that `residual + hidden` and the norm
-            after attention are one kernel: `add_rms_norm`, with the bits of the two steps. Two steps are taken wherever
-            calling the norm would do more than normalise. False takes that back.
+        fuse_residual: also replace the forward of layers that add a residual just before a norm (Llama's before the
+            norm behind attention; those of Gemma 2 and GLM 4), so that both are one kernel: `add_rms_norm`, with the
+            bits of the two steps. The rest of that forward runs as it is written. Two steps are taken wherever calling
+            the norm would do more than normalise. False takes that back.
         known: what classes compute that are not recognised, taken at your word: by class, a dict of `eps` (the name of
             its attribute, or a number), `weight` (a name, or None), `cast_before_scale` and `weight_offset` as for
             `rms_norm`. y has x's dtype without cast_before_scale, and otherwise promote_types(x, weight).

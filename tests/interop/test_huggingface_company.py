@@ -156,7 +156,8 @@ def test_norms_that_are_saved_with_the_adapter() -> None:
         assert report.replaced == {"LlamaRMSNorm": 7}
         assert not report.fused
         assert {one.reason for one in report.left} == {
-            "its post_attention_layernorm is a ModulesToSaveWrapper around the norm, so it stays outside"
+            "its post_attention_layernorm is a ModulesToSaveWrapper around a norm, so the addition before it stays "
+            "outside"
         }
         assert (logits(model, "llama") - own).abs().max() < 1e-4
         model.train()
