@@ -1,4 +1,8 @@
-"""`patch`: the RMSNorm modules of a Flax NNX or an Equinox model, replaced by ours, and restored. Imports neither."""
+"""`patch`: the RMSNorm modules of a Flax NNX or an Equinox model, replaced by ours, and restored. Imports neither.
+
+Flax's and Equinox's own become ours. Any other, MaxText's or a person's, gets a subclass of its class if it computes
+what `rms_norm` does.
+"""
 
 # pyright: reportAttributeAccessIssue=false, reportMissingTypeStubs=false, reportMissingImports=false, reportUnknownArgumentType=false
 # pyright: reportUnknownVariableType=false
@@ -7,12 +11,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import sys
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+
+from . import _computing
+from ._api import rms_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +54,22 @@ class Report:
         return "\n".join(lines) or "found no RMSNorm"
 
 
+ORIGINAL = "_pallas_norm_original"  # on a class made here: the class that it replaces
+
+
 def _is_norm(module: Any) -> bool:
     return "rmsnorm" in type(module).__name__.lower().replace("_", "")
 
 
-def _of_flax(module: Any) -> tuple[type[Any], type[Any], Callable[[Any], str | None]] | None:
+class Framework(NamedTuple):
+    theirs: type[Any]
+    ours: type[Any]
+    objection: Callable[[Any], str | None]
+    arrays: Callable[[Any], dict[str, Any]]  # of a module, by attribute
+    with_array: Callable[[Any, str, Any], Any]  # the module with another array in that attribute
+
+
+def _of_flax(module: Any) -> Framework | None:
     if "flax.nnx" not in sys.modules:
         return None
     from flax import nnx
@@ -56,50 +77,102 @@ def _of_flax(module: Any) -> tuple[type[Any], type[Any], Callable[[Any], str | N
     from . import _flax
     from .nnx import RMSNorm
 
-    return (nnx.RMSNorm, RMSNorm, _flax.objection) if isinstance(module, nnx.Module) else None
+    def arrays(norm: Any) -> dict[str, Any]:
+        return {name: value.get_value() for name, value in vars(norm).items() if isinstance(value, nnx.Variable)}
+
+    def with_array(norm: Any, name: str, array: Any) -> Any:
+        definition, state = nnx.split(norm)
+        return nnx.merge(definition, jax.tree.unflatten(jax.tree.structure(state), [array]))
+
+    known = Framework(nnx.RMSNorm, RMSNorm, _flax.objection, arrays, with_array)
+    return known if isinstance(module, nnx.Module) else None
 
 
-def _of_equinox(module: Any) -> tuple[type[Any], type[Any], Callable[[Any], str | None]] | None:
+def _of_equinox(module: Any) -> Framework | None:
     if "equinox" not in sys.modules:
         return None
     import equinox as eqx
 
     from .equinox import RMSNorm
 
-    return (eqx.nn.RMSNorm, RMSNorm, lambda _: None) if isinstance(module, eqx.Module) else None
+    def arrays(norm: Any) -> dict[str, Any]:
+        return {name: value for name, value in vars(norm).items() if hasattr(value, "shape")}
+
+    def with_array(norm: Any, name: str, array: Any) -> Any:
+        return eqx.tree_at(operator.attrgetter(name), norm, array)
+
+    def objection(norm: Any) -> None:
+        del norm  # it can all that Equinox's can
+
+    known = Framework(eqx.nn.RMSNorm, RMSNorm, objection, arrays, with_array)
+    return known if isinstance(module, eqx.Module) else None
+
+
+# --- modules of other classes -----------------------------------------------------------------------------------------
+
+
+def _computed_class(module: Any, framework: Framework) -> type[Any]:
+    """The class for a module whose class is not the framework's. Raises _computing.RefusedError."""
+    arrays = framework.arrays(module)
+    if len(arrays) > 1:
+        raise _computing.RefusedError(f"it has {len(arrays)} arrays, {', '.join(arrays)}; needed a weight, or none")
+    name, weight = next(iter(arrays.items()), (None, None))
+
+    def rebuilt(weight: Any) -> Any:
+        return module if name is None else framework.with_array(module, name, weight)
+
+    return _subclass(type(module), name, _computing.computation_of(module, weight, rebuilt))
+
+
+@functools.cache
+def _subclass(owner: type[Any], weight: str | None, computation: _computing.Computation) -> type[Any]:
+    def call(self: Any, x: Any, *arguments: Any, **named: Any) -> Any:
+        array = None if weight is None else getattr(self, weight)[...]
+        form = computation.form(x, array) if isinstance(x, jax.Array) else None
+        if (
+            form is None
+            or any(one is not None for one in (*arguments, *named.values()))
+            or _computing.plain_attributes(self) != computation.read
+        ):
+            return owner.__call__(self, x, *arguments, **named)
+        return form.compute(rms_norm, x, array, getattr(self, computation.eps))
+
+    members = {"__module__": owner.__module__, "__qualname__": owner.__qualname__, ORIGINAL: owner}
+    call = functools.wraps(owner.__call__)(call)
+    return types.new_class(owner.__name__, (owner,), exec_body=lambda space: space.update(members, __call__=call))
+
+
+# --- a model ----------------------------------------------------------------------------------------------------------
 
 
 class _Change:
     """What to do with the modules of a model, and what was done."""
 
-    def __init__(
-        self, theirs: type[Any], ours: type[Any], objection: Callable[[Any], str | None], *, back: bool
-    ) -> None:
-        self.theirs, self.ours, self.objection, self.back = theirs, ours, objection, back
+    def __init__(self, framework: Framework, *, back: bool) -> None:
+        self.framework, self.back = framework, back
         self.done, self.already, self.skipped = Counter[str](), Counter[str](), list[Skipped]()
 
     def wanted(self, name: str, module: Any) -> type[Any] | None:
         """The class that the module shall have, None where it stays."""
-        kind, label = type(module), f"{self.theirs.__module__.partition('.')[0]} {self.theirs.__name__}"
+        kind, theirs, ours = type(module), self.framework.theirs, self.framework.ours
+        label = f"{theirs.__module__.partition('.')[0]} {theirs.__name__}" if kind in (theirs, ours) else kind.__name__
+        before = theirs if kind is ours else vars(kind).get(ORIGINAL)
         if self.back:
-            if kind is self.ours:
-                self.done[label] += 1
-                return self.theirs
-            return None
-        if kind is self.ours:
+            self.done.update([label] if before is not None else [])
+            return before
+        if before is not None:
             self.already[label] += 1
-        elif kind is not self.theirs:
-            reason = (
-                f"its class is not {self.theirs.__module__}.{self.theirs.__name__}, so what it computes is not known; "
-                "call pallas_norm.rms_norm in its __call__"
-            )
-            self.skipped.append(Skipped(name, kind.__name__, reason))
-        elif (reason := self.objection(module)) is not None:
-            self.skipped.append(Skipped(name, kind.__name__, reason))
-        else:
-            self.done[label] += 1
-            return self.ours
-        return None
+            return None
+        try:
+            if (reason := self.framework.objection(module) if kind is theirs else None) is not None:
+                raise _computing.RefusedError(reason)
+            wanted = ours if kind is theirs else _computed_class(module, self.framework)
+        except _computing.RefusedError as refused:
+            way = "" if kind is theirs else "; call pallas_norm.rms_norm in its __call__"
+            self.skipped.append(Skipped(name, kind.__name__, f"{refused}{way}"))
+            return None
+        self.done[label] += 1
+        return wanted
 
     def report(self) -> Report:
         done = dict(self.done)
@@ -137,13 +210,13 @@ def _in_equinox(model: Any, change: _Change) -> Any:
 
 def _changed(model: Any, *, back: bool) -> tuple[Any, Report]:
     if (found := _of_flax(model)) is not None:
-        change = _Change(*found, back=back)
+        change = _Change(found, back=back)
         for module, kind in [(module, change.wanted(name, module)) for name, module in _nnx_norms(model)]:
             if kind is not None:
                 object.__setattr__(module, "__class__", kind)
         return model, change.report()
     if (found := _of_equinox(model)) is not None:
-        change = _Change(*found, back=back)
+        change = _Change(found, back=back)
         return _in_equinox(model, change), change.report()
     raise TypeError(
         f"model is a {type(model).__name__}; needed a flax.nnx.Module or an equinox.Module "
@@ -160,7 +233,12 @@ def patch(model: Any) -> tuple[Any, Report]:
 
     Returns: (model, report). The report names what looks like an RMSNorm and stays as it is, with the reason.
 
-    Rounding: that of the replaced module, but for a last bit: `pallas_norm.nnx.RMSNorm`, `pallas_norm.equinox.RMSNorm`.
+    A module of another class whose name says RMSNorm is known by what it computes, MaxText's for example: traced, and
+        proved to give the bits of `rms_norm` for each dtype of x; with other arguments than x, and where its attributes
+        have changed since, its own `__call__` runs.
+
+    Rounding: that of the replaced module, but for a last bit of Flax's and Equinox's own: see `pallas_norm.nnx.RMSNorm`
+        and `pallas_norm.equinox.RMSNorm`.
 
     Raises:
         TypeError: model is neither.
