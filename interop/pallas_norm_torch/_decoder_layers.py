@@ -45,7 +45,7 @@ def _does_only_its_forward(norm: nn.Module, form: Any) -> bool:
         "forward" not in members  # bound to the instance: accelerate's hooks, anybody's function
         and members.get("_compiled_call_impl") is None
         and type(norm).__call__ is nn.Module.__call__
-        and form.helpers.isdisjoint(members)
+        and all(name not in members for name in form.helpers)
         and not any(members[name] for name in HOOKS)
         and not any(MODULE_HOOKS)
     )

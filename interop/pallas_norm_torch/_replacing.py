@@ -81,7 +81,7 @@ def guarded(owner: Any, own: Callable[..., Any], row: Row) -> Callable[..., Any]
             (row.torch_eps if eps is None else type(eps) in (float, int) and eps >= 0)
             and _launches.launched(x, weight, *gates)
             and owner.forward is own
-            and hidden.isdisjoint(members)
+            and all(name not in members for name in hidden)  # isdisjoint ends a compiled graph of torch 2.11
             and not (row.autocast and torch.is_autocast_enabled(x.device.type))
         )
 

@@ -144,7 +144,7 @@ MUTANTS = {
     "forward mode launched": Mutant("_launches", "    return not forward_mode() and (transformation() is None or not _torch_state.inside_jvp())\n", "    return True\n", "test_huggingface_ways_back.py::test_forward_mode"),
     "tensors of inference mode launched": Mutant("_launches", "    if inference and torch.is_grad_enabled():\n        return False\n", "", "test_huggingface_ways_back.py::test_tensors_of_inference"),
     "the operator lost in compiled programs": Mutant("_launches", "    if is_compiling():\n", "    if False:\n", "test_huggingface_ways_back.py::test_compiled_programs"),
-    "a hidden helper passed by": Mutant("_replacing", "            and hidden.isdisjoint(members)\n", "", "test_huggingface_ways_back.py::test_a_helper_hidden"),
+    "a hidden helper passed by": Mutant("_replacing", "            and all(name not in members for name in hidden)  # isdisjoint ends a compiled graph of torch 2.11\n", "", "test_huggingface_ways_back.py::test_a_helper_hidden"),
     "a changed class passed by": Mutant("_replacing", "            and owner.forward is own\n", "", "test_huggingface_ways_back.py::test_a_class_whose_forward"),
     "torch's autocast passed by": Mutant("_replacing", "            and not (row.autocast and torch.is_autocast_enabled(x.device.type))\n", "", "test_huggingface_ways_back.py::test_under_autocast"),
     "the instance's forward passed by in fused layers": Mutant("_decoder_layers", '        "forward" not in members  # bound to the instance: accelerate\'s hooks, anybody\'s function\n        and members', "        members", "test_huggingface_ways_back.py::test_a_forward_set"),
