@@ -88,14 +88,17 @@ class Choice(NamedTuple):
 FEWEST_STAGES = 2  # the one that is read and the one that is filled
 
 
-def stages_of(plan: Plan, column_bytes: int, *, per_sm: int) -> int:
-    """Rows, or parts of rows, that fit in the shared memory of a program."""
+def stages_of(plan: Plan, column_bytes: int, *, per_sm: int, shared_bytes: int = SMEM_BYTES) -> int:
+    """Rows, or parts of rows, that fit in the shared memory of a program.
+
+    shared_bytes: of an SM, for all its programs.
+    """
     # Every array takes whole KB: up to three are staged; then barriers, and sums that cross warps. Without them the
     # residual form of n = 12736 was refused by the compiler.
     others = 5 << 10 if plan.workers == 1 else 8 << 10
     if plan.regime is Regime.WARP:
         others += plan.block * plan.span * 4  # the rows of a block meet there for dweight
-    return (SMEM_BYTES // per_sm - others) // (plan.block * plan.n * column_bytes // plan.cluster)
+    return (shared_bytes // per_sm - others) // (plan.block * plan.n * column_bytes // plan.cluster)
 
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)

@@ -1,0 +1,83 @@
+"""The plans of the tables, made for Hopper, as another GPU can run them.
+
+Never with other chunks, vectors, lanes, warpgroups or clusters: these give the order of a row's additions, so y, rstd
+and dx have the same bits on every GPU. The programs of a grid give the order in which dweight is added up, so they stay
+those of the table where there is a dweight; other persistent grids are as large as the GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, TypeVar
+
+import jax.numpy as jnp
+
+from .. import _validate
+from .backward import backward_plan_for
+from .forward import plan_for
+from .hardware import SMS, Gpu, named
+from .plan import FEWEST_STAGES, BackwardPlan, Plan, Source, from_memory, stages_of
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+
+
+class Misfit(NotImplementedError):
+    """Why a GPU has no kernel for a row length that others have one for."""
+
+
+def _unstaged(plan: AnyPlan) -> AnyPlan:
+    """Without bulk copies. What a forward plan keeps in registers stays there; a backward plan has no registers for a
+    second row, nor for the weight beside what it reads again."""
+    if isinstance(plan, BackwardPlan):
+        return dataclasses.replace(from_memory(plan), keeps_weight=False)
+    if plan.cluster > 1:
+        return from_memory(plan)
+    return dataclasses.replace(plan, source=Source.REGISTERS, stages=0, rows_in_registers=False, programs=None)
+
+
+def fitted(plan: AnyPlan, gpu: Gpu, column_bytes: int, *, with_dweight: bool) -> AnyPlan:
+    """column_bytes: of what is read of a column. Raises Misfit where rows need clusters and the GPU has none."""
+    if plan.cluster > 1 and not gpu.clusters:
+        raise Misfit(
+            f"rows of {plan.n} elements are shared by a cluster of {plan.cluster} CTAs, and a GPU of compute "
+            f"capability {named(gpu.capability)} has no clusters, which came with 9.0 (Hopper)"
+        )
+    if plan.source is Source.PIPELINE:
+        per_sm = max(1, (plan.programs or 0) * plan.cluster // SMS)
+        room = stages_of(plan, column_bytes, per_sm=per_sm, shared_bytes=gpu.shared_bytes)
+        stages = min(plan.stages, room) if gpu.clusters else 0
+        plan = dataclasses.replace(plan, stages=stages) if stages >= FEWEST_STAGES else _unstaged(plan)
+    if plan.programs is not None and not with_dweight:
+        programs = (
+            gpu.resident_clusters(plan.cluster) if plan.cluster > 1 else plan.programs * gpu.multiprocessors // SMS
+        )
+        plan = dataclasses.replace(plan, programs=programs)
+    return plan
+
+
+def _bytes(name: str, dtype: DTypeLike) -> int:
+    return jnp.dtype(_validate.dtype_name(name, dtype)).itemsize
+
+
+def forward_plan_on(gpu: Gpu, n: int, dtype: DTypeLike, *, residual: bool = False) -> Plan:
+    """plan_for, as that GPU runs it. Raises Misfit, and as plan_for."""
+    column_bytes = _bytes("dtype", dtype) * (2 if residual else 1)
+    return fitted(plan_for(n, dtype, residual=residual), gpu, column_bytes, with_dweight=False)
+
+
+def backward_plan_on(
+    gpu: Gpu,
+    n: int,
+    dtype: DTypeLike,
+    *,
+    dy_dtype: DTypeLike | None = None,
+    residual: bool = False,
+    with_dweight: bool = True,
+) -> BackwardPlan:
+    """backward_plan_for, as that GPU runs it. Raises Misfit, and as backward_plan_for."""
+    plan = backward_plan_for(n, dtype, dy_dtype=dy_dtype, residual=residual)
+    own, dy = _bytes("dtype", dtype), _bytes("dy_dtype", dtype if dy_dtype is None else dy_dtype)
+    return fitted(plan, gpu, dy + own * (2 if residual else 1), with_dweight=with_dweight)
