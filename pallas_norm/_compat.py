@@ -13,11 +13,13 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 from jax import lax
+
+from .plans.hardware import HOPPER, SMS, Gpu, generation
 
 TESTED_JAX = ((0, 10), (0, 13))  # from, up to but without
 
@@ -57,11 +59,43 @@ def kernels_unavailable() -> str | None:
     return None
 
 
+OLDEST_CAPABILITY = (8, 0)  # of GPUs that kernels are compiled for, by the JAX that can
+VERSION = jax.__version__
+
+
+def oldest_capability() -> tuple[int, int]:
+    """Before 0.11, Mosaic has instructions of Hopper in every kernel, and LLVM ends the process for an older GPU."""
+    return OLDEST_CAPABILITY if jax.__version_info__[:2] >= (0, 11) else HOPPER
+
+
+def _nvidia(devices: Iterable[Any]) -> list[Any]:
+    return [device for device in devices if device.platform == "gpu" and "nvidia" in device.device_kind.lower()]
+
+
+def cuda_devices() -> list[Any]:
+    """The NVIDIA GPUs of this process; starts JAX's backends, as any computation would."""
+    return _nvidia(jax.local_devices())
+
+
+def cuda_devices_of(context: Any) -> list[Any]:
+    """Those of the client that a program is lowered for, of other processes and described ones among them; first those
+    of this process. `context` is that of a lowering rule."""
+    backend = context.module_context.backend
+    if backend is None:
+        return []
+    return sorted(_nvidia(backend.devices()), key=lambda device: device.process_index != backend.process_index())
+
+
+def gpu_of(device: Any) -> Gpu:
+    major, minor = map(int, device.compute_capability.split("."))
+    known = generation((major, minor)).shared_bytes if (major, minor) >= OLDEST_CAPABILITY else 0
+    shared_bytes = getattr(device, "shared_memory_per_block_optin", None) or known
+    return Gpu((major, minor), shared_bytes, getattr(device, "core_count", None) or SMS)
+
+
 def cuda_capabilities() -> list[tuple[int, int]]:
-    """The compute capability of each CUDA device of this process; starts JAX's backends, as any computation would."""
-    devices = [device for device in jax.local_devices() if device.platform == "gpu"]
-    found = [device.compute_capability for device in devices if "nvidia" in device.device_kind.lower()]
-    return [(int(major), int(minor)) for major, minor in (capability.split(".") for capability in found)]
+    """The compute capability of each CUDA device of this process."""
+    return [gpu_of(device).capability for device in cuda_devices()]
 
 
 def devices_are_known() -> bool:
@@ -72,15 +106,16 @@ def devices_are_known() -> bool:
     return xla_bridge.backends_are_initialized()
 
 
-def shared_memory_is_small() -> bool:
-    """Whether a block of the local GPU has less than the 227 KB of Hopper."""
-    if _import_error is not None:
-        return False
-    from jax.experimental.mosaic.gpu import core
+def mosaic_architecture() -> tuple[int, int]:
+    """The compute capability that a kernel gets which is lowered now."""
+    from jax.experimental.mosaic.gpu import core, utils
 
-    bounds = [getattr(device, "shared_memory_per_block_optin", None) for device in jax.local_devices()]
-    bounds.append(getattr(core, "_SMEM_SIZE_BOUND", None))  # artificial_shared_memory_limit, for tests
-    return any(bound is not None and bound < 227 * 1024 for bound in bounds)
+    module: Any = utils if hasattr(utils, "_infer_arch") else core  # core until 0.10
+    return module._infer_arch()
+
+
+def default_device(device: Any) -> Any:
+    return jax.default_device(device)
 
 
 def exceeds_shared_memory(error: ValueError) -> bool:

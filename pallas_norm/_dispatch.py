@@ -1,9 +1,9 @@
 """Which path a call takes: a documented rule of n, platform and JAX version, the same rounding on every path.
 
 With implementation=None the choice is made when the program is lowered, for each platform it is lowered for: the
-Mosaic GPU kernel for CUDA, the reference elsewhere. Where n has no kernel, where this JAX cannot build one, where a
-local GPU is older than Hopper or has too little shared memory for the plan, or where a row is split over devices, CUDA
-takes the reference too. Tracing asks no device.
+Mosaic GPU kernel for CUDA, the reference elsewhere. Where n has no kernel, or none on that GPU, where this JAX cannot
+build one, where a GPU is too old or two are of different kinds, or where a row is split over devices, CUDA takes the
+reference too. Tracing asks no device.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from . import _compat, _lowering, _partitioning, reference
+from . import _compat, _lowering, _partitioning, _target, reference
 from ._spec import Spec
 from .kernels import backward as backward_kernel
 from .kernels import forward as forward_kernel
+from .plans.fitting import Misfit, backward_plan_on, forward_plan_on
+from .plans.hardware import H200, Gpu, generation, named
 from .plans.lengths import LARGEST_N, SMALLEST_N
-from .plans.plan import Plan
-from .regimes import backward_plan_for, plan_for
+from .plans.plan import BackwardPlan, Plan
+from .regimes import plan_for
 
 Arrays = dict[str, jax.Array]
 
 COLUMNS, PER_ROW = ("weight", "dweight"), ("rstd",)  # (n,) and (...,); everything else is whole rows, (..., n)
-
-NEEDED_CAPABILITY = (9, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,24 +56,8 @@ def no_kernel_for(n: int) -> str | None:
     return _compat.kernels_unavailable()
 
 
-def no_gpu() -> str | None:
-    """Why the GPUs of this process cannot run the kernels; None if they can."""
-    capabilities = _compat.cuda_capabilities()
-    if not capabilities:
-        return "this process has no CUDA device"
-    if min(capabilities) < NEEDED_CAPABILITY:
-        oldest = ".".join(map(str, min(capabilities)))
-        return f"a GPU of this process has compute capability {oldest}; the kernels need 9.0 (Hopper) or newer"
-    return None
-
-
 def _by_xla(reason: str) -> Explanation:
     return Explanation("xla", "xla", f"{reason}, so XLA compiles the reference, with the same rounding", None)
-
-
-def _older_gpu() -> str | None:
-    """Why a GPU of this process cannot run the kernels, where it has one."""
-    return no_gpu() if _compat.cuda_capabilities() else None
 
 
 def _planned(n: int, dtype: jax.typing.DTypeLike, implementation: str | None) -> Explanation:
@@ -102,14 +87,29 @@ def explain(n: int, dtype: jax.typing.DTypeLike, implementation: str | None) -> 
     path = _planned(n, dtype, implementation)
     if (path.cuda, path.elsewhere) != ("mosaic_gpu", "xla"):
         return path
-    if (reason := _older_gpu()) is not None:
-        return _by_xla(reason)
-    assert path.plan is not None
-    if (
-        reason := _lowering.too_large(Call("forward", ("x",), Spec()), jax.ShapeDtypeStruct((1, n), dtype))
-    ) is not None:
-        return _by_xla(reason)
-    return path
+    try:
+        target = _target.here()
+        plan = forward_plan_on(target.gpu, n, dtype)
+    except (_target.NoKernel, Misfit) as reason:
+        return _by_xla(str(reason))
+    return dataclasses.replace(path, why=path.why + _difference(target.gpu, n, dtype), plan=plan)
+
+
+def _difference(gpu: Gpu, n: int, dtype: jax.typing.DTypeLike) -> str:
+    """What of the plans is not Hopper's, as the end of a sentence."""
+    where = f"compute capability {named(gpu.capability)} ({generation(gpu.capability).name})"
+    try:
+        backward = backward_plan_on(gpu, n, dtype)
+    except Misfit as reason:
+        return f"; the backward pass is XLA's, because {reason}"
+    table = plan_for(n, dtype), backward_plan_on(H200, n, dtype)
+    fitted = forward_plan_on(gpu, n, dtype), backward
+    if all(own.source is other.source for own, other in zip(fitted, table, strict=True)):
+        return ""
+    sources = " and ".join(
+        f"{name} from {plan.source.value}" for name, plan in zip(("forward", "backward"), fitted, strict=True)
+    )
+    return f"; on {where} rows are read {sources}, with the bits of other GPUs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,15 @@ class Call:
             gradients["dweight"] = reference.round_to(exact, self.dweight_dtype)
         return gradients
 
-    def by_kernel(self, operands: Arrays, *, interpret: bool = False) -> Arrays:
+    def plan_on(self, gpu: Gpu, operands: Mapping[str, Any]) -> Plan:
+        """operands: arrays or their types. Raises Misfit."""
+        x, names = operands["x"], self.names
+        if self.operation == "forward":
+            return forward_plan_on(gpu, x.shape[-1], x.dtype, residual="residual" in names)
+        options: dict[str, Any] = {"residual": "ds" in names, "with_dweight": self.with_dweight}
+        return backward_plan_on(gpu, x.shape[-1], x.dtype, dy_dtype=operands["dy"].dtype, **options)
+
+    def by_kernel(self, operands: Arrays, *, gpu: Gpu = H200, interpret: bool = False) -> Arrays:
         """As by_reference; the kernels take rows (rows, n)."""
         *batch, n = operands["x"].shape
         rows = math.prod(batch)
@@ -165,27 +173,16 @@ class Call:
             return (n,) if name in COLUMNS else leading if name in PER_ROW else (*leading, n)
 
         flat = {name: value.reshape(shape(name, rows)) for name, value in operands.items()}
-        found = self._by_kernel(flat, interpret=interpret)
+        found = self._by_kernel(flat, self.plan_on(gpu, operands), interpret=interpret)
         return {name: value.reshape(shape(name, *batch)) for name, value in found.items()}
 
-    def _by_kernel(self, operands: Arrays, *, interpret: bool) -> Arrays:
-        x, spec = operands["x"], self.spec
+    def _by_kernel(self, operands: Arrays, plan: Plan, *, interpret: bool) -> Arrays:
+        options: dict[str, Any] = {"spec": self.spec, "interpret": interpret}
         if self.operation == "forward":
-            plan = plan_for(x.shape[1], x.dtype, residual="residual" in operands)
-            return forward_kernel.forward(operands, plan=plan, spec=spec, with_rstd=self.with_rstd, interpret=interpret)
-        plan = backward_plan_for(x.shape[1], x.dtype, dy_dtype=operands["dy"].dtype, residual="ds" in operands)
-        return backward_kernel.backward(
-            operands,
-            plan=plan,
-            spec=spec,
-            with_dweight=self.with_dweight,
-            dweight_dtype=self.dweight_dtype,
-            interpret=interpret,
-        )
-
-    def refused(self) -> str | None:
-        """Why no kernel can run on the GPUs here, asked when a program is lowered for CUDA."""
-        return _older_gpu() if _compat.devices_are_known() else None
+            return forward_kernel.forward(operands, plan=plan, with_rstd=self.with_rstd, **options)
+        assert isinstance(plan, BackwardPlan)
+        options |= {"with_dweight": self.with_dweight, "dweight_dtype": self.dweight_dtype}
+        return backward_kernel.backward(operands, plan=plan, **options)
 
     def run(self, operands: Arrays) -> Arrays:
         x, forced = operands["x"], self.spec.implementation

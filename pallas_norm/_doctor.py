@@ -27,7 +27,7 @@ import numpy as np
 
 import pallas_norm
 
-from . import _compat, _dispatch, _selfcheck
+from . import _compat, _selfcheck, _target
 from .plans.lengths import LARGEST_N
 
 Device: TypeAlias = Any  # jax.Device is no type to a type checker
@@ -120,7 +120,9 @@ def devices() -> Iterator[Line]:
     )
     yield Line("", "JAX sees " + "; ".join(f"{count} x {kind}" for kind, count in kinds.items()))
     if _compat.cuda_capabilities():
-        if (reason := _dispatch.no_gpu()) is not None:
+        try:
+            _target.here()
+        except _target.NoKernel as reason:
             yield Line("note", f"{reason}; XLA compiles the reference, with the same rounding")
         return
     found = driver()

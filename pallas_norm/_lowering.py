@@ -8,13 +8,16 @@ rest. Tracing it asks no device, and traces no kernel.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.extend.core
 from jax.interpreters import mlir
 
-from . import _compat, _partitioning
+from . import _compat, _partitioning, _target
+from .plans.fitting import Misfit
+from .plans.hardware import Gpu
 
 Arrays = dict[str, jax.Array]
 
@@ -28,8 +31,8 @@ class Call(Protocol):
     @property
     def results(self) -> tuple[str, ...]: ...
     def by_reference(self, operands: Arrays) -> Arrays: ...
-    def by_kernel(self, operands: Arrays) -> Arrays: ...
-    def refused(self) -> str | None: ...
+    def by_kernel(self, operands: Arrays, *, gpu: Gpu) -> Arrays: ...
+    def plan_on(self, gpu: Gpu, operands: Mapping[str, Any]) -> Any: ...
 
 
 _chosen = jax.extend.core.Primitive("pallas_norm")
@@ -39,12 +42,12 @@ _chosen.multiple_results = True
 def chosen(call: Any, operands: Arrays) -> Arrays:
     """call.by_kernel(operands) where that can run, else call.by_reference(operands)."""
     values = [operands[name] for name in call.names]
-    reference = jax.make_jaxpr(functools.partial(_flat, call, "by_reference"))(*values)
+    reference = jax.make_jaxpr(functools.partial(_flat, call, call.by_reference))(*values)
     return dict(zip(call.results, _chosen.bind(*values, call=call, reference=reference), strict=True))
 
 
-def _flat(call: Any, way: str, *values: jax.Array) -> list[jax.Array]:
-    found = getattr(call, way)(dict(zip(call.names, values, strict=True)))
+def _flat(call: Any, way: Callable[[Arrays], Arrays], *values: jax.Array) -> list[jax.Array]:
+    found = way(dict(zip(call.names, values, strict=True)))
     return [found[name] for name in call.results]
 
 
@@ -75,11 +78,10 @@ def _by_reference(context: Any, *values: Any, call: Any, reference: Any) -> Any:
 
 
 def _by_kernel(context: Any, *values: Any, call: Any, reference: Any) -> Any:
-    forced = call.spec.implementation == "mosaic_gpu"
-    kernel = mlir.lower_fun(functools.partial(_flat, call, "by_kernel"))
     x = context.avals_in[call.names.index("x")]
-    reason = call.refused()
-    if reason is None:
+    try:
+        target = _target.of_program(context)
+        call.plan_on(target.gpu, dict(zip(call.names, context.avals_in, strict=True)))
         if not all(isinstance(size, int) for size in x.shape):
             rows = ", ".join(map(str, x.shape[:-1]))
             raise NotImplementedError(
@@ -87,30 +89,20 @@ def _by_kernel(context: Any, *values: Any, call: Any, reference: Any) -> Any:
                 'rows; export one program for each number of rows, or pass implementation="xla"'
             )
         if _compat.spans_devices(context):
-            return _partitioning.lowered(context, values, call)
-        try:
-            return kernel(context, *values)
-        except ValueError as error:
-            if not _compat.exceeds_shared_memory(error):
-                raise
-            reason = f"its plan for n = {x.shape[-1]} takes more shared memory than the GPU has ({error})"
-    if forced:
+            return _partitioning.lowered(context, values, call, target.gpu if target.device is not None else None)
+        with _target.in_mosaic(target):
+            kernel = functools.partial(_flat, call, functools.partial(call.by_kernel, gpu=target.gpu))
+            return mlir.lower_fun(kernel)(context, *values)
+    except (_target.NoKernel, Misfit) as found:
+        reason = str(found)
+    except ValueError as error:
+        if not _compat.exceeds_shared_memory(error):
+            raise
+        reason = f"its plan for n = {x.shape[-1]} takes more shared memory than the GPU has ({error})"
+    if call.spec.implementation == "mosaic_gpu":
         raise _cannot_run(reason)
     return mlir.lower_fun(jax.extend.core.jaxpr_as_fun(reference))(context, *values)
 
 
 mlir.register_lowering(_chosen, _by_reference)
 mlir.register_lowering(_chosen, _by_kernel, platform="cuda")
-
-
-def too_large(call: Any, x: jax.ShapeDtypeStruct) -> str | None:
-    """Why the local GPU cannot hold the kernel's shared memory; None if it can, or if there is none."""
-    if not _compat.shared_memory_is_small():
-        return None
-    try:
-        jax.jit(functools.partial(_flat, call, "by_kernel")).trace(x).lower(lowering_platforms=("cuda",))
-    except ValueError as error:
-        if not _compat.exceeds_shared_memory(error):
-            raise
-        return f"the kernel for n = {x.shape[-1]} takes more shared memory than the GPU has"
-    return None

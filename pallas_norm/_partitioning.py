@@ -24,8 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import _compat, _spmd, reference
+from . import _compat, _spmd, _target, reference
 from ._sharding import COLUMNS, PER_ROW
+from .plans.fitting import Misfit
+from .plans.hardware import Gpu
 
 TARGET = "pallas_norm"
 SHARDS = "shards"  # the axis of all devices, in the order of their numbers in the program
@@ -40,8 +42,8 @@ def register(decode: Callable[[str], Any]) -> None:
     _spmd.register_partitioner(TARGET, _partition, _infer)
 
 
-def lowered(context: Any, values: Sequence[Any], call: Any) -> Any:
-    """The call, still to be partitioned, in the program that is being lowered."""
+def lowered(context: Any, values: Sequence[Any], call: Any, gpu: Gpu | None) -> Any:
+    """The call, still to be partitioned, in the program that is being lowered; for that GPU, where it is known."""
     rank = len(context.avals_in[call.names.index("x")].shape)
     batch = " ".join(f"b{axis}" for axis in range(rank - 1))
 
@@ -57,7 +59,7 @@ def lowered(context: Any, values: Sequence[Any], call: Any) -> Any:
         context,
         values,
         target=TARGET,
-        config=json.dumps({"call": call.encoded(), "mesh": _compat.mesh_around(context)}),
+        config=json.dumps({"call": call.encoded(), "mesh": _compat.mesh_around(context), "gpu": gpu}),
         rule=f"{side(call.names)} -> {side(call.results)}",
         replicated=replicated,
     )
@@ -104,8 +106,8 @@ def _numbers(rows: Any, mesh: Sequence[tuple[int, bool]]) -> Any:
     return whole.reshape(*rows.shape[:-1], rows.shape[-1] * len(groups))
 
 
-def _local(call: Any, rows: Any) -> Callable[..., Any]:
-    """What a device does with its operands."""
+def _local(call: Any, rows: Any, gpu: Gpu | None) -> Callable[..., Any]:
+    """What a device does with its operands; without a GPU that has a kernel, by the reference."""
     rank = rows.ndim - 2
     shared_out, split = (_groups(rows, axes) for axes in (range(rank - 1), range(rank - 1, rank)))
     dtype = call.dweight_dtype
@@ -119,13 +121,29 @@ def _local(call: Any, rows: Any) -> Callable[..., Any]:
 
     def run(*values: jax.Array) -> list[jax.Array]:
         operands = dict(zip(call.names, values, strict=True))
-        results = part.by_reference(operands) if is_split else part.by_kernel(operands)
+        results = part.by_reference(operands) if is_split or gpu is None else part.by_kernel(operands, gpu=gpu)
         if len(shared_out[0]) > 1 and "dweight" in results:
             total = lax.psum(results["dweight"], SHARDS, axis_index_groups=shared_out)
             results["dweight"] = reference.round_to(total, jnp.dtype(dtype))
         return [results[name] for name in call.results]
 
     return run
+
+
+def _program(call: Any, numbers: Any, structs: Sequence[jax.ShapeDtypeStruct], gpu: Gpu | None) -> bytes:
+    """gpu: that the call was lowered for. A stored program may have come to another one."""
+    shards = SHARDS, numbers.size
+    try:
+        target = _target.of_stored(gpu)
+        call.plan_on(target.gpu, dict(zip(call.names, structs, strict=True)))
+        with _target.in_mosaic(target):
+            return _spmd.local_program(_local(call, numbers, target.gpu), structs, shards, "cuda")
+    except (_target.NoKernel, Misfit) as reason:
+        if call.spec.implementation == "mosaic_gpu":
+            raise NotImplementedError(
+                f'implementation="mosaic_gpu" cannot run: {reason}; pass implementation=None'
+            ) from None
+    return _spmd.local_program(_local(call, numbers, None), structs, shards, "cuda")
 
 
 def _partition(
@@ -143,7 +161,8 @@ def _partition(
         for sharding, shape in zip(operands, arg_shapes, strict=True)
     ]
     numbers = _numbers(rows, given["mesh"])
-    program = _spmd.local_program(_local(call, numbers), structs, (SHARDS, numbers.size), "cuda")
+    gpu = None if given["gpu"] is None else Gpu(tuple(given["gpu"][0]), *given["gpu"][1:])
+    program = _program(call, numbers, structs, gpu)
     results = [_sharding(name, rows) for name in call.results]
     return program, operands, _spmd.tuple_of_shardings(result_shape, results)
 

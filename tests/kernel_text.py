@@ -195,7 +195,7 @@ def modules_of(case: Case) -> Iterator[bytes]:
 # --- their text -------------------------------------------------------------------------------------------------------
 
 
-def modules(function: Callable[..., Any], *operands: Any) -> Iterator[bytes]:
+def modules(function: Callable[..., Any], *operands: Any) -> list[bytes]:
     """Each Mosaic GPU kernel in the program that `function` becomes for CUDA."""
     lowered = jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).compiler_ir()
     found: list[bytes] = []
@@ -207,8 +207,7 @@ def modules(function: Callable[..., Any], *operands: Any) -> Iterator[bytes]:
 
     with lowered.context:
         lowered.operation.walk(visit)
-    assert found, "the program has no kernel"
-    yield from found
+    return found
 
 
 def text(module: bytes, *, raw: bool = False) -> str:
@@ -228,6 +227,7 @@ def text(module: bytes, *, raw: bool = False) -> str:
 def digest(case: Case) -> str:
     """How many kernels the case has, and a hash of their text."""
     found = [text(module) for module in modules_of(case)]
+    assert found, "the program has no kernel"
     joined = "\0".join(found).encode()
     return f"{len(found)} {hashlib.sha256(joined).hexdigest()[:12]}"
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from pallas_norm import add_rms_norm, explain, rms_norm
+from pallas_norm import add_rms_norm, rms_norm
 
 
 def draw(*shape: int, seed: int = 0, dtype: str = "bfloat16") -> jax.Array:
@@ -62,6 +62,7 @@ def test_a_symbolic_row_count_for_cuda_says_what_to_do() -> None:
     ("n", "dtype"), [(8192, "bfloat16"), (6144, "float32"), (20480, "bfloat16"), (1024, "bfloat16")]
 )
 def test_a_plan_that_does_not_fit_the_shared_memory_gives_way_to_xla(n: int, dtype: str) -> None:
+    """What no plan should do, since each is fitted to its GPU: Mosaic's own count is the last word."""
     core = pytest.importorskip("jax.experimental.mosaic.gpu.core", reason="needs Mosaic GPU")
     x, weight = (jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in ((64, n), (n,)))
 
@@ -75,9 +76,7 @@ def test_a_plan_that_does_not_fit_the_shared_memory_gives_way_to_xla(n: int, dty
 
     with core.artificial_shared_memory_limit(101376):
         assert kernels() == (3 if n == 1024 else 1 if n < 20480 else 0)
-        assert explain(x).cuda == ("xla" if n == 20480 else "mosaic_gpu")
         if n == 20480:
-            assert "shared memory" in explain(x).why
             with pytest.raises(NotImplementedError, match="shared memory"):
                 kernels(implementation="mosaic_gpu")
     assert kernels() == 3

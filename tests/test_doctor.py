@@ -122,11 +122,15 @@ def test_a_gpu_that_only_the_driver_sees(
 
 
 def test_an_older_gpu_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_compat, "cuda_capabilities", lambda: [(8, 0)])
+    class Turing:
+        platform, device_kind, compute_capability = "gpu", "Tesla T4", "7.5"
+
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    monkeypatch.setattr(_compat, "cuda_devices", lambda: [Turing()])
     _, line = _doctor.devices()
     assert line.mark == "note"
     assert line.text == (
-        "a GPU of this process has compute capability 8.0; the kernels need 9.0 (Hopper) or newer; "
+        "a GPU has compute capability 7.5; the kernels need 8.0 (Ampere) or newer; "
         "XLA compiles the reference, with the same rounding"
     )
     assert _doctor.verdict([line]) == ("Everything that was checked is right.", 0)

@@ -134,7 +134,7 @@ MUTANTS = {
     "one key for every GPU": Mutant("launch/compiling", "{_source_digest()} {gpu} {program.plan}", "{_source_digest()} {program.plan}", "test_cache_hostile.py::test_another_gpu"),
     "one key for every release": Mutant("launch/compiling", "b\"\\0\".join([release.encode(), *(", "b\"\\0\".join([*(", "test_cache_hostile.py::test_a_release_without_sources"),
     "an unknown JAX is launched": Mutant("launch/lowering", "if KNOWN_JAX[0] <= jax.__version_info__[:2] < KNOWN_JAX[1]:", "if True:", "test_launch.py::test_an_unknown_jax"),
-    "an old GPU is taken": Mutant("launch/compiling", "if capability < _dispatch.NEEDED_CAPABILITY:", "if False:", "test_launch.py::test_an_old_gpu"),
+    "an old GPU is taken": Mutant("launch/compiling", "if capability < HOPPER:", "if False:", "test_launch.py::test_an_old_gpu"),
     "kernels of two generations in one process": Mutant("launch/compiling", "    if capability != first:", "    if False:", "test_launch.py::test_a_process_compiles"),
     # patched models
     "text that is not the code is hashed": Mutant("_sources", "    if _computes(code) not in map(_computes, compiled):\n        return None\n", "", "test_huggingface_source.py::test_a_file_edited"),

@@ -19,7 +19,7 @@ import jax
 import torch
 
 import pallas_norm
-from pallas_norm import _dispatch  # pyright: ignore[reportPrivateUsage]
+from pallas_norm.plans.hardware import HOPPER
 
 from .. import cache
 from ..programs import NOMINAL_ROWS, Program
@@ -52,7 +52,7 @@ def unavailable(device: int) -> str | None:
     if (reason := lowering.unknown_jax()) is not None:
         return reason
     capability = torch.cuda.get_device_capability(device)
-    if capability < _dispatch.NEEDED_CAPABILITY:
+    if capability < HOPPER:
         return f"cuda:{device} has compute capability {capability[0]}.{capability[1]}; the kernels need 9.0 or newer"
     first = torch.cuda.get_device_capability(_assembled_for(device))
     if capability != first:  # the plugin's assembler keeps the first GPU's architecture for the life of the process
