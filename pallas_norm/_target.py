@@ -36,6 +36,12 @@ def too_old(capability: tuple[int, int]) -> str | None:
     return reason
 
 
+def takes(capability: tuple[int, int], module: tuple[int, int]) -> bool:
+    """Whether a GPU's assembler takes a module that was lowered for another compute capability. jax 0.10 gives
+    Hopper's inside a mesh, whose modules every later GPU takes."""
+    return module == capability or HOPPER <= module <= capability
+
+
 # --- one for each process ---------------------------------------------------------------------------------------------
 
 _assembled_for: list[tuple[int, int]] = []
@@ -117,8 +123,7 @@ def in_mosaic(target: Target) -> Generator[None]:
                 stack.enter_context(_compat.default_device(target.device))
             assemble_for(capability)
         found = _compat.mosaic_architecture()
-        # jax 0.10 gives Hopper's inside a mesh, whose modules every later GPU takes.
-        if not (found == capability or HOPPER <= found <= capability):
+        if not takes(capability, found):
             raise NoKernel(
                 f"Mosaic would lower for compute capability {named(found)}, and the GPU has {named(capability)}"
             )

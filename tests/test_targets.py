@@ -104,6 +104,25 @@ def test_rows_that_need_a_cluster_are_xla_s_before_hopper_each_pass_for_itself(
 
 
 @described
+@pytest.mark.parametrize("card", ["A100", "L4", "RTX 5090"])
+def test_the_programs_of_the_direct_launch_are_for_their_gpu(card: str) -> None:
+    programs, gpu, x, weight = kernel_text._programs(), gpus.CARDS[card].gpu, ("x", "bfloat16"), ("weight", "bfloat16")
+    rstd, dy = ("rstd", "float32"), ("dy", "bfloat16")
+    for n in (128, 4096, 16384):
+        made = [
+            programs.Program("forward", n, (x, weight), ("y", "rstd"), _dispatch.Spec(), strided, gpu=gpu)
+            for strided in (False, True)
+        ]
+        made.append(
+            programs.Program("backward", n, (x, rstd, dy, weight), ("dx", "dweight"), _dispatch.Spec(), gpu=gpu)
+        )
+        made.append(programs.Program("column_sum", n, (("parts", "float32"),), ("dweight",), _dispatch.Spec(), gpu=gpu))
+        for program in made:
+            with _target.in_mosaic(_target.Target(gpu, gpus.described(card)[0])):
+                assert architectures(program.function(), *program.structs) == [gpu.capability]
+
+
+@described
 def test_the_default_device_is_not_the_program_s() -> None:
     """Mosaic takes the architecture from there; with a CPU as the default it assumes Hopper's, for an A100 too."""
     (device,) = gpus.described("A100")

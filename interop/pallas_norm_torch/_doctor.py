@@ -89,8 +89,8 @@ def _to_numpy(tensor: torch.Tensor | None) -> _selfcheck.Array:
     return tensor.numpy()
 
 
-def _launches(device: torch.device, n: int) -> bool:
-    return device.type == "cuda" and direct.unavailable(n, device.index) is None
+def _launches(device: torch.device, n: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+    return device.type == "cuda" and direct.unavailable(n, device.index, dtype) is None
 
 
 def check_case(case: _selfcheck.Case, device: torch.device) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from pallas_norm.plans.fitting import Misfit
+
 from . import _library, _torch_state, direct, launch
 from .prepared import ForwardCall
 
@@ -77,7 +79,9 @@ def _gradient(
     try:
         prepared = call.gradient(dy.dtype, with_ds=ds is not None, with_dweight=with_dweight)
         return prepared(x, weight, rstd, dy, ds)
+    except Misfit:  # of this kernel alone: the forward one goes on
+        pass
     except launch.Unavailable as reason:  # raised before anything is written
         direct.refuse(call.n, call.device, str(reason))
-        rstd, spec = rstd.view(x.shape[:-1]), call.kernel.spec
-        return _library.backward(x, weight, rstd, dy, ds, spec, with_dweight=with_dweight)
+    rstd, spec = rstd.view(x.shape[:-1]), call.kernel.spec
+    return _library.backward(x, weight, rstd, dy, ds, spec, with_dweight=with_dweight)

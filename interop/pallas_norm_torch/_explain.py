@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-import pallas_norm
+from pallas_norm.plans.fitting import Misfit, backward_plan_on, forward_plan_on
 
-from . import _validate, direct
+from . import _validate, direct, launch
 
 
 def explain(n: int, dtype: torch.dtype, device: torch.device | str = "cuda") -> str:
@@ -39,13 +39,19 @@ def explain(n: int, dtype: torch.dtype, device: torch.device | str = "cuda") -> 
     index = torch.cuda.current_device() if device.index is None else device.index  # pyright: ignore
     if index >= (count := torch.cuda.device_count()):
         return f"nothing: torch sees {count} CUDA device{'s' * (count != 1)} in this process, and no cuda:{index}"
-    if (reason := direct.unavailable(n, index)) is not None:
+    if (reason := direct.unavailable(n, index, dtype)) is not None:
         return (
             f"torch's own statements on its current stream of cuda:{index}, with Hugging Face's rounding: "
             f"no direct launch, because {reason}"
         )
-    plan = pallas_norm.plan_for(n, _validate.dtype_name(dtype))
-    return (
+    gpu, name = launch.gpu_of(index), _validate.dtype_name(dtype)
+    plan = forward_plan_on(gpu, n, name)
+    found = (
         f"direct launch on torch's current stream of cuda:{index}: the {plan.regime.value} kernel for n = {n}, "
         "compiled once for every row count"
     )
+    try:
+        backward_plan_on(gpu, n, name)
+    except Misfit as reason:
+        found += f"; the backward pass by torch's own statements, because {reason}"
+    return found

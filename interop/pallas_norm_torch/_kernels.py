@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from pallas_norm._spec import Spec  # pyright: ignore[reportPrivateUsage]
+from pallas_norm.plans.hardware import Gpu
 
 from ._validate import dtype_name
 from .programs import Program
@@ -21,10 +22,10 @@ class Forward(NamedTuple):
     with_rstd: bool
     strided: bool = False
 
-    def program(self) -> Program:
+    def program(self, gpu: Gpu) -> Program:
         dtypes = {"x": self.x, "residual": self.x if self.residual else None, "weight": self.weight}
         outputs = ("y", *(["s"] if self.residual else []), *(["rstd"] if self.with_rstd else []))
-        return Program("forward", self.n, _named(dtypes), outputs, self.spec, self.strided)
+        return Program("forward", self.n, _named(dtypes), outputs, self.spec, self.strided, gpu=gpu)
 
 
 class Backward(NamedTuple):
@@ -36,32 +37,32 @@ class Backward(NamedTuple):
     residual: bool
     with_dweight: bool
 
-    def program(self) -> Program:
+    def program(self, gpu: Gpu) -> Program:
         ds = self.x if self.residual else None
         dtypes = {"x": self.x, "rstd": torch.float32, "dy": self.dy, "weight": self.weight, "ds": ds}
         outputs = ("dx", *(["dweight"] if self.with_dweight else []))
-        return Program("backward", self.n, _named(dtypes), outputs, self.spec)
+        return Program("backward", self.n, _named(dtypes), outputs, self.spec, gpu=gpu)
 
 
 class ColumnSum(NamedTuple):
     n: int
     dweight: torch.dtype
 
-    def program(self) -> Program:
-        dtypes = _named({"parts": torch.float32})
-        return Program("column_sum", self.n, dtypes, ("dweight",), Spec(), dweight_dtype=dtype_name(self.dweight))
+    def program(self, gpu: Gpu) -> Program:
+        dtypes, dweight = _named({"parts": torch.float32}), dtype_name(self.dweight)
+        return Program("column_sum", self.n, dtypes, ("dweight",), Spec(), dweight_dtype=dweight, gpu=gpu)
 
 
 def _named(dtypes: dict[str, torch.dtype | None]) -> tuple[tuple[str, str], ...]:
     return tuple((name, dtype_name(dtype)) for name, dtype in dtypes.items() if dtype is not None)
 
 
-_programs: dict[tuple[type, Forward | Backward | ColumnSum], Program] = {}  # tuples of two types may be equal
+_programs: dict[tuple[type, Forward | Backward | ColumnSum, Gpu], Program] = {}  # tuples of two types may be equal
 
 
-def program_of(kernel: Forward | Backward | ColumnSum) -> Program:
+def program_of(kernel: Forward | Backward | ColumnSum, gpu: Gpu) -> Program:
     """The one for each, also where threads race for it."""
-    key = type(kernel), kernel
+    key = type(kernel), kernel, gpu
     if (found := _programs.get(key)) is not None:
         return found
-    return _programs.setdefault(key, kernel.program())
+    return _programs.setdefault(key, kernel.program(gpu))

@@ -25,7 +25,7 @@ forward_mode, transformation = _torch_state.forward_mode, _torch_state.transform
 
 def has_kernel(x: torch.Tensor) -> bool:
     """Whether rows of x can be normalised by a kernel where x lies."""
-    return x.is_cuda and direct.unavailable(x.shape[-1], x.get_device()) is None
+    return x.is_cuda and direct.unavailable(x.shape[-1], x.get_device(), x.dtype) is None
 
 
 def _plain(tensor: torch.Tensor) -> bool:
@@ -90,5 +90,6 @@ def place(module: nn.Module, otherwise: torch.device | None) -> str:
     if device.type != "cuda":
         return f"in their own forward: they are on {device.type}, and the kernels take CUDA tensors"
     index = torch.cuda.current_device() if device.index is None else device.index  # pyright: ignore[reportUnnecessaryComparison]
-    reason = direct.unavailable(128 if weight is None else weight.shape[-1], index)
+    n, dtype = (128, torch.bfloat16) if weight is None else (weight.shape[-1], weight.dtype)
+    reason = direct.unavailable(n, index, dtype)
     return f"with kernels on {device}" if reason is None else f"in their own forward: {reason}"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pallas_norm._spec import Spec
+from pallas_norm.plans.fitting import Misfit
 
 from . import _dtensor, _formula, _torch_state, _validate, _vmap, direct, launch, statements
 
@@ -41,7 +42,7 @@ def operator(name: str) -> Any:
 
 def path(x: Tensor) -> Any:
     """The module whose forward and backward a call takes."""
-    if x.is_cuda and direct.unavailable(x.shape[-1], x.device.index) is None:
+    if x.is_cuda and direct.unavailable(x.shape[-1], x.device.index, x.dtype) is None:
         return direct
     return statements
 
@@ -61,6 +62,8 @@ def backward(x: Tensor, *operands: Any, **options: Any) -> tuple[Tensor, Tensor 
     if path(x) is direct:
         try:
             return direct.backward(x, *operands, **options)
+        except Misfit:  # of this kernel alone: the forward one goes on
+            pass
         except launch.Unavailable as reason:
             direct.refuse(x.shape[-1], x.device.index, str(reason))
     return statements.backward(x, *operands, **options)

@@ -8,26 +8,40 @@ import torch
 
 from pallas_norm import _dispatch  # pyright: ignore[reportPrivateUsage]
 from pallas_norm._spec import Spec
+from pallas_norm.plans.fitting import Misfit, forward_plan_on
 
 from . import launch
 from ._kernels import Backward, Forward
+from ._validate import DTYPES, dtype_name
 from .prepared import ForwardCall, forward_call
 from .prepared_gradient import BackwardCall, backward_call
 
 Tensor = torch.Tensor
 
 
-_refused: dict[tuple[int, int], str | None] = {}  # by n and device, why, or None; what was found out once
+# By n, device and the dtype of x, why, or None; what was found out once.
+_refused: dict[tuple[int, int, torch.dtype], str | None] = {}
 
 # By dtypes, n, options, device and form: the call for operands like some that `ops` has checked.
 calls: dict[Any, ForwardCall] = {}
 
 
-def unavailable(n: int, device: int) -> str | None:
-    """Why rows of n elements cannot take the direct launch on this CUDA device, or None."""
-    if (n, device) not in _refused:
-        _refused[n, device] = _dispatch.no_kernel_for(n) or launch.unavailable(device)
-    return _refused[n, device]
+def unavailable(n: int, device: int, dtype: torch.dtype) -> str | None:
+    """Why rows of n elements of dtype cannot take the direct launch on this CUDA device, or None."""
+    key = n, device, dtype
+    if key not in _refused:
+        _refused[key] = _dispatch.no_kernel_for(n) or launch.unavailable(device) or _misfit(n, device, dtype)
+    return _refused[key]
+
+
+def _misfit(n: int, device: int, dtype: torch.dtype) -> str | None:
+    if dtype not in DTYPES:  # of which no row has a kernel, so their length says nothing
+        return None
+    try:
+        forward_plan_on(launch.gpu_of(device), n, dtype_name(dtype))
+    except Misfit as reason:
+        return str(reason)
+    return None
 
 
 def refuse(n: int, device: int, reason: str) -> None:
@@ -35,7 +49,8 @@ def refuse(n: int, device: int, reason: str) -> None:
 
     Also those whose call was prepared: a backward pass that cannot be launched is found out after many forward passes.
     """
-    _refused[n, device] = reason
+    for dtype in DTYPES:
+        _refused[n, device, dtype] = reason
     calls.clear()
 
 
@@ -55,7 +70,8 @@ def call_of(
 def gradient_of(
     x: Tensor, weight: Tensor | None, dy: Tensor, ds: Tensor | None, spec: Spec, *, with_dweight: bool
 ) -> BackwardCall:
-    """The prepared call of the backward pass. Raises launch.Unavailable."""
+    """The prepared call of the backward pass. Raises launch.Unavailable, and Misfit where the GPU has this kernel for
+    shorter rows only."""
     dtype = None if weight is None else weight.dtype
     kernel = Backward(x.shape[-1], x.dtype, dtype, dy.dtype, spec, ds is not None, with_dweight and weight is not None)
     return backward_call(kernel, x.get_device())

@@ -20,7 +20,7 @@ from ._forwards import Forward
 from ._replacing import ORIGINAL, guarded
 
 # kernels takes the smallest interval that holds the device's capability, and the hub's entries hold all of them.
-CAPABILITIES = (90, 100, 103, 110, 120, 121)
+CAPABILITIES = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 
 _forwards: dict[type[Any], Forward] = {}
 
@@ -114,7 +114,7 @@ def kernel_mapping() -> dict[str, dict[Any, Repository]]:
         kernels.register_kernel_mapping(kernel_mapping())
 
     transformers registers the hub's kernels at that moment, but for every capability, and `kernels` prefers the entry
-    for one. On a GPU older than compute capability 9.0 the hub's are left.
+    for one. On a GPU older than compute capability 8.0 the hub's are left.
 
     Raises:
         ImportError: kernels is not installed.

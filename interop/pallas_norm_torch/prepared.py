@@ -44,7 +44,7 @@ class ForwardCall:
     """y, with a residual also s, with_rstd also rstd; of operands of the kernel's dtypes on its device."""
 
     def __init__(self, kernel: Forward, device: int) -> None:
-        program = program_of(kernel)
+        program = program_of(kernel, launch.gpu_of(device))
         assert program.plan is not None
         self.kernel, self.device, self.n, self.plan = kernel, device, kernel.n, program.plan
         dtype = kernel.x if kernel.weight is None else torch.promote_types(kernel.x, kernel.weight)
@@ -218,7 +218,8 @@ class ForwardCall:
                 return self._elsewhere(x, residual, weight, out)
             return self(rows.ready(x), None if residual is None else rows.ready(residual), weight, out)
         if self._at_strides is None:
-            self._at_strides = launch.kernel(program_of(self.kernel._replace(strided=True)), self.device)
+            strided = program_of(self.kernel._replace(strided=True), launch.gpu_of(self.device))
+            self._at_strides = launch.kernel(strided, self.device)
         y = _empty(x.shape, dtype=self.y_dtype or x.dtype, device=x.device) if out is None else out
         y_at, s, rstd, count = y.data_ptr(), None, None, x.numel() // self.n
         at = [x_at - x_at % ALIGNMENT]
@@ -258,7 +259,7 @@ _forward: dict[tuple[Forward, int], ForwardCall] = {}
 
 
 def forward_call(kernel: Forward, device: int) -> ForwardCall:
-    """The one for each, compiled at the first. Raises launch.Unavailable."""
+    """The one for each, compiled at the first. Raises launch.Unavailable, and Misfit."""
     if (found := _forward.get((kernel, device))) is not None:
         return found
     return _forward.setdefault((kernel, device), ForwardCall(kernel, device))

@@ -40,14 +40,15 @@ class BackwardCall:
     """dx, with_dweight also dweight; of operands of the kernel's dtypes on its device."""
 
     def __init__(self, kernel: Backward, device: int) -> None:
-        program = program_of(kernel)
+        gpu = launch.gpu_of(device)
+        program = program_of(kernel, gpu)
         assert isinstance(program.plan, BackwardPlan)
         self.kernel, self.device, self.n = kernel, device, kernel.n
         self._plan, self._run, self._grid = program.plan, launch.kernel(program, device), Grid(program.plan)
         self._sum: Any = None
         if kernel.with_dweight:
             assert kernel.weight is not None
-            self._sum = launch.kernel(program_of(ColumnSum(kernel.n, kernel.weight)), device)
+            self._sum = launch.kernel(program_of(ColumnSum(kernel.n, kernel.weight), gpu), device)
 
     def __call__(
         self, x: Tensor, weight: Tensor | None, rstd: Tensor, dy: Tensor, ds: Tensor | None

@@ -15,8 +15,9 @@ from pallas_norm.kernels import backward as backward_kernel
 from pallas_norm.kernels import dweight_sum
 from pallas_norm.kernels import forward as forward_kernel
 from pallas_norm.kernels.launch_arguments import COUNT, LaunchArguments
+from pallas_norm.plans.fitting import backward_plan_on, forward_plan_on
+from pallas_norm.plans.hardware import H200, Gpu
 from pallas_norm.plans.plan import BackwardPlan, Plan, from_memory
-from pallas_norm.regimes import backward_plan_for, plan_for
 
 # The shape with which a kernel is traced; it bounds nothing. A multiple of every block; below 2^31 CTAs with clusters.
 NOMINAL_ROWS = 1 << 24
@@ -26,7 +27,7 @@ Kind = Literal["forward", "backward", "column_sum"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """Everything that a kernel's code depends on, beside the device. `direct` makes one for each, so that identity is
+    """Everything that a kernel's code depends on. `direct` makes one for each, so that identity is
     equality, and cheap.
 
     dtypes: of the arrays that go in, by name and in this order. Numbers of the launch follow them: the counts, and with
@@ -41,15 +42,18 @@ class Program:
     spec: Spec
     strided: bool = False
     dweight_dtype: str = "float32"  # of column_sum
+    gpu: Gpu = H200
 
     @functools.cached_property
     def plan(self) -> Plan | None:
+        """Raises Misfit where the GPU has no kernel for these rows."""
         dtypes = dict(self.dtypes)
         if self.kind == "forward":
-            plan = plan_for(self.n, dtypes["x"], residual="residual" in dtypes)
+            plan = forward_plan_on(self.gpu, self.n, dtypes["x"], residual="residual" in dtypes)
             return from_memory(plan) if self.strided else plan
         if self.kind == "backward":
-            return backward_plan_for(self.n, dtypes["x"], dy_dtype=dtypes["dy"], residual="ds" in dtypes)
+            options: dict[str, Any] = {"residual": "ds" in dtypes, "with_dweight": "dweight" in self.outputs}
+            return backward_plan_on(self.gpu, self.n, dtypes["x"], dy_dtype=dtypes["dy"], **options)
         return None
 
     @functools.cached_property

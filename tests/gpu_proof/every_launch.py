@@ -44,7 +44,7 @@ def array(values: torch.Tensor) -> Array:
 
 
 def require_launch(x: torch.Tensor) -> None:
-    if x.is_cuda and (reason := direct.unavailable(x.shape[-1], x.get_device())) is not None:
+    if x.is_cuda and (reason := direct.unavailable(x.shape[-1], x.get_device(), x.dtype)) is not None:
         raise AssertionError(f"not launched: {reason}")
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pallas_norm.kernels.launch_arguments import BYTES, COUNT
+from pallas_norm.plans.hardware import H200
 from pallas_norm.plans.plan import BackwardPlan
 from pallas_norm_torch import _library, _validate, direct, launch, ops, prepared, prepared_gradient, rows, statements
 from pallas_norm_torch.launch.recording import Parameter, Recorded
@@ -130,6 +131,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> dict[Program, FakeKernel]:
         return kernels.setdefault(program, FakeKernel(program, device=device))
 
     monkeypatch.setattr(launch, "kernel", kernel)
+    monkeypatch.setattr(launch, "gpu_of", lambda device: H200)
     monkeypatch.setattr(_library, "path", lambda x: direct)
     for module in (prepared, prepared_gradient, rows, _validate):
         monkeypatch.setattr(module, "ALIGNMENT", ALIGNMENT)

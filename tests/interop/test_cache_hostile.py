@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pallas_norm.plans.hardware import H200, Gpu
 from pallas_norm_torch import cache
 from pallas_norm_torch.launch import compiling, lowering
 
@@ -225,7 +226,7 @@ def test_a_read_only_folder_is_read_and_not_written(folder: Path) -> None:
 
 
 class Program:
-    plan = "a plan"
+    plan, gpu = "a plan", H200
 
 
 @pytest.mark.parametrize("left", [*HOSTILE, "a full disk", "what was stored"])
@@ -233,24 +234,24 @@ def test_the_kernel_is_lowered_where_the_cache_has_none(
     left: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lowered = []
-    monkeypatch.setattr(lowering, "module_of", lambda program, gpu: lowered.append(program) or (PAYLOAD, 7))
-    program, gpu = Program(), lowering.Gpu((9, 0), 232448, 132)
-    assert compiling._cached_module(program, gpu) == (PAYLOAD, 7)
+    monkeypatch.setattr(lowering, "module_of", lambda program: lowered.append(program) or (PAYLOAD, 7))
+    program = Program()
+    assert compiling._cached_module(program) == (PAYLOAD, 7)
     if left in HOSTILE:
         the_file(folder).write_bytes(HOSTILE[left])
     elif left == "a full disk":
         the_file(folder).unlink()
         monkeypatch.setattr(os, "replace", refuses(errno.ENOSPC))
-    assert compiling._cached_module(program, gpu) == (PAYLOAD, 7)
+    assert compiling._cached_module(program) == (PAYLOAD, 7)
     assert len(lowered) == (1 if left == "what was stored" else 2)
 
 
 def test_another_gpu_has_a_module_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code depends on the architecture and on the shared memory."""
-    monkeypatch.setattr(lowering, "module_of", lambda program, gpu: (repr(gpu).encode(), 7))
+    monkeypatch.setattr(lowering, "module_of", lambda program: (repr(program.gpu).encode(), 7))
     program = Program()  # one: its key has its address
-    for gpu in (lowering.Gpu((9, 0), 232448, 132), lowering.Gpu((12, 0), 101376, 170)):
-        assert compiling._cached_module(program, gpu)[0] == repr(gpu).encode()
+    for program.gpu in (H200, Gpu((12, 0), 101376, 170)):
+        assert compiling._cached_module(program)[0] == repr(program.gpu).encode()
 
 
 def test_a_release_without_sources_has_a_key_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

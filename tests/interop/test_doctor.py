@@ -149,7 +149,7 @@ def test_the_cases_reach_a_warp_one_warpgroup_several_and_a_cluster() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_every_kind_of_kernel_is_launched_and_right(tmp_path: Path) -> None:
-    if (reason := direct.unavailable(4096, 0)) is not None:
+    if (reason := direct.unavailable(4096, 0, torch.bfloat16)) is not None:
         pytest.skip(f"needs a direct launch: {reason}")
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "interop")))
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": paths}

@@ -111,7 +111,7 @@ def test_our_entry_wins_over_the_hub_s() -> None:
     for first, second in ((hub, hub_kernels.kernel_mapping()), (hub_kernels.kernel_mapping(), hub)):
         with kernels.use_kernel_mapping(first, inherit_mapping=False), kernels.use_kernel_mapping(second):
             entries = _KERNEL_MAPPING.get()["RMSNorm"]["cuda"].repos_by_capability
-            chosen = {number: entries.find_smallest_interval(number) for number in (80, *hub_kernels.CAPABILITIES)}
+            chosen = {number: entries.find_smallest_interval(number) for number in (75, *hub_kernels.CAPABILITIES)}
         kinds = {number: {type(one) for one in modes.values()} for number, modes in chosen.items()}
         ours = {number for number, types in kinds.items() if types == {hub_kernels.Repository}}
         assert ours == set(hub_kernels.CAPABILITIES)

@@ -330,9 +330,9 @@ def test_the_report_says_where_the_norms_run(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_report_asks_what_a_launch_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    old = "cuda:0 has compute capability 8.0; the kernels need 9.0 or newer"
+    old = "cuda:0 has compute capability 7.5; the kernels need 8.0 (Ampere) or newer"
     reasons = iter([None, old])
-    monkeypatch.setattr(direct, "unavailable", lambda n, device: next(reasons))
+    monkeypatch.setattr(direct, "unavailable", lambda n, device, dtype: next(reasons))
     module = nn.Module()
     module.weight = torch.empty(0)
     monkeypatch.setattr(nn.Module, "parameters", lambda self, recurse=True: iter([OnCuda()]))

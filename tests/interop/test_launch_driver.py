@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from pallas_norm import _target
 from pallas_norm._spec import Spec
+from pallas_norm.plans.hardware import Gpu
 from pallas_norm_torch import launch
-from pallas_norm_torch.launch import compiling, driver, kernels, lowering, proof, recording
+from pallas_norm_torch.launch import compiling, driver, kernels, proof, recording
 from pallas_norm_torch.launch.recording import Parameter, Recorded
 from pallas_norm_torch.programs import Program
 from tests.interop.fake_kernels import FakeKernel
@@ -178,7 +180,7 @@ def test_lowering_that_changes_the_context_does_not_change_where_a_kernel_is_loa
     backends, which left the last GPU's context current, and the module was loaded there."""
     loaded: list[int] = []
 
-    def lowers(program: Program, gpu: Any) -> tuple[bytes, int]:
+    def lowers(program: Program) -> tuple[bytes, int]:
         fake.current = OTHERS
         if fails:
             raise launch.Unavailable("no reason")
@@ -191,13 +193,14 @@ def test_lowering_that_changes_the_context_does_not_change_where_a_kernel_is_loa
     plan = FORWARD.plan
     assert plan is not None
     monkeypatch.setattr(compiling, "_kernels", {})
-    monkeypatch.setattr(compiling, "_first", [])
+    monkeypatch.setattr(_target, "_assembled_for", [])
     monkeypatch.setattr(compiling, "unavailable", lambda device: None)
-    monkeypatch.setattr(compiling, "_gpu", lambda device: None)
     monkeypatch.setattr(compiling, "_cached_module", lowers)
     monkeypatch.setattr(compiling, "_host_function", loads)
     monkeypatch.setattr(
-        recording, "record", lambda call, count: Recorded(0, 1 << 24, 128, 0, 1, (Parameter(0, 0), Parameter(8, 1)))
+        recording,
+        "record",
+        lambda call, count, *, clusters: Recorded(0, 1 << 24, 128, 0, 1, (Parameter(0, 0), Parameter(8, 1))),
     )
     monkeypatch.setattr(proof, "prove", lambda made, program: loaded.append(fake.current))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
@@ -207,14 +210,47 @@ def test_lowering_that_changes_the_context_does_not_change_where_a_kernel_is_loa
         compiling.kernel(FORWARD, DEVICE)
     assert fake.current == before
     assert loaded == ([] if fails else [OWN, OWN])
+    assert _target._assembled_for == ([] if fails else [(9, 0)])
 
 
 def test_a_grid_that_is_not_as_expected_is_not_launched(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "_host_function", lambda module, device: None)
-    monkeypatch.setattr(recording, "record", lambda call, count: Recorded(0, 5, 128, 0, 2, ()))
+    monkeypatch.setattr(recording, "record", lambda call, count, *, clusters: Recorded(0, 5, 128, 0, 2, ()))
     with pytest.raises(launch.Unavailable) as caught:
         compiling._loaded(FORWARD, b"", 3, 0)
     assert str(caught.value) == "the kernel launches 5 CTAs in clusters of 2; needed 16777216 in clusters of 1"
+
+
+class Graph:
+    """As much of CUDA's bindings as reads the one kernel of a graph."""
+
+    class CUlaunchAttributeID:
+        CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION = 4
+
+    gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ = 7, 1, 1, 128, 1, 1
+    func, sharedMemBytes, kernelParams, x, y, z = FUNCTION, 2048, 0, 2, 1, 1
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def ask(self, function: str, *_: Any) -> Any:
+        self.asked.append(function)
+        return ([self], 1) if function == "cuGraphGetNodes" else self
+
+    @property
+    def clusterDim(self) -> Graph:
+        return self
+
+
+@pytest.mark.parametrize("clusters", [True, False])
+def test_a_gpu_without_clusters_is_not_asked_for_them(clusters: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    graph = Graph()
+    monkeypatch.setattr(driver, "driver", lambda: graph)
+    monkeypatch.setattr(recording, "ask", graph.ask)
+    monkeypatch.setattr(recording, "_parameters", lambda *_: ())
+    found = recording._read(None, 3, clusters=clusters)
+    assert found == Recorded(FUNCTION, 7, 128, 2048, 2 if clusters else 1, ())
+    assert ("cuGraphKernelNodeGetAttribute" in graph.asked) == clusters
 
 
 # --- the trial run ----------------------------------------------------------------------------------------------------
@@ -288,4 +324,4 @@ def test_a_refusal_names_the_kernel_and_what_was_wrong(monkeypatch: pytest.Monke
 
 
 def test_a_kernel_is_recorded_for_one_description_of_a_gpu() -> None:
-    assert lowering.Gpu((9, 0), 1, 132) != lowering.Gpu((9, 0), 1, 78)  # and so is its key in the cache
+    assert Gpu((9, 0), 1, 132) != Gpu((9, 0), 1, 78)  # and so is its key in the cache

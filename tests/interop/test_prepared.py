@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pallas_norm._spec import Spec
+from pallas_norm.plans.hardware import Gpu
 from pallas_norm_torch import _library, add_rms_norm, direct, explain, launch, ops, prepared, rms_norm, statements
 from pallas_norm_torch.programs import Program
 from tests.interop.cases import DTYPES, assert_same, draw
@@ -164,7 +165,7 @@ def test_a_kernel_that_cannot_be_launched_takes_the_other_way_and_says_so(monkey
     leaf = x.clone().requires_grad_()
     rms_norm(leaf, weight).sum().backward()
     assert leaf.grad is not None
-    assert direct._refused[128, -1] == "it is Sunday"
+    assert direct._refused[128, -1, torch.bfloat16] == "it is Sunday"
     assert not ops._prepared
     wide = draw(6, 256, dtype=torch.float32)[:, :128]
     rms_norm(x, weight)
@@ -187,12 +188,38 @@ def test_what_explain_says_of_a_refused_backward_pass_is_true_of_the_next_forwar
     monkeypatch.setattr(launch, "kernel", refusing)
     rms_norm(leaf, weight).sum().backward()
     assert leaf.grad is not None
-    assert direct._refused[128, -1] == "it is Sunday"
+    assert direct._refused[128, -1, torch.bfloat16] == "it is Sunday"
     assert not ops._prepared
     before = sum(len(kernel.launches) for kernel in made.values())
     monkeypatch.setattr(_library, "path", lambda x: statements)  # as a refused length on a GPU
     rms_norm(leaf, weight)
     assert sum(len(kernel.launches) for kernel in made.values()) == before
+
+
+@pytest.mark.parametrize("by_operator", [False, True])
+def test_a_backward_pass_without_a_kernel_leaves_the_forward_pass_its_own(
+    made: dict[Program, FakeKernel],  # noqa: F811
+    by_operator: bool,  # noqa: FBT001  as in compiled programs
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On GPUs before Hopper, of rows that need a cluster in the backward pass first."""
+    monkeypatch.setattr(launch, "gpu_of", lambda device: Gpu((8, 0), 166912, 108))
+    x, weight, dy = (draw(*shape, dtype=torch.bfloat16) for shape in ((2, 20480), (20480,), (2, 20480)))
+    leaf, leaf_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    for _ in range(2):
+        if by_operator:
+            y, _ = torch.ops.pallas_norm.rms_norm(leaf, leaf_weight, 1e-6, True, 0.0)  # noqa: FBT003  its schema
+        else:
+            y = rms_norm(leaf, leaf_weight)
+        dx, dweight = torch.autograd.grad(y, (leaf, leaf_weight), dy)
+    _, _, rstd = statements.forward(x, None, weight, Spec(), with_rstd=True)
+    assert rstd is not None
+    expected_dx, expected_dweight = statements.backward(x, weight, rstd, dy, None, Spec(), with_dweight=True)
+    assert_same(dx, expected_dx)
+    assert_same(dweight, expected_dweight)
+    assert {program.kind for program in made} == {"forward"}
+    assert sum(len(kernel.launches) for kernel in made.values()) == 2
+    assert direct._refused == {}
 
 
 def test_numbers_equal_to_those_that_were_checked_are_checked_too() -> None:

@@ -19,14 +19,14 @@ import jax
 import torch
 
 import pallas_norm
-from pallas_norm.plans.hardware import HOPPER
+from pallas_norm import _target  # pyright: ignore[reportPrivateUsage]
+from pallas_norm.plans.hardware import Gpu, generation
 
 from .. import cache
 from ..programs import NOMINAL_ROWS, Program
 from . import arguments, driver, lowering, proof, recording
 from .driver import Unavailable
 from .kernels import Kernel
-from .lowering import Gpu
 
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
@@ -52,28 +52,14 @@ def unavailable(device: int) -> str | None:
     if (reason := lowering.unknown_jax()) is not None:
         return reason
     capability = torch.cuda.get_device_capability(device)
-    if capability < HOPPER:
-        return f"cuda:{device} has compute capability {capability[0]}.{capability[1]}; the kernels need 9.0 or newer"
-    first = torch.cuda.get_device_capability(_assembled_for(device))
-    if capability != first:  # the plugin's assembler keeps the first GPU's architecture for the life of the process
-        return (
-            f"cuda:{device} has compute capability {capability[0]}.{capability[1]}, and this process has compiled "
-            f"kernels for {first[0]}.{first[1]}"
-        )
+    if (reason := _target.too_old(capability) or _target.assembled_for_another(capability)) is not None:
+        return f"cuda:{device} has {reason}"
     try:
         _library()
         driver.driver()
     except Unavailable as reason:
         return str(reason)
     return None
-
-
-_first: list[int] = []
-
-
-def _assembled_for(device: int) -> int:
-    """The first device for which a kernel was compiled, or else this one."""
-    return _first[0] if _first else device
 
 
 @functools.cache
@@ -88,11 +74,11 @@ def _source_digest() -> str:
     return hashlib.sha256(b"\0".join([release.encode(), *(file.read_bytes() for file in files)])).hexdigest()
 
 
-def _cached_module(program: Program, gpu: Gpu) -> tuple[bytes, int]:
-    key = f"{jax.__version__} {jax.lib.__version__} {_source_digest()} {gpu} {program.plan} {program}"
+def _cached_module(program: Program) -> tuple[bytes, int]:
+    key = f"{jax.__version__} {jax.lib.__version__} {_source_digest()} {program.gpu} {program.plan} {program}"
     if (payload := cache.load(key)) is not None:
         return payload[1:], payload[0]
-    module, addresses = lowering.module_of(program, gpu)
+    module, addresses = lowering.module_of(program)
     cache.store(key, bytes([addresses]) + module)
     return module, addresses
 
@@ -113,7 +99,8 @@ def _host_function(module: bytes, device: int) -> Callable[[int, bytes], Any]:
 
 def _loaded(program: Program, module: bytes, addresses: int, device: int) -> Kernel:
     """In the current context, which is the device's own."""
-    recorded = recording.record(_host_function(module, device), addresses)
+    clusters = program.gpu.clusters
+    recorded = recording.record(_host_function(module, device), addresses, clusters=clusters)
     plan = program.plan
     if plan is not None and (recorded.grid, recorded.cluster) != (arguments.grid(plan, NOMINAL_ROWS), plan.cluster):
         raise Unavailable(
@@ -123,9 +110,13 @@ def _loaded(program: Program, module: bytes, addresses: int, device: int) -> Ker
     return Kernel(recorded, device, f"the {program.kind.replace('_', ' ')} kernel for n = {program.n}")
 
 
-def _gpu(device: int) -> Gpu:
+@functools.cache
+def gpu_of(device: int) -> Gpu:
+    """The CUDA device of that index, as far as a kernel's code depends on it."""
     found = torch.cuda.get_device_properties(device)
-    return Gpu((found.major, found.minor), found.shared_memory_per_block_optin, found.multi_processor_count)
+    capability = found.major, found.minor
+    shared_bytes = getattr(found, "shared_memory_per_block_optin", 0) or generation(capability).shared_bytes
+    return Gpu(capability, shared_bytes, found.multi_processor_count)
 
 
 _kernels: dict[tuple[Program, int], Kernel] = {}
@@ -148,10 +139,10 @@ def kernel(program: Program, device: int) -> Kernel:
                     f"the kernel for n = {program.n} is not compiled yet, and a CUDA graph is being captured; "
                     "call it once with these dtypes and strides before the capture"
                 )
-            module, addresses = _cached_module(program, _gpu(device))
+            module, addresses = _cached_module(program)
+            _target.assemble_for(program.gpu.capability)
             with driver.context_of(device):  # again: whoever was called until here may have changed it
                 made = _loaded(program, module, addresses, device)
-                _first[:] = _first or [device]
                 proof.prove(made, program)
         _kernels[key] = made
         return made

@@ -14,22 +14,17 @@ import contextlib
 import functools
 import threading
 from collections.abc import Generator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+
+from pallas_norm import _compat, _target  # pyright: ignore[reportPrivateUsage]
+from pallas_norm.plans.hardware import Gpu, named
 
 from ..programs import Program
 from .driver import Unavailable
 
 KNOWN_JAX = ((0, 11), (0, 13))  # from, up to but without
-
-
-class Gpu(NamedTuple):
-    """What a kernel's code depends on."""
-
-    capability: tuple[int, int]
-    shared_bytes: int  # that one CTA may have
-    multiprocessors: int
 
 
 def unknown_jax() -> str | None:
@@ -115,10 +110,16 @@ def _custom_call(program: Program) -> tuple[bytes, int]:
         return call.attributes["mhlo.backend_config"]["module"].value_bytes, operands + results
 
 
-def module_of(program: Program, gpu: Gpu) -> tuple[bytes, int]:
+def module_of(program: Program) -> tuple[bytes, int]:
     """What MosaicGpuCompile takes, and how many addresses the kernel takes. Raises Unavailable."""
     try:
-        with _without_backends(gpu):
+        with _without_backends(program.gpu):
+            found = _compat.mosaic_architecture()
+            if not _target.takes(program.gpu.capability, found):  # the assembler would end the process
+                raise Unavailable(
+                    f"Mosaic would lower the kernel for compute capability {named(found)}, and the GPU has "
+                    f"{named(program.gpu.capability)}"
+                )
             return _custom_call(program)
     except ValueError as error:  # more shared memory than the GPU has
         raise Unavailable(f"the kernel does not fit this GPU: {error}") from error

@@ -95,8 +95,11 @@ def _found(candidates: Iterable[Parameter]) -> Parameter:
     return found[0]
 
 
-def record(call: Callable[[int, bytes], Any], arguments: int) -> Recorded:
-    """`call(stream, addresses)` is JAX's host function. The device's context is current. Raises Unavailable."""
+def record(call: Callable[[int, bytes], Any], arguments: int, *, clusters: bool) -> Recorded:
+    """`call(stream, addresses)` is JAX's host function. The device's context is current. Raises Unavailable.
+
+    clusters: whether the device has any, and so an answer to how many CTAs are in one.
+    """
     cuda = driver.driver()
     stream = ask("cuStreamCreate", cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)
     try:
@@ -108,7 +111,7 @@ def record(call: Callable[[int, bytes], Any], arguments: int) -> Recorded:
         try:
             if status:  # jax 0.11
                 raise Unavailable(f"JAX's host function could not launch the kernel: {driver.words(int(status))}")
-            return _read(graph, arguments)
+            return _read(graph, arguments, clusters=clusters)
         finally:
             ask("cuGraphDestroy", graph)
     except driver.DriverError as error:
@@ -117,7 +120,7 @@ def record(call: Callable[[int, bytes], Any], arguments: int) -> Recorded:
         ask("cuStreamDestroy", stream)
 
 
-def _read(graph: Any, arguments: int) -> Recorded:
+def _read(graph: Any, arguments: int, *, clusters: bool) -> Recorded:
     cuda = driver.driver()
     nodes, count = ask("cuGraphGetNodes", graph, 8)
     if count != 1:
@@ -127,8 +130,11 @@ def _read(graph: Any, arguments: int) -> Recorded:
     function = kernel.func
     if not int(function):  # a kernel of a library, which a launch would load into whatever context is current
         function = ask("cuKernelGetFunction", kernel.kern)
-    attribute = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    cluster = ask("cuGraphKernelNodeGetAttribute", node, attribute).clusterDim
+    cluster = 1
+    if clusters:
+        attribute = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        dimensions = ask("cuGraphKernelNodeGetAttribute", node, attribute).clusterDim
+        cluster = max(1, dimensions.x * dimensions.y * dimensions.z)
     if (kernel.gridDimY, kernel.gridDimZ, kernel.blockDimY, kernel.blockDimZ) != (1, 1, 1, 1):
         raise Unavailable("the kernel's grid or its blocks have more than one dimension")
     return Recorded(
@@ -136,6 +142,6 @@ def _read(graph: Any, arguments: int) -> Recorded:
         kernel.gridDimX,
         kernel.blockDimX,
         kernel.sharedMemBytes,
-        max(1, cluster.x * cluster.y * cluster.z),
+        cluster,
         _parameters(function, int(kernel.kernelParams), arguments),
     )
