@@ -2,7 +2,8 @@
 
 Prints the versions, the devices, which path a call takes and why, and a self-check: the bits that each path gives
 against a replay of its roundings in NumPy, on a GPU one launch of each kind of kernel; from PyTorch too where it is
-installed. Exits with 0 if every check is right, and with 1 and the next step if one is not.
+installed. On a GPU of a kind on which no run has been reported yet, also a block to paste into an issue. Exits with 0
+if every check is right, and with 1 and the next step if one is not.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import os
 import sys
 
-from . import _doctor
+from . import _doctor, _untested
 from .plans import report
 
 
@@ -39,6 +40,8 @@ def _examine() -> int:
     for line in _doctor.examine(preallocates=preallocates):
         lines.append(line)
         print(line, flush=True)  # noqa: T201  as it is found out: a GPU's kernels take a while to compile
+    for line in _untested.block(lines, _untested.cards()):
+        print(line)  # noqa: T201
     text, status = _doctor.verdict(lines)
     print(text)  # noqa: T201
     return status

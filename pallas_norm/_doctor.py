@@ -28,6 +28,7 @@ import numpy as np
 import pallas_norm
 
 from . import _compat, _selfcheck, _target
+from .plans.hardware import H200
 from .plans.lengths import LARGEST_N
 
 Device: TypeAlias = Any  # jax.Device is no type to a type checker
@@ -193,11 +194,12 @@ def check_case(case: _selfcheck.Case, device: Device) -> list[str]:
     """What is wrong with the norms on this device, in sentences."""
     given = _selfcheck.operands(case)
     by_kernel = path_on(device, case.n, case.dtype) == "mosaic_gpu"
+    gpu = _target.here().gpu if by_kernel else H200
     wrong: list[str] = []
     with jax.default_device(device):
         for form in FORMS:
             found = results(form, given)
-            sentences = _selfcheck.check(given, found, by_kernel=by_kernel)
+            sentences = _selfcheck.check(given, found, by_kernel=by_kernel, gpu=gpu)
             wrong += [f"{form.function} and its gradients, {case}: {sentence}" for sentence in sentences]
             if form.function == "rms_norm":
                 # A program of its own, because XLA fuses otherwise, and drops other roundings, where y is all it gives.
@@ -241,11 +243,11 @@ def self_check(device: Device) -> Iterator[Line]:
     by_kernel = path_on(device, 4096, "bfloat16") == "mosaic_gpu"
 
     def what(case: _selfcheck.Case) -> str:
-        if not by_kernel:
+        if path_on(device, case.n, case.dtype) != "mosaic_gpu":
             return "XLA"
         return f"kernel ({_selfcheck.kind(pallas_norm.plan_for(case.n, case.dtype))})"
 
-    cases = _selfcheck.kernel_cases() if by_kernel else _selfcheck.XLA_CASES
+    cases = _selfcheck.kernel_cases(_target.here().gpu) if by_kernel else _selfcheck.XLA_CASES
     step = (
         f'pass implementation="xla" meanwhile, and {REPORT}'
         if by_kernel

@@ -7,14 +7,16 @@ rounding that is being checked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import ml_dtypes
 import numpy as np
 
+from .plans.fitting import Misfit, backward_plan_on, forward_plan_on
+from .plans.hardware import H200, Gpu
 from .plans.plan import Plan
-from .regimes import backward_plan_for, plan_for
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Arrays: TypeAlias = Mapping[str, Array]
@@ -57,17 +59,21 @@ def kind(plan: Plan) -> str:
     return "warp" if plan.regime.value == "warp" else f"cta, {warpgroups}{shared}"
 
 
-def kernel_cases() -> list[Case]:
+def _plans(gpu: Gpu, n: int, dtype: str) -> Iterator[tuple[str, Plan]]:
+    """Forward and backward, with and without a residual; those that the GPU has."""
+    for on in (forward_plan_on, backward_plan_on):
+        for residual in (False, True):
+            with contextlib.suppress(Misfit):
+                yield on.__name__, on(gpu, n, dtype, residual=residual)
+
+
+def kernel_cases(gpu: Gpu = H200) -> list[Case]:
     """For each dtype one row length of each kind of kernel, forward and backward."""
     cases: list[Case] = []
     for dtype in DTYPES:
         seen: set[tuple[str, str, str]] = set()
         for n in LENGTHS:
-            plans = [
-                (function.__name__, function(n, dtype, residual=residual))
-                for function in (plan_for, backward_plan_for)
-                for residual in (False, True)
-            ]
+            plans = list(_plans(gpu, n, dtype))
             kinds = {(name, kind(plan), plan.source.value) for name, plan in plans}
             if not kinds <= seen:
                 # A block of each kernel, and rows that are left over.
@@ -217,21 +223,25 @@ def _weight_gradient(given: Arrays, x: Array, rstd: Array) -> tuple[Array, Array
 # --- the verdict ------------------------------------------------------------------------------------------------------
 
 
-def _additions(n: int, dtype: str, *, residual: bool, by_kernel: bool) -> tuple[int, int]:
+def _additions(n: int, dtype: str, gpu: Gpu | None, *, residual: bool) -> tuple[int, int]:
     """On the longest path of a row sum, forward and backward. Only a kernel fixes their order; XLA may choose any."""
-    if not by_kernel:
+    if gpu is None:
         return n, n
-    return plan_for(n, dtype, residual=residual).depth, backward_plan_for(n, dtype, residual=residual).depth
+    forward, backward = forward_plan_on(gpu, n, dtype, residual=residual).depth, n
+    with contextlib.suppress(Misfit):
+        backward = backward_plan_on(gpu, n, dtype, residual=residual).depth
+    return forward, backward
 
 
-def check(given: Arrays, found: Arrays, *, by_kernel: bool) -> list[str]:
+def check(given: Arrays, found: Arrays, *, by_kernel: bool, gpu: Gpu = H200) -> list[str]:
     """What is wrong with the results `found` of the operands `given`: a sentence each, none where all is right.
 
-    found: y, rstd, dx and dweight, in the residual form s too.
+    found: y, rstd, dx and dweight, in the residual form s too. gpu: of the kernel, which may have none for the backward
+    pass.
     """
     x, weight, rstd = given["x"], given["weight"], found["rstd"]
     dtype, residual = x.dtype, "s" in found
-    forward, backward = _additions(x.shape[-1], dtype.name, residual=residual, by_kernel=by_kernel)
+    forward, backward = _additions(x.shape[-1], dtype.name, gpu if by_kernel else None, residual=residual)
     wrong: list[str | None] = []
     if residual:
         wrong.append(_bits("s", found["s"], add(x, given["residual"])))

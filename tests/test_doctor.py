@@ -17,7 +17,9 @@ import pytest
 import pallas_norm
 from pallas_norm import __main__ as program
 from pallas_norm import _compat, _doctor, _selfcheck, reference
+from pallas_norm.plans.fitting import forward_plan_on
 from pallas_norm.plans.forward import TABLE
+from pallas_norm.plans.hardware import Gpu
 from pallas_norm.plans.plan import Source
 from pallas_norm.regimes import backward_plan_for, plan_for
 from tests import oracle
@@ -290,6 +292,22 @@ def test_the_cases_reach_every_row_of_the_table_and_every_source() -> None:
         backward = [backward_plan_for(case.n, case.dtype) for case in cases if case.dtype == dtype]
         assert {plan.source for plan in backward} == set(Source)
     assert all(case.rows > plan.block for case, plan in zip(cases, plans, strict=True))
+
+
+def test_before_hopper_the_cases_are_those_that_have_a_kernel_there() -> None:
+    a100 = Gpu((8, 0), 166912, 108)
+    cases = _selfcheck.kernel_cases(a100)
+    plans = [forward_plan_on(a100, case.n, case.dtype) for case in cases]  # raises where there is none
+    assert {plan.source for plan in plans} == {Source.REGISTERS, Source.MEMORY}
+    assert {(case.n, case.dtype) for case in cases} >= {(128, "float16"), (4096, "bfloat16"), (32760, "bfloat16")}
+    assert max(case.n for case in cases) == 65528
+
+
+def test_gradients_of_rows_without_a_backward_kernel_have_the_bound_of_any_order() -> None:
+    """Before Hopper the backward pass of 32768 elements is XLA's, or torch's, which add up in an order of their own."""
+    a100 = Gpu((8, 0), 166912, 108)
+    assert _selfcheck._additions(32768, "bfloat16", a100, residual=False) == (plan_for(32768, "bfloat16").depth, 32768)
+    assert _selfcheck._additions(4096, "bfloat16", a100, residual=True)[1] == backward_plan_for(4096, "bfloat16").depth
 
 
 @pytest.mark.gpu

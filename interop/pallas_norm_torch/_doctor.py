@@ -15,9 +15,10 @@ import torch
 
 from pallas_norm import _compat, _selfcheck
 from pallas_norm._doctor import REPORT, SHOWN_LENGTHS, Line, attempt, check_cases
+from pallas_norm.plans.hardware import H200
 from pallas_norm.regimes import plan_for
 
-from . import cache, direct, ops
+from . import cache, direct, launch, ops
 from ._explain import explain
 
 NEEDED_TORCH = (2, 11)
@@ -98,14 +99,16 @@ def check_case(case: _selfcheck.Case, device: torch.device) -> list[str]:
     given = _selfcheck.operands(case)
     tensors = {name: _to_torch(array, device) for name, array in given.items()}
     x, residual, weight, dy, ds = (tensors[name] for name in ("x", "residual", "weight", "dy", "ds"))
-    by_kernel = _launches(device, case.n)
+    by_kernel = _launches(device, case.n, x.dtype)
+    gpu = launch.gpu_of(device.index) if by_kernel else H200
     options = _selfcheck.EPS, True, 0.0  # as the operators take them, which also give rstd
     x_leaf, residual_leaf, weight_leaf = (tensor.clone().requires_grad_() for tensor in (x, residual, weight))
     wrong: list[str] = []
 
     def checked(name: str, outputs: dict[str, Any]) -> None:
         arrays = {name: _to_numpy(tensor) for name, tensor in outputs.items()}
-        wrong.extend(f"{name}, {case}: {sentence}" for sentence in _selfcheck.check(given, arrays, by_kernel=by_kernel))
+        sentences = _selfcheck.check(given, arrays, by_kernel=by_kernel, gpu=gpu)
+        wrong.extend(f"{name}, {case}: {sentence}" for sentence in sentences)
 
     y, rstd = torch.ops.pallas_norm.rms_norm(x, weight, *options)
     dx, dweight = torch.autograd.grad(ops.rms_norm(x_leaf, weight_leaf, _selfcheck.EPS), (x_leaf, weight_leaf), dy)
@@ -131,7 +134,7 @@ def self_check(device: torch.device) -> Iterator[Line]:
     launches = _launches(device, 4096)
 
     def what(case: _selfcheck.Case) -> str:
-        if not _launches(device, case.n):
+        if not _launches(device, case.n, getattr(torch, case.dtype)):
             return "torch's own statements"
         return f"direct launch ({_selfcheck.kind(plan_for(case.n, case.dtype))})"
 
