@@ -19,17 +19,25 @@ from ._spec import Implementation, Spec
 if TYPE_CHECKING:
     from typing import Unpack
 
+    from jax.typing import DTypeLike
     from jaxtyping import Array, Float
 
 
-class _Options(TypedDict, total=False):
+class _NormOptions(TypedDict, total=False):
     """The arguments with defaults that say nothing of what is returned."""
 
     eps: float
     cast_before_scale: bool
     weight_offset: float
+    out_dtype: DTypeLike | None
+    unit_dtype: DTypeLike | None
+    round_weight: bool
     implementation: Implementation | None
     axis_name: str | tuple[str, ...] | None
+
+
+class _AddOptions(_NormOptions, total=False):
+    s_dtype: DTypeLike | None
 
 
 @overload
@@ -38,7 +46,7 @@ def rms_norm(
     weight: Float[Array, " n"] | None = None,
     *,
     return_rstd: Literal[False] = False,
-    **options: Unpack[_Options],
+    **options: Unpack[_NormOptions],
 ) -> Float[Array, "*batch n"]: ...
 @overload
 def rms_norm(
@@ -46,7 +54,7 @@ def rms_norm(
     weight: Float[Array, " n"] | None = None,
     *,
     return_rstd: Literal[True],
-    **options: Unpack[_Options],
+    **options: Unpack[_NormOptions],
 ) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch"]]: ...
 def rms_norm(
     x: Float[Array, "*batch n"],
@@ -55,6 +63,9 @@ def rms_norm(
     eps: float = 1e-6,
     cast_before_scale: bool = True,
     weight_offset: float = 0.0,
+    out_dtype: DTypeLike | None = None,
+    unit_dtype: DTypeLike | None = None,
+    round_weight: bool = False,
     implementation: Implementation | None = None,
     return_rstd: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
@@ -69,6 +80,12 @@ def rms_norm(
             models of Hugging Face). False multiplies in float32 and rounds once (Gemma, Olmo2, GptOss,
             torch.nn.functional.rms_norm).
         weight_offset: added to the weight in float32 (Gemma: 1.0).
+        out_dtype: that of y, to which the product is rounded, once: so a float32 weight leaves y in bfloat16.
+        unit_dtype: what the normalised x is rounded to before the weight multiplies it, by default the dtype of x.
+            float32 is cast_before_scale=False by another name.
+        round_weight: rounds the weight to unit_dtype in the kernel, before weight_offset is added: a float32 weight
+            that is trained, in a model that computes in bfloat16. The bits are those of a weight that was cast, but
+            dweight is that of the float32 weight, and was never rounded to bfloat16.
         implementation: None takes the Mosaic GPU kernel where the program is lowered for an NVIDIA GPU of compute
             capability 9.0 or newer and n has a kernel, and lets XLA compile the reference elsewhere; `explain` tells
             which. "mosaic_gpu" or "xla" forces one. "interpret" runs the kernel in Pallas's interpreter, on a CPU, for
@@ -77,10 +94,10 @@ def rms_norm(
         axis_name: inside jax.shard_map, the mesh axis or axes over which the rows themselves are split; x and weight
             are then the columns of this shard, n those of all shards. XLA compiles this form.
 
-    Returns: y, `[..., n]`, of dtype promote_types(x, weight): a float32 weight makes a bfloat16 x float32, as in
-        Hugging Face. With return_rstd, (y, rstd).
+    Returns: y, `[..., n]`, of dtype out_dtype, by default promote_types(x, weight): a float32 weight makes a bfloat16 x
+        float32, as in Hugging Face, unless round_weight makes it a bfloat16 one. With return_rstd, (y, rstd).
 
-    Rounding: sums, rstd and products in float32; the normalised x is rounded to the dtype of x, and y to its own. The
+    Rounding: sums, rstd and products in float32; the normalised x is rounded to unit_dtype, and y to its own dtype. The
         same on every path. In the kernels a row's bits do not depend on the other rows.
 
     Special values: a NaN makes its row NaN. An infinity becomes NaN and the rest of its row signed zeros, as after an
@@ -95,14 +112,25 @@ def rms_norm(
         rstd is kept in float32 between the passes, under the name `RSTD` for checkpoint policies.
 
     Raises:
-        TypeError: an operand is no array, or of another dtype; eps or weight_offset is traced or no real number.
-        ValueError: a shape or a value does not fit.
+        TypeError: an operand is no array, or of another dtype, as an option is that names one; eps or weight_offset is
+            traced or no real number.
+        ValueError: a shape or a value does not fit, or cast_before_scale=False and a unit_dtype contradict each other.
         NotImplementedError: a forced implementation cannot run.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; `LlamaRMSNorm` in Hugging Face's
         transformers.
     """
-    y, *rstd = _norm(x, None, weight, eps, cast_before_scale, weight_offset, implementation, return_rstd, axis_name)
+    y, *rstd = _norm(
+        (x, None, weight),
+        eps=eps,
+        cast_before_scale=cast_before_scale,
+        weight_offset=weight_offset,
+        dtypes={"out_dtype": out_dtype, "unit_dtype": unit_dtype},
+        round_weight=round_weight,
+        implementation=implementation,
+        return_rstd=return_rstd,
+        axis_name=axis_name,
+    )
     return (y, rstd[0]) if return_rstd else y
 
 
@@ -113,7 +141,7 @@ def add_rms_norm(
     weight: Float[Array, " n"] | None = None,
     *,
     return_rstd: Literal[False] = False,
-    **options: Unpack[_Options],
+    **options: Unpack[_AddOptions],
 ) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n"]]: ...
 @overload
 def add_rms_norm(
@@ -122,7 +150,7 @@ def add_rms_norm(
     weight: Float[Array, " n"] | None = None,
     *,
     return_rstd: Literal[True],
-    **options: Unpack[_Options],
+    **options: Unpack[_AddOptions],
 ) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n"], Float[Array, "*batch"]]: ...
 def add_rms_norm(
     x: Float[Array, "*batch n"],
@@ -132,6 +160,10 @@ def add_rms_norm(
     eps: float = 1e-6,
     cast_before_scale: bool = True,
     weight_offset: float = 0.0,
+    out_dtype: DTypeLike | None = None,
+    unit_dtype: DTypeLike | None = None,
+    round_weight: bool = False,
+    s_dtype: DTypeLike | None = None,
     implementation: Implementation | None = None,
     return_rstd: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
@@ -140,19 +172,35 @@ def add_rms_norm(
 
     Arguments:
         x: `[..., n]`, bfloat16, float16 or float32.
-        residual: `[..., n]`, of the dtype of x.
-        weight, eps, cast_before_scale, weight_offset, implementation, return_rstd, axis_name: as for `rms_norm`.
+        residual: `[..., n]`, bfloat16, float16 or float32: its dtype may differ from that of x, as that of a float32
+            residual stream does.
+        s_dtype: that of s, by default the residual's.
+        weight, eps, cast_before_scale, weight_offset, out_dtype, unit_dtype, round_weight, implementation, return_rstd,
+            axis_name: as for `rms_norm`, of s in the place of x.
 
-    Returns: (y, s), with return_rstd (y, s, rstd). s has the dtype of x and is rounded before it is normalised, so the
-        bits are those of `s = x + residual; y = rms_norm(s, weight)`, forward, and backward in bfloat16 and float16. In
+    Returns: (y, s), with return_rstd (y, s, rstd). s is the float32 sum, rounded before it is normalised, so the bits
+        are those of `s = x + residual; y = rms_norm(s, weight)`, forward, and backward in bfloat16 and float16. In
         float32 the compiler fuses the last product of the backward pass with the addition of the gradient of s.
+
+    Differentiation: as `rms_norm`. The gradient of s is rounded to the dtype of s, and from there to that of x, and to
+        that of the residual, where these are others.
 
     Raises: as `rms_norm`; TypeError also where residual is None.
 
     Source: `LlamaDecoderLayer` in Hugging Face's transformers, where the addition and the norm are two steps.
     """
     _validate.given("residual", residual)
-    return _norm(x, residual, weight, eps, cast_before_scale, weight_offset, implementation, return_rstd, axis_name)
+    return _norm(
+        (x, residual, weight),
+        eps=eps,
+        cast_before_scale=cast_before_scale,
+        weight_offset=weight_offset,
+        dtypes={"out_dtype": out_dtype, "unit_dtype": unit_dtype, "s_dtype": s_dtype},
+        round_weight=round_weight,
+        implementation=implementation,
+        return_rstd=return_rstd,
+        axis_name=axis_name,
+    )
 
 
 def _aligned_norm(operands: dict[str, jax.Array], spec: Spec, with_rstd: bool) -> dict[str, jax.Array]:  # noqa: FBT001
@@ -165,23 +213,31 @@ _jitted = jax.jit(_aligned_norm, static_argnums=(1, 2))
 
 
 def _norm(
-    x: Any,
-    residual: Any,
-    weight: Any,
+    given: tuple[Any, Any, Any],
+    *,
     eps: Any,
     cast_before_scale: Any,
     weight_offset: Any,
+    dtypes: dict[str, Any],
+    round_weight: Any,
     implementation: Any,
     return_rstd: Any,
     axis_name: Any,
 ) -> tuple[jax.Array, ...]:
-    operands = _compat.vary_alike(_validate.arrays(x, residual, weight))
+    """given: x, residual and weight."""
+    *_, weight = given
+    operands = _compat.vary_alike(_validate.arrays(*given))
+    cast_before_scale, unit_dtype = _validate.unit(cast_before_scale, dtypes["unit_dtype"])
     spec = Spec(
         eps=_validate.eps(eps),
-        cast_before_scale=_validate.flag("cast_before_scale", cast_before_scale),
+        cast_before_scale=cast_before_scale,
         weight_offset=_validate.weight_offset(weight_offset, weight),
+        unit_dtype=unit_dtype,
+        round_weight=_validate.round_weight(round_weight, weight),
         implementation=_validate.implementation(implementation),
         axis_name=_validate.axis_name(axis_name),
+        out_dtype=_validate.rounding_dtype("out_dtype", dtypes["out_dtype"]),
+        s_dtype=_validate.rounding_dtype("s_dtype", dtypes.get("s_dtype")),
     )
     with_rstd = _validate.flag("return_rstd", return_rstd)
     traced = any(isinstance(operand, jax.core.Tracer) for operand in operands.values())

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from . import _compat, _lowering, _partitioning, _target, reference
+from ._dtypes import AS_S, GradientDtypes
 from ._spec import Spec
 from .kernels import backward as backward_kernel
 from .kernels import forward as forward_kernel
@@ -122,13 +123,15 @@ class Call:
     with_rstd: bool = False
     with_dweight: bool = False
     dweight_dtype: str = "float32"
+    dx_dtypes: GradientDtypes = AS_S
 
     @property
     def results(self) -> tuple[str, ...]:
         if self.operation == "forward":
             found = ["y", *(["s"] if "residual" in self.names else []), *(["rstd"] if self.with_rstd else [])]
         else:
-            found = ["dx", *(["dweight"] if self.with_dweight else [])]
+            own = ["dresidual"] if self.dx_dtypes.dresidual is not None else []
+            found = ["dx", *own, *(["dweight"] if self.with_dweight else [])]
         return tuple(found)
 
     def encoded(self) -> str:
@@ -138,21 +141,23 @@ class Call:
     def decoded(text: str) -> Call:
         fields = json.loads(text)
         spec = Spec(**fields["spec"] | {"axis_name": tuple(fields["spec"]["axis_name"])})
-        return Call(**fields | {"names": tuple(fields["names"]), "spec": spec})
+        tuples = {"names": tuple(fields["names"]), "dx_dtypes": GradientDtypes(*fields.get("dx_dtypes", ()))}
+        return Call(**fields | tuples | {"spec": spec})
 
     def by_reference(self, operands: Arrays) -> Arrays:
         """Of operands with any leading axes."""
         x, spec = operands["x"], self.spec
         if self.operation == "forward":
             residual, weight = operands.get("residual"), operands.get("weight")
-            s = {} if residual is None else {"s": reference.add(x, residual)}
+            s = {} if residual is None else {"s": reference.add(x, residual, spec.s_dtype)}
             options = spec.rounding | spec.split
             y, rstd = reference.forward(s.get("s", x), weight, eps=spec.eps, **options)
             return {"y": y, **s, **({"rstd": rstd} if self.with_rstd else {})}
         rstd, dy, options = operands["rstd"], operands["dy"], spec.rounding | spec.split
-        gradients = {"dx": reference.input_gradient(x, operands.get("weight"), rstd, dy, operands.get("ds"), **options)}
+        total = reference.input_gradient(x, operands.get("weight"), rstd, dy, operands.get("ds"), **options)
+        gradients = reference.passed_on(total, self.dx_dtypes)
         if self.with_dweight:
-            exact = reference.weight_gradient(x, rstd, dy, cast_before_scale=spec.cast_before_scale)
+            exact = reference.weight_gradient(x, rstd, dy, **spec.unit)
             gradients["dweight"] = reference.round_to(exact, self.dweight_dtype)
         return gradients
 
@@ -160,7 +165,9 @@ class Call:
         """operands: arrays or their types. Raises Misfit."""
         x, names = operands["x"], self.names
         if self.operation == "forward":
-            return forward_plan_on(gpu, x.shape[-1], x.dtype, residual="residual" in names)
+            read = tuple(operands[name].dtype for name in ("x", "residual") if name in names)
+            dtypes = self.spec.dtypes(*read)
+            return forward_plan_on(gpu, x.shape[-1], dtypes.s, residual="residual" in names, read=read)
         options: dict[str, Any] = {"residual": "ds" in names, "with_dweight": self.with_dweight}
         return backward_plan_on(gpu, x.shape[-1], x.dtype, dy_dtype=operands["dy"].dtype, **options)
 
@@ -182,7 +189,7 @@ class Call:
             return forward_kernel.forward(operands, plan=plan, with_rstd=self.with_rstd, **options)
         assert isinstance(plan, BackwardPlan)
         options |= {"with_dweight": self.with_dweight, "dweight_dtype": self.dweight_dtype}
-        return backward_kernel.backward(operands, plan=plan, **options)
+        return backward_kernel.backward(operands, plan=plan, dx_dtypes=self.dx_dtypes, **options)
 
     def run(self, operands: Arrays) -> Arrays:
         x, forced = operands["x"], self.spec.implementation
@@ -205,11 +212,19 @@ def forward(operands: Arrays, spec: Spec, *, with_rstd: bool) -> Arrays:
     return Call("forward", tuple(operands), spec, with_rstd=with_rstd).run(operands)
 
 
-def backward(operands: Arrays, spec: Spec, *, with_dweight: bool, dweight_dtype: Any = "float32") -> Arrays:
-    """dx, on request dweight, rounded to dweight_dtype; of x (..., n), rstd, dy, and where given weight and ds."""
+def backward(
+    operands: Arrays,
+    spec: Spec,
+    *,
+    with_dweight: bool,
+    dweight_dtype: Any = "float32",
+    dx_dtypes: GradientDtypes = AS_S,
+) -> Arrays:
+    """dx, where it has another dtype dresidual, on request dweight, rounded to dweight_dtype; of x (..., n), rstd, dy,
+    and where given weight and ds."""
     name = jax.numpy.dtype(dweight_dtype).name
-    call = Call("backward", tuple(operands), spec, with_dweight=with_dweight, dweight_dtype=name)
-    return call.run(operands)
+    options: Any = {"with_dweight": with_dweight, "dweight_dtype": name, "dx_dtypes": dx_dtypes}
+    return Call("backward", tuple(operands), spec, **options).run(operands)
 
 
 _partitioning.register(Call.decoded)

@@ -21,6 +21,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from . import _dispatch, _sharding, reference
+from ._dtypes import AS_S, Dtypes, GradientDtypes, promoted
 from ._sharding import COLUMNS
 from ._spec import Spec
 
@@ -54,14 +55,15 @@ def _batched(call: Function, of_members: Function, with_own_weights: Function) -
     return batched
 
 
-def _scale_of_members(weight: jax.Array, rows: jax.Array, spec: Spec) -> jax.Array:
+def _scale_of_members(weight: jax.Array, rows: jax.Array, spec: Spec, dtype: Any) -> jax.Array:
     """The float32 factors (members, 1, ..., 1, n) of rows (members, ..., n)."""
-    scale = reference.scale(weight, spec.weight_offset)
+    scale = reference.scale(weight, spec.weight_offset, dtype)
     return lax.expand_dims(scale, range(1, rows.ndim - 1))
 
 
-def _weightless(spec: Spec) -> Spec:
-    return dataclasses.replace(spec, weight_offset=0.0)
+def _weightless(spec: Spec, dtypes: Dtypes) -> Spec:
+    """What gives `unit` itself: it is what there is without a weight."""
+    return dataclasses.replace(spec, weight_offset=0.0, round_weight=False, out_dtype=dtypes.unit.name)
 
 
 def _without(operands: Arrays, name: str) -> Arrays:
@@ -88,24 +90,29 @@ def forward(operands: Arrays, spec: Spec, *, with_rstd: bool) -> Arrays:
 
     def with_own_weights(operands: Arrays) -> Arrays:
         weight = operands["weight"]
-        results = forward(_without(operands, "weight"), _weightless(spec), with_rstd=True)
-        x, unit = results.get("s", operands["x"]), results["y"].astype(F32)
-        if not spec.cast_before_scale:
-            unit = x.astype(F32) * results["rstd"][..., None]
-        y = unit * _scale_of_members(weight, x, spec)
-        results["y"] = reference.round_to(y, reference.result_dtype(x.dtype, weight.dtype))
-        return results if with_rstd else _without(results, "rstd")
+        dtypes = spec.dtypes(**{name: value.dtype for name, value in operands.items()})
+        results = forward(_without(operands, "weight"), _weightless(spec, dtypes), with_rstd=with_rstd)
+        y = results["y"].astype(F32) * _scale_of_members(weight, results["y"], spec, dtypes.weight)
+        return results | {"y": reference.round_to(y, dtypes.y)}
 
     return _batched(call, of_members, with_own_weights)(operands)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "with_dweight"))
-def backward(operands: Arrays, spec: Spec, *, with_dweight: bool = True) -> Arrays:
-    """dx, with a weight also dweight in its dtype; of x, rstd, dy, and where given weight and ds. x is (..., n)."""
+@functools.partial(jax.jit, static_argnames=("spec", "with_dweight", "dx_dtypes"))
+def backward(
+    operands: Arrays,
+    spec: Spec,
+    *,
+    with_dweight: bool = True,
+    dx_dtypes: GradientDtypes = AS_S,
+) -> Arrays:
+    """dx, where it has another dtype dresidual, with a weight also dweight in its dtype; of x, rstd, dy, and where
+    given weight and ds. x is (..., n)."""
     with_dweight = with_dweight and "weight" in operands
+    own = ["dresidual"] if dx_dtypes.dresidual is not None else []
 
     def local(operands: Arrays, spec: Spec, summed_over: tuple[str, ...]) -> Arrays:
-        run = functools.partial(_dispatch.backward, operands, spec=spec)
+        run = functools.partial(_dispatch.backward, operands, spec=spec, dx_dtypes=dx_dtypes)
         if not with_dweight:
             return run(with_dweight=False)
         dtype = operands["weight"].dtype
@@ -116,14 +123,13 @@ def backward(operands: Arrays, spec: Spec, *, with_dweight: bool = True) -> Arra
         return results | {"dweight": reference.round_to(lax.psum(results["dweight"], summed_over), dtype)}
 
     def call(operands: Arrays) -> Arrays:
-        return _sharding.by_shards(local, operands, spec, ["dx", *(["dweight"] if with_dweight else [])])
+        return _sharding.by_shards(local, operands, spec, ["dx", *own, *(["dweight"] if with_dweight else [])])
 
     def dweight_of_members(operands: Arrays, dtype: Any) -> Arrays:
         # Each member has a dweight of its own, so the kernel, which adds up all rows, cannot give it. The members may
         # be many and small (one row each where a program is written for one token), so they are not looped over either.
         def dweight(x: jax.Array, rstd: jax.Array, dy: jax.Array) -> jax.Array:
-            exact = reference.weight_gradient(x, rstd, dy, cast_before_scale=spec.cast_before_scale)
-            return reference.round_to(exact, dtype)
+            return reference.round_to(reference.weight_gradient(x, rstd, dy, **spec.unit), dtype)
 
         if not with_dweight:
             return {}
@@ -131,15 +137,17 @@ def backward(operands: Arrays, spec: Spec, *, with_dweight: bool = True) -> Arra
         return {"dweight": jax.vmap(dweight)(*rows)}
 
     def of_members(operands: Arrays) -> Arrays:
-        dx = backward(operands, spec, with_dweight=False)
+        dx = backward(operands, spec, with_dweight=False, dx_dtypes=dx_dtypes)
         return dx | (dweight_of_members(operands, operands["weight"].dtype) if with_dweight else {})
 
     def with_own_weights(operands: Arrays) -> Arrays:
-        weight, x, dy = operands["weight"], operands["x"], operands["dy"]
-        g = dy.astype(F32) * _scale_of_members(weight, x, spec)
-        if spec.cast_before_scale:  # rounded to the dtype of x, which that of dy holds: the plan is the one of dy
-            g = reference.round_to(g, x.dtype).astype(dy.dtype)
+        weight, dy = operands["weight"], operands["dy"]
+        dtypes = spec.dtypes(operands["x"].dtype, weight=weight.dtype)
+        g = reference.round_to(dy.astype(F32) * _scale_of_members(weight, dy, spec, dtypes.weight), dtypes.unit)
+        if promoted(dtypes.unit, dy.dtype) == dy.dtype:  # which holds it: the plan is the one of dy
+            g = g.astype(dy.dtype)
         rest = _without(operands, "weight") | {"dy": g}
-        return backward(rest, _weightless(spec)) | dweight_of_members(operands, weight.dtype)
+        dx = backward(rest, _weightless(spec, dtypes), dx_dtypes=dx_dtypes)
+        return dx | dweight_of_members(operands, weight.dtype)
 
     return _batched(call, of_members, with_own_weights)(operands)

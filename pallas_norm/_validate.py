@@ -122,11 +122,9 @@ def arrays(x: Any, residual: Any, weight: Any) -> dict[str, jax.Array]:
         residual = _array("residual", residual)
         x = operands["x"] = _settled(x, residual)
         operands["residual"] = residual = _settled(residual, x)
-        if residual.shape != x.shape or residual.dtype != x.dtype:
-            error = ValueError if residual.shape != x.shape else TypeError
-            raise error(
-                f"residual is {describe(residual)} but x is {describe(x)}; needed the same shape and dtype: "
-                "broadcast or cast it first"
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"residual is {describe(residual)} but x is {describe(x)}; needed the same shape: broadcast it first"
             )
     if weight is not None:
         operands["weight"] = weight = _settled(_array("weight", weight), x)
@@ -175,6 +173,29 @@ def flag(name: str, value: Any) -> bool:
     if type(value) not in (bool, np.bool_):
         raise TypeError(f"{name} is {describe(value)}; needed True or False")
     return bool(value)
+
+
+def rounding_dtype(name: str, value: Any) -> str | None:
+    """An option that names a dtype, or None."""
+    return None if value is None else dtype_name(name, value)
+
+
+def unit(cast_before_scale: Any, unit_dtype: Any) -> tuple[bool, str | None]:
+    """(cast_before_scale, unit_dtype) of a Spec, in which float32 has one name."""
+    cast, name = flag("cast_before_scale", cast_before_scale), rounding_dtype("unit_dtype", unit_dtype)
+    if not cast and name not in (None, "float32"):
+        raise ValueError(
+            f"unit_dtype is {name} but cast_before_scale is False, which is unit_dtype float32 by another name; "
+            "pass one of them"
+        )
+    return (False, None) if name == "float32" else (cast, name)
+
+
+def round_weight(value: Any, weight: Any) -> bool:
+    value = flag("round_weight", value)
+    if value and weight is None:
+        raise ValueError("round_weight is True but weight is None: there is nothing to round; pass a weight")
+    return value
 
 
 def axis_name(value: Any) -> tuple[str, ...]:

@@ -34,12 +34,9 @@ class RMSNorm(eqx.nn.RMSNorm):
             )
         row = x.reshape(-1)
         weight = None if self.weight is None else self.weight.reshape(-1)
-        if self.bias is not None and weight is None:
-            row = row.astype(jnp.float32)  # the bias is added before the rounding
-        elif weight is not None and (self.bias is not None or weight.dtype != x.dtype):
-            weight = weight.astype(jnp.float32)
-        y = rms_norm(row, weight, eps=self.eps, cast_before_scale=False)
+        out_dtype = x.dtype if self.bias is None else jnp.float32  # the bias is added before the rounding
+        y = rms_norm(row, weight, eps=self.eps, cast_before_scale=False, out_dtype=out_dtype)
         if self.bias is not None:
-            y = y.astype(jnp.float32) + self.bias.reshape(-1).astype(jnp.float32)
+            y = y + self.bias.reshape(-1).astype(jnp.float32)
         y = y.reshape(x.shape).astype(x.dtype)
         return y if state is _NOTHING else (y, state)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import dtypes
 
-from . import _flax, reference
+from . import _flax
 from ._api import rms_norm
 from ._spec import Implementation
+from ._validate import DTYPES
 
 
 class RMSNorm(nn.RMSNorm):
@@ -42,13 +43,11 @@ class RMSNorm(nn.RMSNorm):
         scale = self.param("scale", self.scale_init, (x.shape[-1],), self.param_dtype) if self.use_scale else None
         given = [x] if scale is None else [x, scale]
         dtype = dtypes.canonicalize_dtype(*given, dtype=self.dtype)
-        narrow = reference.result_dtype(x.dtype, None if scale is None else scale.dtype)
-        if not self.cast_before_scale and narrow not in (dtype, jnp.float32):
-            x = x.astype(jnp.float32)  # one rounding, to `dtype`
         y = rms_norm(
             x,
             scale,
             eps=self.epsilon,
+            out_dtype=dtype if jnp.dtype(dtype).name in DTYPES else None,  # one rounding; float64 has no kernel
             cast_before_scale=self.cast_before_scale,
             implementation=self.implementation,
             axis_name=self.axis_name,

@@ -20,7 +20,8 @@ class RMSNorm(nnx.RMSNorm):
 
     Arguments: those of flax.nnx.RMSNorm, of which `reduction_axes` and `feature_axes` have to be the last axis, and
         cast_before_scale: False, as Flax computes, multiplies in float32 and rounds once. True rounds before the scale,
-            as Hugging Face's models do.
+            as Hugging Face's models do; the scale is rounded to the dtype of x in the kernel then, so that a float32
+            one gets a gradient that was never rounded to bfloat16.
         implementation: as for `rms_norm`.
 
     Rounding: the dtypes are Flax's: x and scale are promoted to `dtype`, or to each other. The sum, rstd and the
@@ -46,13 +47,17 @@ class RMSNorm(nnx.RMSNorm):
     def __call__(self, x: Any, mask: Any = None) -> Any:
         _flax.no_mask(mask)
         scale = None if self.scale is None else self.scale[...]
-        x, scale = self.promote_dtype((x, scale), dtype=self.dtype)
+        x, rounded = self.promote_dtype((x, scale), dtype=self.dtype)
+        # a module that `patch` replaced was made without these two
+        cast_before_scale = getattr(self, "cast_before_scale", False)
+        implementation = getattr(self, "implementation", None)
         return rms_norm(
             x,
-            scale,
+            scale if cast_before_scale else rounded,
             eps=self.epsilon,
-            # a module that `patch` replaced was made without these two
-            cast_before_scale=getattr(self, "cast_before_scale", False),
-            implementation=getattr(self, "implementation", None),
+            cast_before_scale=cast_before_scale,
+            round_weight=cast_before_scale and scale is not None,
+            out_dtype=x.dtype,
+            implementation=implementation,
             axis_name=self.axis_name,
         )

@@ -4,6 +4,8 @@
     unit = round_to(x * rstd, x.dtype)     Hugging Face rounds here, before the weight
     y    = unit * (weight + weight_offset) one more rounding, to promote_types(x, weight)
 
+With the options of `Rounding` these are roundings to other dtypes, which `_dtypes.Dtypes` tells, never one more.
+
 Every kernel computes these statements in this order. These functions are also the path that runs where no kernel does.
 They check nothing: the public functions have. Operands are bfloat16, float16 or float32, rstd is float32.
 
@@ -16,19 +18,33 @@ Normalization", 2019.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._dtypes import Dtypes, GradientDtypes
+
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from jax.typing import DTypeLike
     from jaxtyping import Array, Float
 
 F32 = jnp.float32
 AxisName = tuple[str, ...]
 AxisGroups = tuple[tuple[int, ...], ...] | None
+
+
+class Rounding(TypedDict, total=False):
+    """As `rms_norm` takes them."""
+
+    cast_before_scale: bool
+    unit_dtype: DTypeLike | None
+    round_weight: bool
+    out_dtype: DTypeLike | None
 
 
 def round_to(wide: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
@@ -48,17 +64,22 @@ def round_to(wide: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*s
     return wide.astype(dtype)
 
 
-def result_dtype(x_dtype: DTypeLike, weight_dtype: DTypeLike | None) -> jnp.dtype:
-    """The dtype of y: that of x, promoted by the weight's (a float32 weight makes y float32, as in Hugging Face)."""
-    if weight_dtype is None:
-        return jnp.dtype(x_dtype)
-    with jax.numpy_dtype_promotion("standard"):  # the rule is ours, whatever the program around it allows
-        return jnp.promote_types(x_dtype, weight_dtype)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _rounded_weight(wide: Float[Array, " n"], dtype: DTypeLike) -> Float[Array, " n"]:
+    """Rounded to `dtype`, as float32. Its derivative is one: no gradient of a float32 weight is rounded on the way."""
+    return round_to(wide, dtype).astype(F32)
 
 
-def scale(weight: Float[Array, " n"], weight_offset: float) -> Float[Array, " n"]:
-    """The float32 factor of each column. Adding an offset of 0.0 would turn a weight of -0.0 into 0.0."""
-    return weight.astype(F32) + F32(weight_offset) if weight_offset else weight.astype(F32)
+@_rounded_weight.defjvp
+def _(dtype: DTypeLike, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    return _rounded_weight(*primals, dtype), *tangents
+
+
+def scale(weight: Float[Array, " n"], weight_offset: float, dtype: DTypeLike | None = None) -> Float[Array, " n"]:
+    """The float32 factor of each column, the weight rounded to `dtype` where that is not its own. Adding an offset of
+    0.0 would turn a weight of -0.0 into 0.0."""
+    wide = weight.astype(F32) if dtype is None or dtype == weight.dtype else _rounded_weight(weight.astype(F32), dtype)
+    return wide + F32(weight_offset) if weight_offset else wide
 
 
 def _over_rows(columns: Float[Array, " n"], rows: Float[Array, "*batch n"]) -> Float[Array, "... n"]:
@@ -93,27 +114,33 @@ def forward(
     weight: Float[Array, " n"] | None = None,
     *,
     eps: float = 1e-6,
-    cast_before_scale: bool = True,
     weight_offset: float = 0.0,
     axis_name: AxisName = (),
     axis_index_groups: AxisGroups = None,
+    **rounding: Unpack[Rounding],
 ) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch"]]:
-    """(y, rstd) of each row of x: y in the dtype of result_dtype, rstd in float32.
+    """(y, rstd) of each row of x: y in out_dtype, by default promote_types(x, weight), and rstd in float32.
+
+        unit = round_to(x * rstd, unit_dtype)                        by default the dtype of x
+        y    = round_to(unit * (weight + weight_offset), out_dtype)  with round_weight of round_to(weight, unit_dtype)
 
     Inside shard_map `axis_name` names the mesh axes over which the rows are split; a psum then adds up the squares.
     """
     wide = x.astype(F32)
     rstd = inverse_root(row_mean(wide * wide, axis_name, axis_index_groups) + F32(eps))
-    unit = wide * rstd
-    if cast_before_scale:
-        unit = round_to(unit, x.dtype).astype(F32)  # Hugging Face rounds here, before the weight
-    y = unit if weight is None else unit * _over_rows(scale(weight, weight_offset), x)
-    return round_to(y, result_dtype(x.dtype, None if weight is None else weight.dtype)), rstd[..., 0]
+    dtypes = Dtypes.of(x.dtype, weight=None if weight is None else weight.dtype, **rounding)
+    unit = round_to(wide * rstd, dtypes.unit).astype(F32)  # Hugging Face rounds here, before the weight
+    y = unit if weight is None else unit * _over_rows(scale(weight, weight_offset, dtypes.weight), x)
+    return round_to(y, dtypes.y), rstd[..., 0]
 
 
-def add(x: Float[Array, "*batch n"], residual: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-    """s = x + residual, rounded before it is normalised, as Hugging Face's decoder layers do."""
-    return round_to(x.astype(F32) + residual.astype(F32), x.dtype)
+def add(
+    x: Float[Array, "*batch n"], residual: Float[Array, "*batch n"], s_dtype: DTypeLike | None = None
+) -> Float[Array, "*batch n"]:
+    """s = x + residual, rounded before it is normalised, as Hugging Face's decoder layers do: to the residual's dtype,
+    or to s_dtype."""
+    dtypes = Dtypes.of(x.dtype, residual.dtype, s_dtype=s_dtype)
+    return round_to(x.astype(F32) + residual.astype(F32), dtypes.s)
 
 
 def input_gradient(
@@ -123,39 +150,56 @@ def input_gradient(
     dy: Float[Array, "*batch n"],
     ds: Float[Array, "*batch n"] | None = None,
     *,
-    cast_before_scale: bool = True,
     weight_offset: float = 0.0,
     axis_name: AxisName = (),
     axis_index_groups: AxisGroups = None,
+    **rounding: Unpack[Rounding],
 ) -> Float[Array, "*batch n"]:
     """dx, in the order in which Hugging Face's autograd rounds.
 
-        g  = round_to(dy * weight, x.dtype)     the gradient of `unit`; not rounded when cast_before_scale is False
+        g  = round_to(dy * weight, unit_dtype)  the gradient of `unit`; the weight is what multiplied
         dx = round_to(rstd * (g - unit * mean(g * unit)), x.dtype)      with unit = x * rstd, not rounded
 
-    In the residual form `x` is s, and `ds` the gradient that reaches s from elsewhere: dx = round_to(dx + ds, x.dtype).
-    `dy` has the dtype of y, `ds` and dx that of x.
+    In the residual form `x` is s, and `ds` the gradient that reaches s from elsewhere: dx = round_to(dx + ds, x.dtype),
+    the gradient of s, which `passed_on` gives x and the residual. `dy` has the dtype of y, `ds` and dx that of x.
     """
+    dtypes = Dtypes.of(x.dtype, weight=None if weight is None else weight.dtype, **rounding)
     unit = x.astype(F32) * rstd[..., None]
-    g = dy.astype(F32) if weight is None else dy.astype(F32) * _over_rows(scale(weight, weight_offset), x)
-    if cast_before_scale:
-        g = round_to(g, x.dtype).astype(F32)
+    g = (
+        dy.astype(F32)
+        if weight is None
+        else dy.astype(F32) * _over_rows(scale(weight, weight_offset, dtypes.weight), x)
+    )
+    g = round_to(g, dtypes.unit).astype(F32)
     dx = round_to(rstd[..., None] * (g - unit * row_mean(g * unit, axis_name, axis_index_groups)), x.dtype)
     return dx if ds is None else round_to(dx.astype(F32) + ds.astype(F32), x.dtype)
+
+
+def narrowed(gradient: Float[Array, "*batch n"], dtype: DTypeLike | None) -> Float[Array, "*batch n"]:
+    """The gradient of s as that of an operand of another dtype: s = x + residual passes it on, and the conversion
+    before the sum rounds it. None: of the dtype of s."""
+    return gradient if dtype is None or gradient.dtype == dtype else round_to(gradient.astype(F32), dtype)
+
+
+def passed_on(total: Float[Array, "*batch n"], dtypes: GradientDtypes) -> dict[str, Float[Array, "*batch n"]]:
+    """The gradient of s as dx, and where the residual has another dtype than x as dresidual."""
+    gradients = {"dx": narrowed(total, dtypes.dx)}
+    return gradients if dtypes.dresidual is None else gradients | {"dresidual": narrowed(total, dtypes.dresidual)}
 
 
 def weight_gradient(
     x: Float[Array, "*batch n"],
     rstd: Float[Array, "*batch"],
     dy: Float[Array, "*batch n"],
-    *,
-    cast_before_scale: bool = True,
+    **rounding: Unpack[Rounding],
 ) -> Float[Array, " n"]:
-    """dweight = sum over rows of dy * unit, in float32, before its one rounding; `unit` is what the weight
-    multiplied."""
+    """dweight = sum over rows of dy * unit, in float32, before its one rounding; `unit` is what the weight multiplied.
+
+    round_weight rounds the weight, and nothing on dweight's way back: it is that of the weight as it is kept.
+    """
+    dtypes = Dtypes.of(x.dtype, **rounding)
     unit = x.astype(F32) * rstd[..., None]
-    if cast_before_scale:
-        unit = round_to(unit, x.dtype).astype(F32)
+    unit = round_to(unit, dtypes.unit).astype(F32)
     return jnp.sum(dy.astype(F32) * unit, axis=tuple(range(x.ndim - 1)))
 
 
@@ -166,11 +210,11 @@ def backward(
     dy: Float[Array, "*batch n"],
     ds: Float[Array, "*batch n"] | None = None,
     *,
-    cast_before_scale: bool = True,
     weight_offset: float = 0.0,
+    **rounding: Unpack[Rounding],
 ) -> tuple[Float[Array, "*batch n"], Float[Array, " n"] | None]:
     """(dx, dweight): input_gradient and weight_gradient, the latter rounded to the weight's dtype."""
-    dx = input_gradient(x, weight, rstd, dy, ds, cast_before_scale=cast_before_scale, weight_offset=weight_offset)
+    dx = input_gradient(x, weight, rstd, dy, ds, weight_offset=weight_offset, **rounding)
     if weight is None:
         return dx, None
-    return dx, round_to(weight_gradient(x, rstd, dy, cast_before_scale=cast_before_scale), weight.dtype)
+    return dx, round_to(weight_gradient(x, rstd, dy, **rounding), weight.dtype)

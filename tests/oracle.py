@@ -5,7 +5,7 @@ NumPy and ml_dtypes only. XLA is never the oracle: it may drop the rounding that
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -88,19 +88,58 @@ def result_dtype(x_dtype: Any, weight_dtype: Any | None) -> np.dtype[Any]:
     return x_dtype if weight_dtype is None or np.dtype(weight_dtype) == x_dtype else F32
 
 
-def scale(weight: Array | None, weight_offset: float = 0.0, *, flushes: bool = False) -> Array:
-    """The float32 factor of each column."""
+class Roundings(NamedTuple):
+    """What s, unit, the weight and y are rounded to."""
+
+    s: np.dtype[Any]
+    unit: np.dtype[Any]
+    weight: np.dtype[Any] | None
+    y: np.dtype[Any]
+
+
+def roundings(
+    x: Any,
+    weight: Any | None = None,
+    *,
+    residual: Any | None = None,
+    cast_before_scale: bool = True,
+    unit_dtype: Any = None,
+    round_weight: bool = False,
+    out_dtype: Any = None,
+    s_dtype: Any = None,
+) -> Roundings:
+    """The rule, told anew: of operands of these dtypes."""
+    s = np.dtype(x) if residual is None else np.dtype(residual)
+    if s_dtype is not None:
+        s = np.dtype(s_dtype)
+    unit = s
+    if unit_dtype is not None:
+        unit = np.dtype(unit_dtype)
+    if not cast_before_scale:
+        unit = F32
+    kept = None if weight is None else np.dtype(weight)
+    if kept is not None and round_weight and unit != F32:
+        kept = unit  # where it is bfloat16 beside a float16 weight, too
+    return Roundings(s, unit, kept, result_dtype(s, kept) if out_dtype is None else np.dtype(out_dtype))
+
+
+def scale(
+    weight: Array | None, weight_offset: float = 0.0, *, dtype: np.dtype[Any] | None = None, flushes: bool = False
+) -> Array:
+    """The float32 factor of each column, of the weight rounded to dtype."""
     if weight is None:
         return np.ones((), F32)
     wide = flushed(weight.astype(F32), flushes=flushes)
+    if dtype is not None:
+        wide = round_to(wide, dtype).astype(F32)
     return flushed(wide + F32.type(weight_offset), flushes=flushes) if weight_offset else wide
 
 
-def unit(x: Array, rstd: Array, *, cast_before_scale: bool = True, flushes: bool = False) -> Array:
+def unit(x: Array, rstd: Array, *, flushes: bool = False, **rounding: Any) -> Array:
     """What the weight multiplies, in float32."""
     with np.errstate(all="ignore"):
         wide = flushed(flushed(x.astype(F32), flushes=flushes) * rstd[..., None], flushes=flushes)
-    return round_to(wide, x.dtype).astype(F32) if cast_before_scale else wide
+    return round_to(wide, roundings(x.dtype, **rounding).unit).astype(F32)
 
 
 def replay(
@@ -108,22 +147,24 @@ def replay(
     weight: Array | None,
     rstd: Array,
     *,
-    cast_before_scale: bool = True,
     weight_offset: float = 0.0,
     flushes: bool = False,
+    **rounding: Any,
 ) -> Array:
     """y, from the kernel's own rstd. `flushes`: float32 arithmetic takes and gives no subnormal numbers."""
+    to = roundings(x.dtype, None if weight is None else weight.dtype, **rounding)
     with np.errstate(all="ignore"):
-        wide = unit(x, rstd, cast_before_scale=cast_before_scale, flushes=flushes)
-        wide = flushed(wide * scale(weight, weight_offset, flushes=flushes), flushes=flushes)
-    return round_to(wide, result_dtype(x.dtype, None if weight is None else weight.dtype))
+        wide = unit(x, rstd, flushes=flushes, **rounding)
+        factor = scale(weight, weight_offset, dtype=to.weight, flushes=flushes)
+        wide = flushed(flushed(wide, flushes=flushes) * flushed(factor, flushes=flushes), flushes=flushes)
+    return round_to(wide, to.y)
 
 
-def add(x: Array, residual: Array, *, flushes: bool = False) -> Array:
+def add(x: Array, residual: Array, s_dtype: Any = None, *, flushes: bool = False) -> Array:
     """s = x + residual, rounded once."""
     wide = (flushed(value.astype(F32), flushes=flushes) for value in (x, residual))
     with np.errstate(all="ignore"):
-        return round_to(flushed(np.add(*wide), flushes=flushes), x.dtype)
+        return round_to(flushed(np.add(*wide), flushes=flushes), residual.dtype if s_dtype is None else s_dtype)
 
 
 # --- rstd in float64 ------------------------------------------------------------------------------------------------
@@ -210,12 +251,13 @@ def judged(x: Array, eps: float) -> Array:
 
 
 def gradient_of_unit(
-    x: Array, weight: Array | None, dy: Array, *, cast_before_scale: bool = True, weight_offset: float = 0.0
+    x: Array, weight: Array | None, dy: Array, *, weight_offset: float = 0.0, **rounding: Any
 ) -> Array:
     """g, in float32."""
+    to = roundings(x.dtype, None if weight is None else weight.dtype, **rounding)
     with np.errstate(all="ignore"):
-        g = dy.astype(F32) * scale(weight, weight_offset)
-    return round_to(g, x.dtype).astype(F32) if cast_before_scale else g
+        g = dy.astype(F32) * scale(weight, weight_offset, dtype=to.weight)
+    return round_to(g, to.unit).astype(F32)
 
 
 def input_gradient64(
@@ -234,11 +276,9 @@ def input_gradient64(
     return dx, error + spacing(np.abs(dx) + error, x.dtype) / 2
 
 
-def weight_gradient64(
-    x: Array, rstd: Array, dy: Array, dtype: Any, *, cast_before_scale: bool = True
-) -> tuple[Array, Array]:
+def weight_gradient64(x: Array, rstd: Array, dy: Array, dtype: Any, **rounding: Any) -> tuple[Array, Array]:
     """(dweight, the largest |kernel - dweight|): any order of the rows' additions, then one rounding to `dtype`."""
-    factor = unit(x, rstd, cast_before_scale=cast_before_scale).astype(np.float64).reshape(-1, x.shape[-1])
+    factor = unit(x, rstd, **rounding).astype(np.float64).reshape(-1, x.shape[-1])
     terms = dy.astype(np.float64).reshape(factor.shape) * factor
     exact = terms.sum(axis=0)
     error = (len(terms) + 1) * (U * np.abs(terms).sum(axis=0) + 2 * SMALLEST)

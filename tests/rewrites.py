@@ -34,9 +34,9 @@ SOURCE: dict[str, Rewrite] = {
     "overlap counted twice": Rewrite("block", "if self.plan.overlap:", "if False:"),
     "overlap mask one off": Rewrite("block", "() >= self._repeated()", "() > self._repeated()"),
     "only the last chunk summed": Rewrite("block", "functools.reduce(jnp.add, rest, last)", "last"),
-    "no rounding before the weight": Rewrite("forward", "unit = unit.astype(chunk.dtype).astype(F32)", "unit = unit"),
+    "no rounding before the weight": Rewrite("forward", "unit = unit.astype(dtypes.unit).astype(F32)", "unit = unit"),
     "mean over what is read": Rewrite("forward", "/ block.plan.n", "/ (block.plan.span * block.plan.chunks)"),
-    "no eps": Rewrite("forward", "+ spec.eps", "+ 0.0"),
+    "no eps": Rewrite("forward", "+ eps)", "+ 0.0)"),
     "left-over rows misplaced": Rewrite(
         "grid", "program - extent.first_left + extent.blocks * plan.block", "program - extent.first_left"
     ),
@@ -49,17 +49,17 @@ SOURCE: dict[str, Rewrite] = {
     ),
     "s not rounded before the norm": Rewrite(
         "forward",
-        "(a.astype(F32) + b.astype(F32)).astype(a.dtype)",
+        "(a.astype(F32) + b.astype(F32)).astype(dtype)",
         "(a.astype(F32) + b.astype(F32))",
         also=("block.store(out.s, x)", "block.store(out.s, [chunk.astype(out.s.dtype) for chunk in x])"),
     ),
     "s truncated": Rewrite(
         "forward",
-        "(a.astype(F32) + b.astype(F32)).astype(a.dtype)",
+        "(a.astype(F32) + b.astype(F32)).astype(dtype)",
         "lax.bitcast_convert_type(lax.bitcast_convert_type(a.astype(F32) + b.astype(F32), jnp.int32) & -65536, F32)"
-        ".astype(a.dtype)",
+        ".astype(dtype)",
     ),
-    "backward: dy * weight not rounded": Rewrite("backward", "block.widened(g.astype(dtype)) if", "g if"),
+    "backward: dy * weight not rounded": Rewrite("backward", "block.widened(g.astype(dtype))", "g"),
     "backward: no projection": Rewrite("backward", "(g - unit * mean)", "g"),
     "backward: ds dropped": Rewrite("backward", 'if "ds" in given:', "if False:"),
     "backward: dweight of the last row only": Rewrite("backward", "partials.append(partial[i] + ", "partials.append("),
@@ -74,9 +74,9 @@ SOURCE: dict[str, Rewrite] = {
 # Of the specification, which is also the XLA path.
 REFERENCE: dict[str, Rewrite] = {
     "xla: no rounding before the weight": Rewrite(
-        "reference", "unit = round_to(unit, x.dtype).astype(F32)  # Hugging", "pass  # Hugging"
+        "reference", "unit = round_to(wide * rstd, dtypes.unit).astype(F32)", "unit = wide * rstd"
     ),
-    "xla: g not rounded": Rewrite("reference", "g = round_to(g, x.dtype).astype(F32)", "pass"),
+    "xla: g not rounded": Rewrite("reference", "g = round_to(g, dtypes.unit).astype(F32)", "pass"),
     "xla: subnormal float16 flushed": Rewrite(
         "reference",
         "    return wide.astype(dtype)",
@@ -84,7 +84,7 @@ REFERENCE: dict[str, Rewrite] = {
     ),
     "xla: subnormal float16 g flushed": Rewrite(
         "reference",
-        "g = round_to(g, x.dtype).astype(F32)",
+        "g = round_to(g, dtypes.unit).astype(F32)",
         "g = (lax.reduce_precision(g, 5, 10) if x.dtype == jnp.float16 else round_to(g, x.dtype)).astype(F32)",
     ),
     "xla: mean over n + 1 in long rows": Rewrite(
@@ -104,7 +104,7 @@ REFERENCE: dict[str, Rewrite] = {
     ),
     "xla: dweight of the unit not rounded": Rewrite(
         "reference",
-        "    if cast_before_scale:\n        unit = round_to(unit, x.dtype).astype(F32)\n    return jnp.sum",
+        "    unit = round_to(unit, dtypes.unit).astype(F32)\n    return jnp.sum",
         "    return jnp.sum",
     ),
     "xla: dx not rounded before ds is added": Rewrite(
@@ -113,6 +113,31 @@ REFERENCE: dict[str, Rewrite] = {
         "dx = rstd[..., None] * (g - unit * row_mean(g * unit, axis_name, axis_index_groups))",
         also=("return dx if ds is None", "return round_to(dx, x.dtype) if ds is None"),
     ),
+}  # fmt: skip
+
+
+# Where dtypes are mixed: of test_mixed_dtypes.TRAINED, whose number `n` is.
+MIXED: dict[str, Rewrite] = {
+    "weight not rounded": Rewrite("weight", "if dtype != ref.dtype:", "if False:", n=2),
+    "s rounded to the dtype of x": Rewrite("forward", ".astype(dtype) for a, b", ".astype(a.dtype).astype(dtype) for a, b", n=4),  # noqa: E501
+    "unit rounded to the dtype of s": Rewrite("forward", "unit.astype(dtypes.unit)", "unit.astype(dtypes.s)", n=4),
+    "y rounded to the dtype of s first": Rewrite("forward", ".astype(out.y.dtype))", ".astype(dtypes.s).astype(out.y.dtype))", n=7),  # noqa: E501
+    "backward: g rounded to the dtype of s": Rewrite("backward", "factors, scale, dtypes.unit)", "factors, scale, dtypes.s)", n=4),  # noqa: E501
+    "backward: dweight of a unit rounded to the dtype of s": Rewrite("backward", "block.rounded(unit, dtypes.unit)", "block.rounded(unit, dtypes.s)", n=5),  # noqa: E501
+    "backward: rounded to the dtype of x before ds is added": Rewrite("backward", "(scale * (g - unit * mean)).astype(dtypes.s)", "(scale * (g - unit * mean)).astype(refs.dx.dtype).astype(dtypes.s)", n=4),  # noqa: E501
+    "backward: dresidual is dx": Rewrite("backward", "dx if dx.dtype == ref.dtype else dx.astype(F32).astype(ref.dtype)", "dx.astype(refs.dx.dtype).astype(ref.dtype)", n=4),  # noqa: E501
+    "xla: weight not rounded": Rewrite("reference", "return round_to(wide, dtype).astype(F32)", "return wide", n=2),
+    "xla: s rounded to the dtype of x": Rewrite("reference", "residual.astype(F32), dtypes.s)", "residual.astype(F32), x.dtype).astype(dtypes.s)", n=4),  # noqa: E501
+    "xla: unit rounded to the dtype of x": Rewrite("reference", "round_to(wide * rstd, dtypes.unit)", "round_to(wide * rstd, x.dtype)", n=4),  # noqa: E501
+    "xla: y rounded to the dtype of x first": Rewrite("reference", "return round_to(y, dtypes.y)", "return round_to(round_to(y, x.dtype).astype(F32), dtypes.y)", n=7),  # noqa: E501
+    "xla: g rounded to the dtype of x": Rewrite("reference", "g = round_to(g, dtypes.unit)", "g = round_to(g, x.dtype)", n=4),  # noqa: E501
+    "xla: dweight of a unit rounded to the dtype of x": Rewrite("reference", "unit = round_to(unit, dtypes.unit)", "unit = round_to(unit, x.dtype)", n=5),  # noqa: E501
+    "xla: dresidual is dx": Rewrite("reference", "narrowed(total, dtypes.dresidual)", "narrowed(narrowed(total, dtypes.dx), dtypes.dresidual)", n=4),  # noqa: E501
+    "dtypes: unit as x": Rewrite("_dtypes", "unit = s if", "unit = jnp.dtype(x) if", n=9),
+    "dtypes: cast_before_scale alone decides": Rewrite("_dtypes", "unit = s if unit_dtype is None else jnp.dtype(unit_dtype)", "unit = s", n=4),  # noqa: E501
+    "dtypes: s as x": Rewrite("_dtypes", "jnp.dtype(x if residual is None else residual if s_dtype", "jnp.dtype(x if residual is None else x if s_dtype", n=7),  # noqa: E501
+    "dtypes: s_dtype forgotten": Rewrite("_dtypes", "residual if s_dtype is None else s_dtype", "residual", n=8),
+    "dtypes: a weight widened": Rewrite("_dtypes", "and unit.itemsize <= factor.itemsize", "", n=0),
 }  # fmt: skip
 
 

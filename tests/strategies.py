@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import pallas_norm
 from pallas_norm.regimes import plan_for
-from tests.oracle import DTYPES, Array, result_dtype
+from tests.oracle import DTYPES, Array, Roundings, result_dtype, roundings
 
 # Each n compiles, so the pool is finite. Vector tails, one warp's rows, both sides of every limit of the tables.
 WIDTHS = (32, 33, 50, 64, 80, 96, 128, 200, 256, 511, 512, 513, 767, 768, 1000, 1023, 1024, 1536, 2880, 4096, 4097)
@@ -58,6 +58,9 @@ class Case:
     eps: float = 1e-6
     cast_before_scale: bool = True
     weight_offset: float = 0.0
+    unit_dtype: str | None = None
+    round_weight: bool = False
+    out_dtype: str | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -65,7 +68,22 @@ class Case:
 
     @property
     def rounding(self) -> dict[str, Any]:
-        return {"cast_before_scale": self.cast_before_scale, "weight_offset": self.weight_offset}
+        return {"weight_offset": self.weight_offset, "out_dtype": self._named(self.out_dtype), **self.of_unit} | (
+            {"round_weight": True} if self.round_weight else {}
+        )
+
+    @property
+    def of_unit(self) -> dict[str, Any]:
+        return {"cast_before_scale": self.cast_before_scale, "unit_dtype": self._named(self.unit_dtype)}
+
+    @property
+    def to(self) -> Roundings:
+        rounding = {name: value for name, value in self.rounding.items() if name != "weight_offset"}
+        return roundings(DTYPES[self.dtype], self.weight_dtype and DTYPES[self.weight_dtype], **rounding)
+
+    @staticmethod
+    def _named(dtype: str | None) -> str | None:
+        return None if dtype is None else DTYPES[dtype].name
 
     def rng(self, stream: int = 0) -> np.random.Generator:
         return np.random.default_rng((self.seed, stream))
@@ -157,11 +175,15 @@ def cases(
     widths_of: tuple[int, ...] | None = None,
     weighted: bool | None = None,
     dtypes: tuple[str, ...] = tuple(DTYPES),
+    mixed: bool = False,
 ) -> Case:
+    """mixed: with dtypes of their own for y and what the weight multiplies."""
     n = draw(st.sampled_from(widths_of or widths(implementation)))
     dtype = draw(st.sampled_from(dtypes))
     kinds = {None: (None, *DTYPES), True: tuple(DTYPES), False: (None,)}[weighted]
     weight_dtype = draw(st.sampled_from(kinds))
+    named = st.sampled_from((None, *DTYPES)) if mixed else st.none()
+    cast_before_scale = draw(st.booleans())
     return Case(
         n=n,
         rows=draw(row_counts(n, dtype)),
@@ -170,8 +192,11 @@ def cases(
         values=draw(st.sampled_from(values)),
         seed=draw(st.integers(0, 2**16)),
         eps=draw(st.sampled_from(eps)),
-        cast_before_scale=draw(st.booleans()),
+        cast_before_scale=cast_before_scale,
         weight_offset=draw(st.sampled_from((0.0, 1.0, -0.375))) if weight_dtype else 0.0,
+        unit_dtype=draw(named) if cast_before_scale else None,
+        round_weight=weight_dtype is not None and mixed and draw(st.booleans()),
+        out_dtype=draw(named),
     )
 
 

@@ -27,12 +27,8 @@ def drawn(implementation: str, **options: object) -> st.SearchStrategy[Case]:
     )
 
 
-def y_dtype(case: Case) -> np.dtype:
-    return oracle.result_dtype(DTYPES[case.dtype], None if case.weight_dtype is None else DTYPES[case.weight_dtype])
-
-
 def arguments(case: Case) -> tuple[Array, Array | None, Array]:
-    return case.x(), case.weight(), case.dy(y_dtype(case))
+    return case.x(), case.weight(), case.dy(case.to.y)
 
 
 def check(case: Case, implementation: str) -> None:
@@ -45,7 +41,7 @@ def check(case: Case, implementation: str) -> None:
     if weight is not None:
         assert dweight is not None
         assert dweight.dtype == weight.dtype
-        options = {"cast_before_scale": case.cast_before_scale}
+        options = case.of_unit
         oracle.assert_within(dweight, *oracle.weight_gradient64(x, rstd, dy, weight.dtype, **options))
 
 
@@ -54,7 +50,7 @@ def test_gradients_are_within_their_bounds_of_float64(implementation: str, dtype
     """Property 23."""
 
     @examples(SHARE[implementation] / len(DTYPES))
-    @given(drawn(implementation, dtypes=(dtype,)))
+    @given(drawn(implementation, dtypes=(dtype,), mixed=True))
     def holds(case: Case) -> None:
         check(case, implementation)
 
@@ -112,7 +108,7 @@ def test_the_weight_times_its_gradient_is_y_times_its_own(implementation: str) -
         y, _, dweight, rstd = outputs_and_gradients(implementation, x, weight, dy, **case.options)
         factor = oracle.scale(weight, case.weight_offset).astype(np.float64)
         y64, dy64 = y.astype(np.float64), dy.astype(np.float64)
-        options = {"cast_before_scale": case.cast_before_scale}
+        options = case.of_unit
         _, of_dweight = oracle.weight_gradient64(x, rstd, dy, F32, **options)
         of_y = oracle.U * np.abs(y64) + 2 * oracle.SMALLEST
         error = np.sum(np.abs(factor) * of_dweight) + np.sum(np.abs(dy64) * of_y)
@@ -144,7 +140,7 @@ def test_dweight_of_two_batches_is_the_sum_of_theirs(implementation: str) -> Non
         x, weight, dy = arguments(case)
         (whole, rstd), *results = of_parts(x, weight, dy, case.eps)
         assert weight is not None
-        options = {"cast_before_scale": case.cast_before_scale}
+        options = case.of_unit
         exact, bound = oracle.weight_gradient64(x, rstd, dy, weight.dtype, **options)
         total = np.zeros(case.n)
         for part, (dweight, own_rstd) in zip(parts, results, strict=True):

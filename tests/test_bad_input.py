@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -65,9 +66,7 @@ def traced(name: str) -> str:
 
 
 def wrong_residual(residual: str) -> str:
-    return (
-        f"residual is {residual} but x is bfloat16[8,128]; needed the same shape and dtype: broadcast or cast it first"
-    )
+    return f"residual is {residual} but x is bfloat16[8,128]; needed the same shape: broadcast it first"
 
 
 def unknown(implementation: str) -> str:
@@ -180,8 +179,19 @@ BAD = (
     # residual
     Bad("residual None", lambda: add_rms_norm(X, None, W), TypeError, "residual is None; needed an array: call rms_norm where there is nothing to add"),  # noqa: E501
     Bad("residual to broadcast", lambda: add_rms_norm(X, X[:1], W), ValueError, wrong_residual("bfloat16[1,128]")),
-    Bad("residual wider", lambda: add_rms_norm(X, X.astype("float32")), TypeError, wrong_residual("float32[8,128]")),
+    Bad("residual in float64", lambda: add_rms_norm(X, X.astype("float64")), TypeError, wrong_dtype("residual is float64[8,128]")),  # noqa: E501
     Bad("residual a list", lambda: add_rms_norm(X, [1.0]), TypeError, no_array("residual is a list")),
+    # dtypes
+    *(
+        Bad(f"{name} {shown}", functools.partial(add_rms_norm, X, X, W, **{name: value}), TypeError, f"{name} is {shown}; needed one of bfloat16, float16, float32")  # noqa: E501
+        for name in ("out_dtype", "unit_dtype", "s_dtype")
+        for value, shown in (("float64", "float64"), (jnp.float8_e4m3fn, "float8_e4m3fn"), (Unprintable(), "Unprintable"))  # noqa: E501
+    ),
+    Bad("two units", lambda: rms_norm(X, W, cast_before_scale=False, unit_dtype="bfloat16"), ValueError, "unit_dtype is bfloat16 but cast_before_scale is False, which is unit_dtype float32 by another name; pass one of them"),  # noqa: E501
+    Bad("no weight to round", lambda: rms_norm(X, round_weight=True), ValueError, "round_weight is True but weight is None: there is nothing to round; pass a weight"),  # noqa: E501
+    Bad("round_weight a dtype", lambda: rms_norm(X, W, round_weight="bfloat16"), TypeError, "round_weight is str; needed True or False"),  # noqa: E501
+    Bad("s_dtype without a residual", lambda: rms_norm(X, W, s_dtype="float32"), TypeError, "rms_norm() got an unexpected keyword argument 's_dtype'"),  # noqa: E501
+    Bad("a plan for rows of int8", lambda: plan_for(64, "float32", read=("int8",)), TypeError, "read is int8; needed one of bfloat16, float16, float32"),  # noqa: E501
     # implementation
     Bad("implementation unknown", lambda: rms_norm(X, implementation="triton"), ValueError, unknown("'triton'")),
     Bad("implementation a list", lambda: rms_norm(X, implementation=[]), ValueError, unknown("[]")),

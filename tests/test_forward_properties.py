@@ -30,7 +30,7 @@ def test_outputs_equal_the_replay_and_rstd_is_within_its_bound(implementation: s
     """Properties 1 and 2."""
 
     @examples(SHARE[implementation] / len(DTYPES))
-    @given(cases(implementation, dtypes=(dtype,)))
+    @given(cases(implementation, dtypes=(dtype,), mixed=True))
     def holds(case: Case) -> None:
         check(case, implementation)
 
@@ -43,15 +43,17 @@ def test_rows_of_one_magnitude_without_eps_give_the_weight_with_their_signs(impl
     least, most = (-12, 16) if dtype == "f16" else (-28, 29)
 
     @examples(FEW[implementation])
-    @given(cases(implementation, dtypes=(dtype,), values=("normal",), eps=(0.0,)), st.integers(least, most - 1))
+    @given(
+        cases(implementation, dtypes=(dtype,), values=("normal",), eps=(0.0,), mixed=True), st.integers(least, most - 1)
+    )
     def holds(case: Case, power: int) -> None:
         powers = 2.0 ** np.clip(power + np.arange(case.rows)[:, None] % 5, least, most - 1)
         sign = case.rng().choice([-1.0, 1.0], (case.rows, case.n))
         x, weight = (sign * powers).astype(DTYPES[dtype]), case.weight()
         y, rstd = norm(implementation, x, weight, **case.options)
         oracle.assert_same(rstd, (1 / powers[:, 0]).astype(F32))
-        exact = sign.astype(F32) * oracle.scale(weight, case.weight_offset)
-        oracle.assert_same(y, exact.astype(oracle.result_dtype(x.dtype, None if weight is None else weight.dtype)))
+        exact = sign.astype(F32) * oracle.scale(weight, case.weight_offset, dtype=case.to.weight)
+        oracle.assert_same(y, exact.astype(case.to.y))
 
     holds()
 

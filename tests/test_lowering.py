@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from pallas_norm import add_rms_norm, explain, rms_norm
 from pallas_norm.plans.plan import Plan
 from pallas_norm.regimes import backward_plan_for, plan_for
+from tests.test_mixed_dtypes import TRAINED, Mix, call, draw
 
 ROWS = 37  # fills no whole number of blocks
 KINDS = {  # one width at least for every kind of plan, forward and backward; the test below looks for more
@@ -122,6 +124,20 @@ def test_the_residual_form_lowers_to_one_kernel_each_way(n: int) -> None:
     x, weight = array(ROWS, n, dtype="bfloat16"), array(n, dtype="bfloat16")
     check(add_rms_norm, x, x, weight, kernels=1)
     check(add_gradient, x, x, weight, x, kernels=3)
+
+
+@pytest.mark.parametrize("n", [*KINDS["bfloat16"][::3], *KINDS["float32"][::4], 32800])
+def test_a_float32_stream_beside_a_bfloat16_x_lowers_at_every_kind_of_plan(n: int) -> None:
+    mix = TRAINED[5]
+    given = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in draw(mix, ROWS, n).items()}
+    check(functools.partial(call, mix, implementation=None), given, kernels=3)
+
+
+@pytest.mark.parametrize("n", [200, 2048, 32768])
+@pytest.mark.parametrize("mix", TRAINED, ids=str)
+def test_what_people_train_with_lowers(mix: Mix, n: int) -> None:
+    given = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in draw(mix, ROWS, n).items()}
+    check(functools.partial(call, mix, implementation=None), given, kernels=3 if mix.weight else 2)
 
 
 @pytest.mark.parametrize("n", [1, 31, 131073])

@@ -73,6 +73,19 @@ def test_nnx_rounds_before_the_scale_where_asked() -> None:
     assert np.array_equal(norm(x), pallas_norm.rms_norm(x, norm.scale[...], eps=1e-6))
 
 
+def test_nnx_rounds_a_float32_scale_in_the_kernel_and_not_its_gradient() -> None:
+    nnx = pytest.importorskip("flax.nnx", reason="needs flax (pip install flax)")
+    from pallas_norm.nnx import RMSNorm
+
+    norm = RMSNorm(96, cast_before_scale=True, dtype=jnp.bfloat16, implementation="xla", rngs=nnx.Rngs(0))
+    norm.scale[...] = draw(96).astype(jnp.float32) / 3
+    x = draw(300, 96).astype(jnp.bfloat16)
+    assert np.array_equal(norm(x), pallas_norm.rms_norm(x, norm.scale[...].astype(jnp.bfloat16), eps=1e-6))
+    of_scale = nnx.grad(lambda norm: norm(x).astype(jnp.float32).sum())(norm)["scale"][...]
+    assert of_scale.dtype == jnp.float32
+    assert np.mean(of_scale.astype(jnp.bfloat16) != of_scale) > 0.9
+
+
 @pytest.mark.parametrize("use_scale", [True, False])
 @pytest.mark.parametrize("dtype", [None, *DTYPES])
 @pytest.mark.parametrize("param_dtype", ["bfloat16", "float32"])

@@ -20,6 +20,7 @@ from tests import (
     strategies,
     test_backward_properties,
     test_forward_properties,
+    test_mixed_dtypes,
     test_residual_gradients,
 )
 from tests.oracle import BF16, F16, F32, Array
@@ -269,6 +270,24 @@ def test_a_rewritten_specification_is_killed(name: str) -> None:
         found = killers(rewrite.n, BY_XLA)
     print(f"\n{name:45} killed by {', '.join(found)}")  # noqa: T201
     assert found, f"{name} survives"
+
+
+def mixed_dtypes(rewrite: rewrites.Rewrite) -> None:
+    if rewrite.module == "_dtypes":
+        test_mixed_dtypes.test_the_dtypes_of_every_call_are_those_that_the_rule_gives()
+        return
+    mix, path = test_mixed_dtypes.TRAINED[rewrite.n], "xla" if rewrite.module == "reference" else "interpret"
+    given = test_mixed_dtypes.draw(mix, 5, 128)
+    test_mixed_dtypes.check(mix, given, test_mixed_dtypes.call(mix, given, path), path)
+
+
+@pytest.mark.parametrize("name", rewrites.MIXED)
+def test_a_rounding_to_another_dtype_is_killed(name: str) -> None:
+    rewrite = rewrites.MIXED[name]
+    mixed_dtypes(rewrite)
+    with rewrites.rewritten(rewrite), pytest.raises(AssertionError) as killed:
+        mixed_dtypes(rewrite)
+    print(f"\n{name:45} killed by {str(killed.value).splitlines()[0][:60]}")  # noqa: T201
 
 
 @pytest.mark.usefixtures("no_compiled_programs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ ALIGNED = sorted({n for n in WIDTHS if n % 64 == 0} | set(range(2048, LARGEST_N 
 FORWARD = ("bfloat16", "float32")  # float16 has the size of bfloat16, and a plan looks at no more
 BACKWARD = [
     {"dtype": dtype, "dy_dtype": dy_dtype, "residual": residual}
-    for dtype, dy_dtype in (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
+    for dtype, dy_dtype in itertools.product(FORWARD, repeat=2)
     for residual in (False, True)
 ]
 
@@ -127,13 +128,13 @@ def test_the_plan_that_stands_in_for_a_cluster_counts_every_column_once() -> Non
 
 @pytest.mark.parametrize("form", BACKWARD, ids=str)
 def test_backward_plans_fit_in_shared_memory(form: dict) -> None:
-    itemsize = 4 if form["dtype"] == "float32" else 2
-    column_bytes = (4 if form["dy_dtype"] == "float32" else 2) + itemsize * (2 if form["residual"] else 1)
+    names = ["dtype", "dy_dtype", *(["dtype"] if form["residual"] else [])]
+    sizes = [4 if form[name] == "float32" else 2 for name in names]
     sources = set()
     for n in sorted({*WIDTHS, *ALIGNED}):
         plan = backward_plan_for(n, **form)
         sources.add(plan.source)
-        check_memory(plan, itemsize, column_bytes)
+        check_memory(plan, sizes)
     assert sources == set(Source)
 
 
@@ -144,15 +145,25 @@ def test_forward_plans_fit_in_shared_memory(dtype: str, *, residual: bool) -> No
     plans = [plan_for(n, dtype, residual=residual) for n in sorted({*WIDTHS, *ALIGNED})]
     assert {plan.source for plan in plans} == set(Source)
     for plan in plans:
-        check_memory(plan, itemsize, itemsize * (2 if residual else 1))
+        check_memory(plan, [itemsize] * (2 if residual else 1))
 
 
-def check_memory(plan: Plan, itemsize: int, column_bytes: int) -> None:
+@pytest.mark.parametrize("read", [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")], ids=str)
+@pytest.mark.parametrize("dtype", FORWARD)
+def test_rows_of_other_dtypes_than_s_fit_and_are_read_in_the_chunks_of_s(dtype: str, read: tuple[str, str]) -> None:
+    """So add_rms_norm has the bits of the norm of s, whatever it is the sum of."""
+    own = {"source": Source.REGISTERS, "stages": 0, "programs": None, "rows_in_registers": False}
+    for n in sorted({*WIDTHS, *ALIGNED, *range(32800, LARGEST_N + 1, 64)}):  # the last ones: 64 k + 32
+        plan, alone = plan_for(n, dtype, residual=True, read=read), plan_for(n, dtype)
+        assert dataclasses.replace(plan, **own) == dataclasses.replace(alone, **own), n
+        check_memory(plan, [4 if one == "float32" else 2 for one in read])
+    assert plan_for(n, dtype, residual=True, read=read) == plan_for(n, dtype, residual=True, read=read[::-1])
+
+
+def check_memory(plan: Plan, sizes: list[int]) -> None:
     """A program's shared memory takes 1 KB more than it asks for, and each array of an exchange a whole KB; a pipeline
     counts on all its programs of an SM at once."""
-    arrays = column_bytes // itemsize
-    stage = plan.block * plan.n * column_bytes * plan.stages // plan.cluster
-    used = -(-stage // arrays // 1024) * 1024 * arrays
+    used = sum(-(-plan.block * plan.n * size * plan.stages // plan.cluster // 1024) * 1024 for size in sizes)
     if plan.regime is Regime.WARP and isinstance(plan, BackwardPlan):
         used += plan.block * plan.span * 4  # where the rows meet to give dweight
     used += 3 * 1024 if plan.workers > 1 else 8 * (plan.stages + 2)
@@ -161,7 +172,7 @@ def check_memory(plan: Plan, itemsize: int, column_bytes: int) -> None:
     assert together * (used + 1024) <= SMEM_BYTES, plan
     if plan.source is Source.PIPELINE:
         assert plan.stages >= 2, plan
-        check_view(plan, itemsize)
+        check_view(plan, min(sizes))
     else:
         assert (plan.stages, plan.rows_in_registers) == (0, False), plan
 
@@ -242,7 +253,7 @@ def test_rows_are_kept_in_warps_below_a_width_and_shared_above_it() -> None:
 
 def test_a_plan_is_a_function_of_row_length_and_dtypes_and_of_nothing_else() -> None:
     """Were the number of rows an argument, a row's bits would depend on its batch."""
-    assert list(inspect.signature(plan_for).parameters) == ["n", "dtype", "residual"]
+    assert list(inspect.signature(plan_for).parameters) == ["n", "dtype", "residual", "read"]
     assert list(inspect.signature(backward_plan_for).parameters) == ["n", "dtype", "dy_dtype", "residual"]
     assert plan_for(4096, "bfloat16") == plan_for(4096, "float16")
     assert hash(plan_for(4096, "bfloat16")) == hash(plan_for(4096, "bfloat16"))

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._dtypes import AS_S, Dtypes, GradientDtypes
 from .._spec import Spec
 from ..plans.plan import BackwardPlan, Regime, Source
 from . import dweight_sum, grid, launch, mosaic, weight
 from .block import Block, Chunks, ColumnReduction
 from .grid import CtaBlocks
-from .pipeline import staged
+from .pipeline import narrowest, staged
 from .rows import Fetched, Reader, Rows, feed
 from .weight import Factors, Weight
 
@@ -31,29 +32,29 @@ Operands = dict[str, Chunks]  # x, dy, and in the residual form ds
 class Refs(NamedTuple):
     rstd: Any
     dx: Any
+    dresidual: Any  # None where it is dx
 
 
 def _units_and_g(
-    block: Block, given: Operands, factors: Factors, scale: jax.Array, dtype: Any, spec: Spec
+    block: Block, given: Operands, factors: Factors, scale: jax.Array, dtype: Any
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     for x, dy, factor in zip(given["x"], given["dy"], factors, strict=True):
         g = dy.astype(F32) if factor is None else dy.astype(F32) * factor
-        yield block.widened(x) * scale, block.widened(g.astype(dtype)) if spec.cast_before_scale else g
+        yield block.widened(x) * scale, block.widened(g.astype(dtype))
 
 
 def gradient(
-    block: Block, rows: Rows[Operands], weight: Weight, partial: Chunks | None, refs: Refs, *, spec: Spec
+    block: Block, rows: Rows[Operands], weight: Weight, partial: Chunks | None, refs: Refs, *, dtypes: Dtypes
 ) -> Chunks | None:
-    """Writes dx of the block's rows; returns `partial` with their dweight added."""
-    dtype = refs.dx.dtype
+    """Writes dx of the block's rows; returns `partial` with their dweight added. x and ds are those of s."""
     given, factors = rows.first(block), weight.factors(block)
     rstd = block.load_rows(refs.rstd)
     scale = block.broadcast(rstd)
     products, partials = [], []
-    for i, (unit, g) in enumerate(_units_and_g(block, given, factors, scale, dtype, spec)):
+    for i, (unit, g) in enumerate(_units_and_g(block, given, factors, scale, dtypes.unit)):
         products.append(g * unit)
         if partial is not None:
-            factor = block.rounded(unit, dtype) if spec.cast_before_scale else unit
+            factor = block.rounded(unit, dtypes.unit)
             partials.append(partial[i] + block.widened(given["dy"][i]) * factor)
     begun = block.begin_sum(products)
     rows.all_read(block)
@@ -62,12 +63,14 @@ def gradient(
     given, factors = rows.second(block, given), weight.factors(block)
     mean = block.broadcast(total / block.plan.n)
     dxs: Chunks = []
-    for i, (unit, g) in enumerate(_units_and_g(block, given, factors, scale, dtype, spec)):
-        dx = (scale * (g - unit * mean)).astype(dtype)
+    for i, (unit, g) in enumerate(_units_and_g(block, given, factors, scale, dtypes.unit)):
+        dx = (scale * (g - unit * mean)).astype(dtypes.s)
         if "ds" in given:  # the gradient that reaches s from elsewhere, added after dx was rounded, as autograd does
-            dx = (dx.astype(F32) + given["ds"][i].astype(F32)).astype(dtype)
+            dx = (dx.astype(F32) + given["ds"][i].astype(F32)).astype(dtypes.s)
         dxs.append(dx)
-    block.store(refs.dx, dxs)
+    for ref in (refs.dx, refs.dresidual):
+        if ref is not None:
+            block.store(ref, [dx if dx.dtype == ref.dtype else dx.astype(F32).astype(ref.dtype) for dx in dxs])
     return None if partial is None else partials
 
 
@@ -78,10 +81,13 @@ def backward(
     spec: Spec,
     with_dweight: bool,
     dweight_dtype: Any = F32,
+    dx_dtypes: GradientDtypes = AS_S,
     interpret: bool,
 ) -> dict[str, jax.Array]:
-    """dx, on request dweight, rounded to dweight_dtype; of x (rows, n), rstd, dy, and where given weight and ds."""
-    results = partial_dweights(operands, plan=plan, spec=spec, with_dweight=with_dweight, interpret=interpret)
+    """dx, where it has another dtype dresidual, on request dweight, rounded to dweight_dtype; of x (rows, n), rstd, dy,
+    and where given weight and ds."""
+    options: Any = {"with_dweight": with_dweight, "dx_dtypes": dx_dtypes, "interpret": interpret}
+    results = partial_dweights(operands, plan=plan, spec=spec, **options)
     if with_dweight:
         used = partial_dweight_rows(plan, len(operands["x"]))
         results["dweight"] = dweight_sum.column_sum(results["dweight"], used, dweight_dtype, interpret=interpret)
@@ -94,7 +100,13 @@ def partial_dweight_rows(plan: BackwardPlan, rows: int) -> int:
 
 
 def partial_dweights(
-    operands: dict[str, jax.Array], *, plan: BackwardPlan, spec: Spec, with_dweight: bool, interpret: bool
+    operands: dict[str, jax.Array],
+    *,
+    plan: BackwardPlan,
+    spec: Spec,
+    with_dweight: bool,
+    dx_dtypes: GradientDtypes = AS_S,
+    interpret: bool,
 ) -> dict[str, jax.Array]:
     """As backward, but of dweight the part of each program, in the first partial_dweight_rows(...) rows.
 
@@ -102,15 +114,18 @@ def partial_dweights(
     """
     x = operands["x"]
     nominal_rows, n = x.shape
+    dtypes = spec.dtypes(x.dtype, weight=operands["weight"].dtype if "weight" in operands else None)
+    names = [name for name in ("x", "dy", "ds") if name in operands]
     if interpret:
         # 0.10's interpreter loses track of a weight that several threads load in a loop.
-        plan = dataclasses.replace(launch.interpretable(plan, x.dtype.itemsize), keeps_weight=True)
-    outputs = {"dx": jax.ShapeDtypeStruct(x.shape, x.dtype)}
+        plan = dataclasses.replace(launch.interpretable(plan, narrowest(operands, names)), keeps_weight=True)
+    outputs = {"dx": jax.ShapeDtypeStruct(x.shape, dx_dtypes.dx or x.dtype)}
+    if dx_dtypes.dresidual is not None:
+        outputs["dresidual"] = jax.ShapeDtypeStruct(x.shape, dx_dtypes.dresidual)
     if with_dweight:
         outputs["dweight"] = jax.ShapeDtypeStruct(
             (max(partial_dweight_rows(plan, nominal_rows), dweight_sum.TILE), n), F32
         )
-    names = [name for name in ("x", "dy", "ds") if name in operands]
     inputs, stages = staged(plan, operands, names)
     scratch: dict[str, Any] = {}
     if with_dweight and plan.regime is Regime.WARP:
@@ -119,10 +134,11 @@ def partial_dweights(
 
     def work(refs: dict[str, Any]) -> tuple[launch.Full, launch.LeftOver]:
         reader = Reader({name: refs[name] for name in names}, dict)
-        out = Refs(refs["rstd"], refs["dx"])
+        out = Refs(refs["rstd"], refs["dx"], refs.get("dresidual"))
 
         def columns(block: Block) -> tuple[Weight, Chunks | None]:
-            factors = weight.of(block, refs.get("weight"), spec.weight_offset, kept=plan.keeps_weight)
+            options: Any = {"offset": spec.weight_offset, "dtype": dtypes.weight, "kept": plan.keeps_weight}
+            factors = weight.of(block, refs.get("weight"), **options)
             return factors, block.zeros() if with_dweight else None
 
         def finish(block: Block, partial: Chunks | None, program: Any) -> None:
@@ -136,14 +152,14 @@ def partial_dweights(
             factors, zeros = columns(blocks.first)
             rows = feed(blocks, reader, refs)
             partial = rows.each(
-                lambda block, rows, partial: gradient(block, rows, factors, partial, out, spec=spec), zeros
+                lambda block, rows, partial: gradient(block, rows, factors, partial, out, dtypes=dtypes), zeros
             )
             finish(blocks.first, partial, blocks.program)
 
         def left_over(block: Block, program: Any) -> None:
             rows = Fetched(reader.read_left_over(block, viewed=plan.source is Source.PIPELINE))
             factors, zeros = columns(block)
-            finish(block, gradient(block, rows, factors, zeros, out, spec=spec), program)
+            finish(block, gradient(block, rows, factors, zeros, out, dtypes=dtypes), program)
 
         return full, left_over
 

@@ -4,19 +4,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import reference
+from .._dtypes import Dtypes
 from .._spec import Spec
 from ..plans.plan import Plan, Source
 from . import launch, weight
 from .block import Block, Chunks
 from .grid import CtaBlocks
-from .pipeline import staged
+from .pipeline import narrowest, staged
 from .rows import InRegisters, Reader, Rows, feed
 from .weight import Weight
 
@@ -31,18 +32,17 @@ class Out(NamedTuple):
     rstd: Any
 
 
-def normalise(block: Block, rows: Rows[Chunks], weight: Weight, out: Out, *, spec: Spec) -> None:
+def normalise(block: Block, rows: Rows[Chunks], weight: Weight, out: Out, *, dtypes: Dtypes, eps: float) -> None:
     x = rows.first(block)
     begun = block.begin_sum([chunk.astype(F32) * chunk.astype(F32) for chunk in x])
     rows.all_read(block)
-    rstd = lax.rsqrt(block.end_sum(begun) / block.plan.n + spec.eps)  # n, not the padded width
+    rstd = lax.rsqrt(block.end_sum(begun) / block.plan.n + eps)  # n, not the padded width
     factors, x = weight.factors(block), rows.second(block, x)
     scale = block.broadcast(rstd)
     y: Chunks = []
     for chunk, factor in zip(x, factors, strict=True):
         unit = chunk.astype(F32) * scale
-        if spec.cast_before_scale:
-            unit = unit.astype(chunk.dtype).astype(F32)  # Hugging Face rounds here, before the weight
+        unit = unit.astype(dtypes.unit).astype(F32)  # Hugging Face rounds here, before the weight
         y.append((unit if factor is None else unit * factor).astype(out.y.dtype))
     block.store(out.y, y)
     if out.s is not None:
@@ -51,12 +51,12 @@ def normalise(block: Block, rows: Rows[Chunks], weight: Weight, out: Out, *, spe
         block.store_rows(out.rstd, rstd)
 
 
-def added(operands: dict[str, Chunks]) -> Chunks:
+def added(operands: dict[str, Chunks], dtype: Any) -> Chunks:
     """x, or s = round(x + residual)."""
     x = operands["x"]
     if "residual" not in operands:
         return x
-    return [(a.astype(F32) + b.astype(F32)).astype(a.dtype) for a, b in zip(x, operands["residual"], strict=True)]
+    return [(a.astype(F32) + b.astype(F32)).astype(dtype) for a, b in zip(x, operands["residual"], strict=True)]
 
 
 def forward(
@@ -68,30 +68,31 @@ def forward(
     launch's; the shape of x then bounds nothing.
     """
     x = operands["x"]
+    given = {name: operands[name].dtype for name in ("x", "residual", "weight") if name in operands}
+    dtypes, names = spec.dtypes(**given), [name for name in given if name != "weight"]
     if interpret:
-        plan = launch.interpretable(plan, x.dtype.itemsize)
-    weight_dtype = operands["weight"].dtype if "weight" in operands else None
-    outputs = {"y": jax.ShapeDtypeStruct(x.shape, reference.result_dtype(x.dtype, weight_dtype))}
+        plan = launch.interpretable(plan, narrowest(operands, names))
+    outputs = {"y": jax.ShapeDtypeStruct(x.shape, dtypes.y)}
     if "residual" in operands:
-        outputs["s"] = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        outputs["s"] = jax.ShapeDtypeStruct(x.shape, dtypes.s)
     if with_rstd:
         outputs["rstd"] = jax.ShapeDtypeStruct(x.shape[:1], F32)
-    names = [name for name in ("x", "residual") if name in operands]
     inputs, scratch = staged(plan, operands, names)
+    factors_of = functools.partial(weight.of, offset=spec.weight_offset, dtype=dtypes.weight)
+    normal = functools.partial(normalise, dtypes=dtypes, eps=spec.eps)
 
     def work(refs: dict[str, Any]) -> tuple[launch.Full, launch.LeftOver]:
-        reader = Reader({name: refs[name] for name in names}, added)
+        reader = Reader({name: refs[name] for name in names}, functools.partial(added, dtype=dtypes.s))
         out, weight_ref = Out(refs["y"], refs.get("s"), refs.get("rstd")), refs.get("weight")
         kept = plan.source is not Source.MEMORY
 
         def full(blocks: CtaBlocks) -> None:
             rows = feed(blocks, reader, refs)
-            factors = weight.of(blocks.first, weight_ref, spec.weight_offset, kept=kept)  # before x, to arrive with it
-            rows.each(lambda block, rows, _: normalise(block, rows, factors, out, spec=spec), None)
+            factors = factors_of(blocks.first, weight_ref, kept=kept)  # before x, to arrive with it
+            rows.each(lambda block, rows, _: normal(block, rows, factors, out), None)
 
         def left_over(block: Block, _: Any) -> None:
-            factors = weight.of(block, weight_ref, spec.weight_offset, kept=True)
-            normalise(block, InRegisters(reader), factors, out, spec=spec)
+            normal(block, InRegisters(reader), factors_of(block, weight_ref, kept=True), out)
 
         return full, left_over
 

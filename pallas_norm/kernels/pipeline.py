@@ -70,13 +70,18 @@ class Pipeline:
                 mosaic.copy_to_smem(source.at[part], self.buffers[name].at[stage], self.arrived.at[stage])
 
 
+def narrowest(operands: Mapping[str, jax.Array], names: Sequence[str]) -> int:
+    """Bytes of an element of those that decide which rows bulk copies can move."""
+    return min(operands[name].dtype.itemsize for name in names)
+
+
 def staged(
     plan: Plan, operands: Mapping[str, jax.Array], names: Sequence[str]
 ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """(the operands, those of `names` seen as staged_view says; the shared memory that their pipeline needs)."""
     if plan.source is not Source.PIPELINE:
         return dict(operands), {}
-    view = staged_view(plan, operands["x"].dtype.itemsize)
+    view = staged_view(plan, narrowest(operands, names))
     assert view is not None
     stage = view if plan.cluster == 1 else (view[0], *view[2:])
     stage = (plan.block, *stage) if plan.regime is Regime.WARP else stage

@@ -6,17 +6,24 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import jax.numpy as jnp
+
 from .. import reference
 from .block import Block
+
+F32 = jnp.float32
 
 Factors = Sequence[Any]  # of each chunk; None where there is no weight
 
 
-def read(block: Block, ref: Any, offset: float) -> Factors:
-    """ref: None without a weight."""
+def read(block: Block, ref: Any, offset: float, dtype: Any) -> Factors:
+    """ref: None without a weight. dtype: what the weight is rounded to, if it is not its own."""
     if ref is None:
         return [None] * block.plan.chunks
-    return [reference.scale(chunk, offset) for chunk in block.columns(ref)]
+    chunks = block.columns(ref)
+    if dtype != ref.dtype:
+        chunks = [block.rounded(chunk.astype(F32), dtype) for chunk in chunks]
+    return [reference.scale(chunk, offset) for chunk in chunks]
 
 
 class Weight(Protocol):
@@ -43,15 +50,16 @@ class Kept(Weight):
 class Reread(Weight):
     ref: Any
     offset: float
+    dtype: Any
     ahead: Factors | None = None
 
     def factors(self, block: Block) -> Factors:
         values, self.ahead = self.ahead, None
-        return read(block, self.ref, self.offset) if values is None else values
+        return read(block, self.ref, self.offset, self.dtype) if values is None else values
 
     def all_read(self, block: Block) -> None:
-        self.ahead = read(block, self.ref, self.offset)
+        self.ahead = read(block, self.ref, self.offset, self.dtype)
 
 
-def of(block: Block, ref: Any, offset: float, *, kept: bool) -> Weight:
-    return Kept(read(block, ref, offset)) if kept else Reread(ref, offset)
+def of(block: Block, ref: Any, *, offset: float, dtype: Any, kept: bool) -> Weight:
+    return Kept(read(block, ref, offset, dtype)) if kept else Reread(ref, offset, dtype)

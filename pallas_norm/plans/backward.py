@@ -161,20 +161,20 @@ PIPELINES = (
 LARGEST_OVERLAP = 1 / 8  # of a row that is read twice: less than in the forward pass, because there is more to compute
 
 
-def _staged(plan: BackwardPlan, row: Staged, itemsize: int, column_bytes: int) -> BackwardPlan | None:
+def _staged(plan: BackwardPlan, row: Staged, itemsize: int, column_bytes: int, narrowest: int) -> BackwardPlan | None:
     # Of a wider dy, or of ds too, a lane has more in registers: 2048 with ds needs 111, and five programs have 96.
     wide = column_bytes > 2 * itemsize
     programs = row.programs - SMS if wide and row.programs > 2 * SMS else row.programs
     per_sm = max(1, programs * row.cluster // SMS)
     stages = min(row.stages, stages_of(plan, column_bytes, per_sm=per_sm))
-    if stages < FEWEST_STAGES or staged_view(plan, itemsize) is None:
+    if stages < FEWEST_STAGES or staged_view(plan, narrowest) is None:
         return None
     return dataclasses.replace(
         plan, source=Source.PIPELINE, stages=stages, programs=programs, rows_in_registers=row.rows_in_registers
     )
 
 
-def _pipeline(n: int, itemsize: int, column_bytes: int) -> Choice | None:
+def _pipeline(n: int, itemsize: int, column_bytes: int, narrowest: int) -> Choice | None:
     """None for rows that are better off without, and for those that no bulk copy moves."""
 
     def fitting(table: Sequence[Staged]) -> Iterator[Staged]:
@@ -184,14 +184,15 @@ def _pipeline(n: int, itemsize: int, column_bytes: int) -> Choice | None:
         for row in fitting(WARP_PIPELINES):
             vec = vector(n, itemsize)
             vec = vec // 2 if -n % (32 * vec) > n // 8 else vec
-            if (plan := _staged(BackwardPlan(n, Regime.WARP, vec, 32, WARPS), row, itemsize, column_bytes)) is not None:
+            shape = BackwardPlan(n, Regime.WARP, vec, 32, WARPS)
+            if (plan := _staged(shape, row, itemsize, column_bytes, narrowest)) is not None:
                 return Choice(plan, row.why, row.figures)
     if n < SMALLEST_PIPELINE:
         return None
     for row in fitting(PIPELINES):
         vec = cta_vector(n, itemsize, row.warpgroups * row.cluster, largest_overlap=int(n * LARGEST_OVERLAP))
         shape = BackwardPlan(n, Regime.CTA, vec, warpgroups=row.warpgroups, cluster=row.cluster)
-        if (plan := _staged(shape, row, itemsize, column_bytes)) is not None:
+        if (plan := _staged(shape, row, itemsize, column_bytes, narrowest)) is not None:
             return Choice(plan, row.why, row.figures)
     return None
 
@@ -256,9 +257,10 @@ def _reread(n: int, itemsize: int, column_bytes: int) -> Choice:
 
 
 @functools.cache
-def choice(n: int, itemsize: int, column_bytes: int) -> Choice:
-    """column_bytes: of x, dy and ds together."""
-    if (piped := _pipeline(n, itemsize, column_bytes)) is not None:
+def choice(n: int, itemsize: int, column_bytes: int, narrowest: int) -> Choice:
+    """itemsize: of x, which is s in the residual form, and of ds. column_bytes: of x, dy and ds together; narrowest: of
+    the narrower of x and dy."""
+    if (piped := _pipeline(n, itemsize, column_bytes, narrowest)) is not None:
         return piped
     return (in_warps if n <= LONGEST_IN_WARPS else _reread)(n, itemsize, column_bytes)
 
@@ -268,9 +270,11 @@ def backward_plan_for(
 ) -> BackwardPlan:
     """The backward plan for rows of `n` elements of `dtype`.
 
-    dy_dtype: that of y, by default that of x. residual: the form that also adds a gradient ds.
+    dtype: that of x, in the residual form of s. dy_dtype: that of y, by default that of x. residual: the form that also
+    adds a gradient ds.
     Raises NotImplementedError where there is no kernel for n.
     """
     n, itemsize = checked(n), jnp.dtype(_validate.dtype_name("dtype", dtype)).itemsize
     dy_itemsize = jnp.dtype(_validate.dtype_name("dy_dtype", dtype if dy_dtype is None else dy_dtype)).itemsize
-    return choice(n, itemsize, dy_itemsize + itemsize * (2 if residual else 1)).plan
+    column_bytes = dy_itemsize + itemsize * (2 if residual else 1)
+    return choice(n, itemsize, column_bytes, min(itemsize, dy_itemsize)).plan

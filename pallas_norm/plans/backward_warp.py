@@ -86,7 +86,7 @@ NARROWER = (
 
 def _short_programs(elements: int, column_bytes: int) -> int:
     row = next(row for row in SHORT if elements <= row.largest)
-    return SMS * row.programs[(4, 6, 8, 12).index(column_bytes)]
+    return SMS * row.programs[next(at for at, most in enumerate((4, 6, 8, 12)) if column_bytes <= most)]
 
 
 def in_warps(n: int, itemsize: int, column_bytes: int) -> Choice:

@@ -62,10 +62,12 @@ def _bytes(name: str, dtype: DTypeLike) -> int:
     return jnp.dtype(_validate.dtype_name(name, dtype)).itemsize
 
 
-def forward_plan_on(gpu: Gpu, n: int, dtype: DTypeLike, *, residual: bool = False) -> Plan:
+def forward_plan_on(
+    gpu: Gpu, n: int, dtype: DTypeLike, *, residual: bool = False, read: tuple[DTypeLike, ...] | None = None
+) -> Plan:
     """plan_for, as that GPU runs it. Raises Misfit, and as plan_for."""
-    column_bytes = _bytes("dtype", dtype) * (2 if residual else 1)
-    return fitted(plan_for(n, dtype, residual=residual), gpu, column_bytes, with_dweight=False)
+    sizes = [_bytes("dtype", one) for one in read or [dtype] * (2 if residual else 1)]
+    return fitted(plan_for(n, dtype, residual=residual, read=read), gpu, sum(sizes), with_dweight=False)
 
 
 def backward_plan_on(

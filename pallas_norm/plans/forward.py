@@ -152,8 +152,9 @@ def _cta_plan(n: int, itemsize: int, row: Row) -> Plan:
 
 
 @functools.cache
-def choice(n: int, itemsize: int, inputs: int) -> Choice:
-    """inputs: arrays of rows that are read."""
+def choice(n: int, itemsize: int, column_bytes: int, narrowest: int) -> Choice:
+    """itemsize: of what is normalised. column_bytes: of what is read, x and the residual together; narrowest: of the
+    narrower of them."""
     for row in (row for row in TABLE if n <= row.largest_n and n * itemsize <= row.largest_row_bytes):
         if row.regime is Regime.WARP:
             vec = warp_vector(n, itemsize, NARROWER)
@@ -163,8 +164,10 @@ def choice(n: int, itemsize: int, inputs: int) -> Choice:
         if plan.source is not Source.PIPELINE:
             return Choice(plan, row.why, row.figures)
         if staged_view(plan, itemsize) is not None:
-            stages = min(row.stages, stages_of(plan, inputs * itemsize, per_sm=1))
-            if stages < FEWEST_STAGES:  # the same chunks, so that the bits are those of the form without a residual
+            stages = min(row.stages, stages_of(plan, column_bytes, per_sm=1))
+            if (
+                stages < FEWEST_STAGES or staged_view(plan, narrowest) is None
+            ):  # the same chunks, so that the bits are those of the form without a residual
                 plan = dataclasses.replace(plan, source=row.unstaged)
             else:
                 plan = dataclasses.replace(plan, stages=stages, programs=row.programs, rows_in_registers=True)
@@ -172,10 +175,14 @@ def choice(n: int, itemsize: int, inputs: int) -> Choice:
     raise AssertionError(f"the table has no row for {n} elements")
 
 
-def plan_for(n: int, dtype: DTypeLike, *, residual: bool = False) -> Plan:
-    """The forward plan for rows of `n` elements of `dtype`.
+def plan_for(n: int, dtype: DTypeLike, *, residual: bool = False, read: tuple[DTypeLike, ...] | None = None) -> Plan:
+    """The forward plan for rows of `n` elements of `dtype`: that of what is normalised, x or s.
 
-    residual: the form that also adds a residual. Raises NotImplementedError where there is no kernel for n.
+    residual: the form that also adds a residual. read: the dtypes of what is read, x and in that form the residual,
+    where they are others. Raises NotImplementedError where there is no kernel for n.
     """
     n, itemsize = checked(n), jnp.dtype(_validate.dtype_name("dtype", dtype)).itemsize
-    return choice(n, itemsize, 2 if residual else 1).plan
+    if read is None:
+        return choice(n, itemsize, itemsize * (2 if residual else 1), itemsize).plan
+    sizes = [jnp.dtype(_validate.dtype_name("read", one)).itemsize for one in read]
+    return choice(n, itemsize, sum(sizes), min(sizes)).plan

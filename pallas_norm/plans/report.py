@@ -77,8 +77,8 @@ def row(choice: Choice, itemsize: int) -> tuple[str, ...]:
 
 def chosen(n: int, itemsize: int, *, residual: bool, backwards: bool) -> Choice:
     if backwards:
-        return backward.choice(n, itemsize, itemsize * (3 if residual else 2))
-    return forward.choice(n, itemsize, 2 if residual else 1)
+        return backward.choice(n, itemsize, itemsize * (3 if residual else 2), itemsize)
+    return forward.choice(n, itemsize, itemsize * (2 if residual else 1), itemsize)
 
 
 def table(lengths: Iterable[int], itemsize: int, *, residual: bool, backwards: bool) -> Iterator[str]:
