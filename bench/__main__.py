@@ -7,7 +7,8 @@ overhead    host time of one call, by the ways to call
 tune        candidates for the tables of plans
 parity      how far each way to compute a model's norms is from Hugging Face's rounding
 model       tokens per second of a Llama-3-8B-shaped model
-accuracy, training              the figures of README.md; `readme` renders them
+accuracy, training              outputs against exact statistics; a training step
+readme      fills README.md and docs/ from the committed files, and draws the pictures
 """
 
 from __future__ import annotations
@@ -80,9 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     parity_report.model_options(speeds)
 
     for name in README_FIGURES:
-        figures = commands.add_parser(name, parents=[common], help="for README.md")
+        figures = commands.add_parser(name, parents=[common], help="for docs/")
         figures.add_argument("--folder", type=Path, default=results.FOLDER, help="where the result file goes")
-    commands.add_parser("readme", help="fills README.md from the committed result files")
+    commands.add_parser("readme", help="fills README.md and docs/ from the committed result files")
     return parser
 
 
@@ -113,7 +114,6 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         compare.run(arguments.before, arguments.after)
     elif command == "plot":
         plots.run(arguments.files, arguments.folder, png=arguments.png)
-        readme.follow(arguments.files)
     elif command == "overhead":
         return overhead.run(arguments.out or results.default_path("overhead"), commit=arguments.commit)
     elif command == "tune":

@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from . import plots, record, results
+from . import plot_style, record, results
 from .record import FORMAT, STATUSES, measured
 
 EXACT, EAGER, OURS, FUSED = "HF exact", "HF eager", "pallas-norm", "pallas-norm fused"
@@ -37,7 +37,7 @@ PARITY_FIELDS: dict[str, Any] = {
 }
 MODEL_FIELDS: dict[str, Any] = {"tokens_per_s": (int, float), "spread": (int, float), "samples": list, "tokens": int}
 FIELDS = {"parity": PARITY_FIELDS, "model": MODEL_FIELDS}
-NAMES = {FUSED: "pallas-norm torch", EXACT: "XLA"}  # whose style in plots.STYLES is free here
+NAMES = {FUSED: "pallas-norm torch", EXACT: "XLA"}  # whose style in plot_style.STYLES is free here
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -186,7 +186,7 @@ def table(file: dict[str, Any]) -> str:
 
 def draw(file: dict[str, Any], path: Path) -> Path:
     """Distance of the hidden states to HF exact by layer, a line for each provider, below HF eager's shaded."""
-    pyplot = plots._pyplot()
+    pyplot = plot_style.pyplot()
     rows = [row for row in measured(file) if row["provider"] != EXACT]
     keys = list(dict.fromkeys(row["key"] for row in rows))
     if file["command"] != "parity" or not keys:
@@ -198,7 +198,7 @@ def draw(file: dict[str, Any], path: Path) -> Path:
     for panel, key in zip(axes[0], keys, strict=True):
         for row in sorted((row for row in rows if row["key"] == key), key=lambda row: row["provider"] == OURS):
             name = row["provider"]
-            colour, marker, dashes = plots.STYLES[NAMES.get(name, name)]
+            colour, marker, dashes = plot_style.STYLES[NAMES.get(name, name)]
             values = [value or math.nan for value in row["layers_to_exact"]]  # 0 has no place on a log axis
             below = {"ms": 9, "lw": 4, "alpha": 0.5} if name == FUSED else {"ms": 4, "lw": 1.4}  # ours lies on it
             (handles[name],) = panel.plot(values, marker, ls=dashes, color=colour, label=name, **below)
@@ -208,6 +208,5 @@ def draw(file: dict[str, Any], path: Path) -> Path:
         panel.grid(visible=True, alpha=0.3)
     axes[0][0].set_ylabel(f"RMS distance to {EXACT}, relative")
     figure.legend(handles.values(), handles, frameon=False, loc="outside right center", fontsize=9)
-    title = f"{file['options']['model']}, {rows[0]['positions']} positions, {file['device']}. Shaded: noise floor."
-    figure.suptitle(title, fontsize=10)
-    return plots._save(figure, [path])[0]
+    figure.suptitle(f"Distance to exact statistics by layer, {file['device']}. Shaded: noise floor.", fontsize=11)
+    return plot_style.save(figure, [path], file)[0]

@@ -1,4 +1,4 @@
-"""README.md's tables of whole models, from the committed files of parity and model."""
+"""The tables of whole models in docs/huggingface.md, from the committed files of parity and model."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def parity(file: dict[str, Any]) -> str:
         f"statistics; the distance of {EAGER} to it, the RMS of the logits' differences over that of the logits, is "
         "the noise floor. *Flips* are positions with another likeliest token.\n\n"
         + markdown(header, rows)
-        + "\n\n![Distance to exact statistics, layer by layer](docs/parity.svg)\n\n"
-        + f"{measured_on(file)} Every layer: `bench/results/parity.json`.\n"
+        + "\n\n![Distance to exact statistics, layer by layer](parity.svg)\n\n"
+        + f"{measured_on(file)} Every layer: `{file['path']}`.\n"
     )
 
 
@@ -55,5 +55,5 @@ def speeds(file: dict[str, Any]) -> str:
         f"Tokens per second of a Llama-3-8B-shaped model with random bfloat16 weights, medians and spreads of "
         f"{file['options']['repetitions']} interleaved samples.\n\n"
         + markdown(["case", *names], table)
-        + f"\n\n{measured_on(file)} All samples: `bench/results/model.json`.\n"
+        + f"\n\n{measured_on(file)} All samples: `{file['path']}`.\n"
     )

@@ -103,7 +103,7 @@ QUICK = (
     Case("forward", 131072, 128, heads=32),
 )
 
-README = (  # the table in README.md, from a run's file
+README = (  # the table in docs/performance.md, from a run's file
     *_cases("forward", *((rows, 4096) for rows in (1, 64, 256, 4096, 16384))),
     *_cases("forward", *((16384, n) for n in (896, 1536, 2560, 5120, 7168, 8192, 16384))),
     *_cases("forward", (65536, 128), (MANY_ROWS, 128), *((1024, n) for n in LONG)),

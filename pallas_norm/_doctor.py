@@ -251,7 +251,7 @@ def self_check(device: Device) -> Iterator[Line]:
     step = (
         f'pass implementation="xla" meanwhile, and {REPORT}'
         if by_kernel
-        else f"install a jax that README.md calls tested, and {REPORT}"
+        else f"install a jax that docs/compatibility.md calls tested, and {REPORT}"
     )
     yield from check_cases(f"JAX on {device.platform}", cases, lambda case: check_case(case, device), what, step)
 

@@ -1,4 +1,4 @@
-"""What is made of a record: comparison, pictures, README table; and what `overhead` writes."""
+"""What is made of a record: comparison, pictures, tables; and what `overhead` writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from bench import compare, overhead, plots, readme, record, results, suite, table
+from bench import compare, overhead, plots, readme_kernels, record, results, suite, table
 from bench.baselines import BASELINES
 from bench.calls import AbsentError, Call
 from bench.suite import Case
@@ -110,8 +110,8 @@ def test_a_record_without_a_measured_row_is_refused(tmp_path: Path) -> None:
         plots.draw(file, tmp_path)
 
 
-def test_the_readme_table_has_its_cases_from_a_full_run() -> None:
-    text = readme.performance_of_run(a_record(suite.FULL))
+def test_the_table_of_kernel_times_has_its_cases_from_a_full_run() -> None:
+    text = readme_kernels.performance(a_record(suite.FULL) | {"path": "bench/results/made_up.json"})
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert lines[0].startswith("| case | copy | pallas-norm | pallas-norm torch | XLA |")
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {case.label}" for case in suite.README]

@@ -175,7 +175,7 @@ def test_a_norm_that_rounds_once_is_named(capsys: pytest.CaptureFixture[str], mo
         assert f"add_rms_norm and its gradients, 5 x 128 {dtype}: y: " in text
     assert "ok     JAX on cpu, n = 128, XLA: bits and gradients in float32\n" in text  # of which there is one rounding
     assert text.splitlines()[-1].endswith(
-        f"say WRONG. Next: install a jax that README.md calls tested, and {_doctor.REPORT}"
+        f"say WRONG. Next: install a jax that docs/compatibility.md calls tested, and {_doctor.REPORT}"
     )
 
 

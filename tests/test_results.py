@@ -1,25 +1,84 @@
-"""The README's figures are those of the committed result files."""
+"""The figures of README.md and docs/ are those of the committed result files, and these are of one commit."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import readme, results
+from bench import plot_style, readme, results, shown
 from bench.suite import ACCURACY, ACCURACY_ELEMENTS
 
+# Files that docs show beside each other though their commits differ. An entry goes when evidence of its kind is there
+# (`make evidence`); none is added, and none is measured anew under the old name.
+OF_BEFORE = {
+    "run": "55707e8",
+    "overhead": "264c120",
+    "accuracy": "bbf3bad",
+    "parity": "5956144",
+    "model": "bbf3bad",
+    "training": "dc34df5",
+}
+PICTURES = {"roofline": "run", "speedup": "run", "overhead": "overhead", "accuracy": "accuracy", "parity": "parity"}
 
-def test_the_readme_shows_the_committed_results() -> None:
-    text = readme.README.read_text()
+
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_the_page_shows_the_committed_results(page: str) -> None:
+    text = (readme.ROOT / page).read_text()
+    assert readme.sections(text)
     assert readme.rendered(text) == text
 
 
+def test_every_section_is_on_one_page() -> None:
+    found = [section for page in readme.PAGES for section in readme.sections((readme.ROOT / page).read_text())]
+    assert sorted(found) == sorted(readme.SECTIONS)
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_the_picture_is_of_the_file_that_the_tables_are_of(picture: str) -> None:
+    text = (readme.ROOT / "docs" / f"{picture}.svg").read_text()
+    assert plot_style.origin(shown.read(PICTURES[picture])) in text
+
+
+def mixed(files: dict[str, dict[str, Any]]) -> str:
+    """What keeps evidence from being of one commit and one device; empty for good evidence."""
+    origins = {kind: (file["device"], file["commit"]) for kind, file in files.items()}
+    return "" if len(set(origins.values())) <= 1 else f"docs show files of several commits or devices: {origins}"
+
+
+def test_what_docs_show_is_of_one_commit_and_one_device_but_for_the_files_of_before() -> None:
+    assert mixed({kind: shown.read(kind) for kind in shown.evidence()}) == ""
+    missing = set(shown.KINDS) - shown.evidence().keys()
+    assert shown.OLD.keys() == missing, "a kind that has evidence has no old file: take it out of shown.OLD"
+    old = {kind: shown.read(kind)["commit"][:7] for kind in shown.OLD}
+    assert old.items() <= OF_BEFORE.items()
+
+
+def test_files_of_two_commits_are_noticed() -> None:
+    one = {"device": "NVIDIA H200", "commit": "a"}
+    assert mixed({"run": one, "parity": one}) == ""
+    assert "several commits" in mixed({"run": one, "parity": one | {"commit": "b"}})
+    assert "several commits" in mixed({"run": one, "parity": one | {"device": "NVIDIA H100 80GB HBM3"}})
+
+
+def test_evidence_is_the_newest_file_with_the_name_of_evidence(tmp_path: Path) -> None:
+    for name in (
+        "run_h200_2026-12-01",
+        "run_h100_2026-12-02",
+        "run_h100",
+        "tune_h200_2026-12-01",
+        "model_h200_2026-12-01",
+    ):
+        (tmp_path / f"{name}.json").touch()
+    found = {kind: path.name for kind, path in shown.evidence(tmp_path).items()}
+    assert found == {"run": "run_h100_2026-12-02.json", "model": "model_h200_2026-12-01.json"}
+
+
 def test_every_result_file_names_its_device_its_versions_and_its_commit() -> None:
-    for name in ("run", "overhead_h200", "accuracy", "parity", "model", "training", "counters"):
-        file = results.read(name)
+    for file in (*map(shown.read, shown.KINDS), results.read("counters")):
         assert file["device"]
         assert file["commit"]
         assert file["versions"]["jax"]
@@ -31,7 +90,7 @@ PROVIDERS = ("pallas-norm", "XLA", "HF eager", "F.rms_norm")
 
 
 def accuracy() -> dict[tuple[str, int, str], dict[str, Any]]:
-    return {(row["dtype"], row["n"], row["provider"]): row for row in results.read("accuracy")["rows"]}
+    return {(row["dtype"], row["n"], row["provider"]): row for row in shown.read("accuracy")["rows"]}
 
 
 def test_accuracy_was_measured_of_every_dtype_at_eight_widths_over_enough_outputs() -> None:

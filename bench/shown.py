@@ -1,0 +1,53 @@
+"""Which result files README.md and docs/ show.
+
+Of each kind the newest that `make evidence` wrote, bench/results/KIND_DEVICE_DATE.json: they are of one commit and one
+device. A kind of which there is none yet is in OLD, by the name of a file of before, each of a commit of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from . import parity_report, record, results
+
+KINDS = ("run", "overhead", "accuracy", "parity", "model", "training")
+OLD = {
+    "run": "run.json",
+    "overhead": "overhead_h200.json",
+    "accuracy": "accuracy.json",
+    "parity": "parity.json",
+    "model": "model.json",
+    "training": "training.json",
+}
+EVIDENCE = re.compile(r"(?P<kind>[a-z]+)_(?P<device>[a-z0-9]+)_(?P<date>\d{4}-\d\d-\d\d)\.json")
+
+
+def evidence(folder: Path = results.FOLDER) -> dict[str, Path]:
+    """The newest file of each kind that has the name of evidence; of one day the device that sorts last."""
+    found: dict[str, tuple[tuple[str, str], Path]] = {}
+    for path in folder.iterdir():
+        match = EVIDENCE.fullmatch(path.name)
+        if match and match["kind"] in KINDS:
+            place = (match["date"], match["device"])
+            if place > found.get(match["kind"], (("", ""), path))[0]:
+                found[match["kind"]] = place, path
+    return {kind: path for kind, (_, path) in found.items()}
+
+
+def path_of(kind: str) -> Path:
+    return evidence().get(kind) or results.FOLDER / OLD[kind]
+
+
+def read(kind: str) -> dict[str, Any]:
+    """The file, checked, and its path from the root of the checkout as `path`."""
+    path = path_of(kind)
+    if kind in ("run", "overhead"):
+        file = record.read(path)
+    elif kind in ("parity", "model"):
+        file = parity_report.read(path)
+    else:
+        file = json.loads(path.read_text())
+    return file | {"path": f"bench/results/{path.name}"}
