@@ -4,15 +4,17 @@
 # the CPU build instead: make demo TORCH='--index-url <the index that pytorch.org gives for CPU> torch==2.13.0'
 TORCH ?= torch==2.13.0
 MINIMUM := 3.11
-TESTS := .venv/bin/python -m pytest -n 2 -m 'not gpu and not nightly'
+TESTS := .venv/bin/python -m pytest -n 2 -m 'not gpu and not nightly and not slow' --profile quick
+ALL_TESTS := .venv/bin/python -m pytest -n 2 -m 'not gpu and not nightly'
 export PYTHON
 
-.PHONY: help demo test coverage test-nightly test-gpu test-gpus test-newest lint docs smoke install install-docs install-lint install-gpu clean
+.PHONY: help demo test test-all coverage test-nightly test-gpu test-gpus test-newest lint docs smoke install install-docs install-lint install-gpu clean
 
 help:
 	@echo 'make demo          compare the norms bit by bit on real-sized activations; writes demo/out/bits.png'
-	@echo 'make test          every test that needs no GPU'
-	@echo 'make coverage      the same tests, and which lines and branches they leave out'
+	@echo 'make test          the tests that need no GPU, but for the slow ones (docs/testing.md); minutes'
+	@echo 'make test-all      every test that needs no GPU'
+	@echo 'make coverage      make test-all, and which lines and branches it leaves out'
 	@echo 'make test-nightly  the tests that are too long for every push'
 	@echo 'make test-gpu      the tests that need an NVIDIA GPU of compute capability 9.0 or newer'
 	@echo 'make test-gpus     the tests that need two of them in one host; under five minutes'
@@ -30,8 +32,11 @@ demo: install
 test: install
 	$(TESTS)
 
+test-all: install
+	$(ALL_TESTS)
+
 coverage: install
-	$(TESTS) --cov --cov-report=term-missing:skip-covered
+	$(ALL_TESTS) --cov --cov-report=term-missing:skip-covered
 
 test-nightly: install
 	.venv/bin/python -m pytest -n 2 -m 'nightly and not gpu'

@@ -10,6 +10,8 @@ import hypothesis
 import jax
 import pytest
 
+from tests import division
+
 jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device: the sharding tests want several
 
 DRAWN = (hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate)
@@ -17,6 +19,7 @@ PROFILES = {
     "dev": {"max_examples": 25, "phases": (*DRAWN, hypothesis.Phase.shrink)},
     # Each step of shrinking compiles a kernel: a failure prints its case and its blob, which dev shrinks.
     "ci": {"max_examples": 100, "derandomize": True, "print_blob": True, "phases": DRAWN},
+    "quick": {"max_examples": 25, "derandomize": True, "print_blob": True, "phases": DRAWN},  # make test
     "nightly": {"max_examples": 2000, "print_blob": True},
 }
 
@@ -32,6 +35,11 @@ def pytest_configure(config: pytest.Config) -> None:
             name, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], **values
         )
     hypothesis.settings.load_profile(config.getoption("--profile"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    division.thin(items)
 
 
 @pytest.hookimpl(trylast=True)

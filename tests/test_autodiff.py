@@ -118,6 +118,7 @@ def test_no_gradient_flows_through_rstd(path: str) -> None:
         assert np.array_equal(both, y)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("weight_dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("path", PATHS)

@@ -241,6 +241,7 @@ def test_a_nan_in_dy_reaches_only_its_column_of_dweight_and_one_in_x_all(impleme
     assert np.isnan(gradients(implementation, x, weight, dy)[1]).all()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("n", "dtype"), [(64, "bf16"), (200, "f16"), (513, "f32"), (1024, "bf16"), (1024, "f32")])
 def test_dweight_of_rows_whose_unit_is_one_is_the_exact_sum_of_integers(
     implementation: str, dtype: str, n: int

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip("torch", reason="parity compares torch models")
 pytest.importorskip("transformers", reason="parity compares models of transformers")
 

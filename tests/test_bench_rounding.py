@@ -15,6 +15,8 @@ from bench.operands import EPS, Operands
 from bench.suite import Case
 from pallas_norm import reference
 
+pytestmark = pytest.mark.slow
+
 DTYPES = ("bfloat16", "float16")
 
 

@@ -14,6 +14,8 @@ from bench import __main__, measuring, record, run, suite
 from bench.baselines import BASELINES, named
 from bench.suite import Case
 
+pytestmark = pytest.mark.slow
+
 CASES = (
     Case("forward", 8, 128),
     Case("add", 4, 96, "float16"),

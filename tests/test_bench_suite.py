@@ -16,6 +16,8 @@ from bench.suite import Case
 from pallas_norm import reference
 from pallas_norm.regimes import backward_plan_for, plan_for
 
+pytestmark = pytest.mark.slow
+
 GB = 1 << 30
 
 

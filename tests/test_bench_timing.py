@@ -12,6 +12,8 @@ from bench import timing
 from bench.progress import bar
 from bench.timing import Timing, split
 
+pytestmark = pytest.mark.slow
+
 MARKS = frozenset({"flush"})
 
 

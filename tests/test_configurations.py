@@ -30,6 +30,7 @@ CONFIGURATIONS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_every_call_works_under_each_configuration(name: str, dtype: str) -> None:

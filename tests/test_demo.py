@@ -43,6 +43,7 @@ def test_the_bridge_notices_other_bits_and_a_copy(monkeypatch: pytest.MonkeyPatc
     ]
 
 
+@pytest.mark.slow
 def test_single_rounding_in_place_of_ours_is_noticed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -118,6 +118,7 @@ def on_device(operands: dict[str, Any]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(value) for name, value in operands.items()}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("path", "n", "name"), parameters(forward_plans))
 def test_every_forward_plan_gives_the_replay_of_an_rstd_within_its_bound(path: str, n: int, name: str) -> None:
     plan = forward_plans(n, "bf16")[name]
@@ -136,6 +137,7 @@ def test_every_forward_plan_gives_the_replay_of_an_rstd_within_its_bound(path: s
     oracle.assert_rstd(rstd[exact], x[exact], EPS, 0)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("path", "n", "name"), parameters(backward_plans))
 def test_every_backward_plan_gives_gradients_within_its_bounds(path: str, n: int, name: str) -> None:
     plan = backward_plans(n, "bf16")[name]
@@ -208,6 +210,7 @@ def check_limit(implementation: str, n: int, dtype: str) -> None:
     test_backward_properties.check_exact(case, implementation)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("n", NEAR)
 def test_around_every_limit_of_the_tables_the_compiled_specification_is_right(n: int) -> None:
     check_limit("xla", n, "bf16")
@@ -216,6 +219,7 @@ def test_around_every_limit_of_the_tables_the_compiled_specification_is_right(n:
 PUSHED_WIDTHS = (32, 33, 1023, 1024, 1025)  # both regimes; the interpreter takes long for long rows
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "n",
     [pytest.param(n, marks=[] if n in PUSHED_WIDTHS else pytest.mark.nightly) for n in WITH_KERNEL if n <= 32769],

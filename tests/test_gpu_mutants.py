@@ -160,6 +160,7 @@ def test_without_a_barrier_some_launch_is_wrong(name: str) -> None:
     assert found == "never ended" or "cuda" in found or (found.isdigit() and int(found) > 0), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward, shared", "backward, rows in warps", "backward, pipeline"])
 def test_what_is_compared_on_a_gpu_is_right(name: str) -> None:
     """Here in the interpreter: the expectation, and that every rewrite finds its text."""

@@ -16,6 +16,8 @@ from tests.gpu_proof import every_kernel, kernels, operands, planted, reruns, sa
 from tests.gpu_proof.kernels import Backward, ColumnSum, Forward, kind_of_plan
 from tests.gpu_proof.sanitizers import Run, cases_with_reports, judge, reported
 
+pytestmark = pytest.mark.slow
+
 # --- every kernel -----------------------------------------------------------------------------------------------------
 
 

@@ -106,6 +106,7 @@ def has_races(kernel: Callable[[], None], races_found: Callable[[], bool]) -> bo
     return races_found()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_has_no_races(name: str) -> None:
     with race_detection() as races_found:
@@ -158,6 +159,7 @@ WITHOUT = {
 }
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", WITHOUT)
 def test_without_one_of_its_barriers_it_has(name: str) -> None:
     rewrite, kernel = WITHOUT[name]

@@ -112,6 +112,7 @@ def test_the_widths_below_reach_every_kind_of_plan(dtype: str) -> None:
         assert {kind(find(n, dtype)) for n in every} <= {kind(find(n, dtype)) for n in KINDS[dtype]}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("dtype", "n"), [(dtype, n) for dtype, widths in KINDS.items() for n in widths])
 def test_forward_and_backward_lower_to_one_kernel_each_for_cuda_and_to_none_elsewhere(dtype: str, n: int) -> None:
     x, weight = array(ROWS, n, dtype=dtype), array(n, dtype=dtype)
@@ -119,6 +120,7 @@ def test_forward_and_backward_lower_to_one_kernel_each_for_cuda_and_to_none_else
     check(gradient, x, weight, x, kernels=3)  # forward, backward, and the sum of the parts of dweight
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("n", [33, 128, 1000, 1025, 4096, 16384, 40000, 131072])
 def test_the_residual_form_lowers_to_one_kernel_each_way(n: int) -> None:
     x, weight = array(ROWS, n, dtype="bfloat16"), array(n, dtype="bfloat16")
@@ -149,6 +151,7 @@ def test_widths_without_a_kernel_take_the_reference_everywhere(n: int, dtype: st
     check(gradient, x, weight, x, kernels=0)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("n", [200, 2048, 32768])
 @pytest.mark.parametrize("weight_dtype", ["bfloat16", "float16", "float32", None])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -118,6 +118,7 @@ def of_every_kind(test: Any) -> Any:
     return pytest.mark.parametrize(("kind", "spec"), cases)(test)
 
 
+@pytest.mark.sampled(4)
 @of_every_kind
 def test_rows_shared_out_over_any_axes_give_the_same_bits_without_communication(kind: str, spec: P) -> None:
     operands = placed(mesh_of(kind), spec, *OPERANDS)
@@ -130,6 +131,7 @@ def test_rows_shared_out_over_any_axes_give_the_same_bits_without_communication(
     assert collectives(norm, *operands) == []
 
 
+@pytest.mark.sampled(4)
 @of_every_kind
 def test_the_gradient_sums_dweight_in_float32_and_moves_nothing_else(kind: str, spec: P) -> None:
     operands = placed(mesh_of(kind), spec, *OPERANDS)
@@ -178,6 +180,7 @@ def test_vmap_of_sharded_members_is_one_program(kind: str) -> None:
         assert_close(np.asarray(dweight)[i], alone[1], DWEIGHT_BOUND)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("spec", [P(), P("data")])
 def test_a_mesh_in_context_and_operands_from_before_it(kind: str, spec: P) -> None:

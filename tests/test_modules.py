@@ -34,6 +34,7 @@ def assert_close(ours: Any, theirs: Any) -> None:
     assert np.all(np.abs(np.asarray(ours, np.float64) - wide) <= bound)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("use_scale", [True, False])
 @pytest.mark.parametrize("dtype", [None, *DTYPES])
 @pytest.mark.parametrize("param_dtype", ["bfloat16", "float32"])
@@ -121,6 +122,7 @@ def test_what_flax_can_and_the_kernels_cannot_is_refused(options: Any) -> None:
         RMSNorm(96, rngs=nnx.Rngs(0))(draw(2, 96), mask=jnp.ones((2, 96), bool))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("use_weight", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

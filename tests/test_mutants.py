@@ -253,6 +253,7 @@ def test_a_wrong_backward_kernel_is_killed(name: str) -> None:
     assert found, f"{name} survives"
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", rewrites.SOURCE)
 def test_a_rewritten_kernel_is_killed(name: str) -> None:
     """By a wrong number: a rewrite that does not run would show nothing."""
@@ -262,6 +263,7 @@ def test_a_rewritten_kernel_is_killed(name: str) -> None:
     print(f"\n{name:45} killed by {str(killed.value).splitlines()[0][:60]}")  # noqa: T201
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.usefixtures("no_compiled_programs")
 @pytest.mark.parametrize("name", rewrites.REFERENCE)
 def test_a_rewritten_specification_is_killed(name: str) -> None:

@@ -48,6 +48,7 @@ def test_threads_that_start_at_once_do_their_work_while_coverage_is_measured(tmp
     (tmp_path / "conftest.py").write_text(conftest if mended else conftest.replace("threading.settrace(None)", "pass"))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "--cov=."]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV"))}
+    kept["PYTHONPATH"] = str(Path(__file__).parents[1])  # conftest.py imports from the tests
     done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode == 0) == mended, done.stdout[-3000:]
     if not mended:

@@ -115,6 +115,7 @@ for _ in range(200):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_never_see_half_a_file() -> None:
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(value)]) for value in (1, 2)]
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0]

@@ -28,6 +28,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", dtensor_cases.CASES)
 def test_two_processes(name: str, outcomes: Path) -> None:
     for rank in range(dtensor_cases.RANKS):

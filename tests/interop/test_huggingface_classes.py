@@ -46,6 +46,7 @@ GEMMA = next(digest for digest, row in ROWS.items() if row.example == "GemmaRMSN
 # --- every class ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_class_is_known() -> None:
     """Read, not imported: a class of a file that needs an optional package is seen too."""
     unknown = {f"{one.name} of {one.path}, digest {one.digest}" for one in found() if one.digest not in ROWS}
@@ -72,6 +73,7 @@ def test_rows_are_sentences_or_reasons() -> None:
         assert row.note.endswith(".") == (row.forward is not None)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "random"])
 @pytest.mark.parametrize("dtype", SAME, ids=["bf16", "f16", "f32"])
 @pytest.mark.parametrize("digest", HANDLED, ids=[ROWS[digest].example for digest in HANDLED])

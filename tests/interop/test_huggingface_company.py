@@ -261,6 +261,7 @@ def _unpickled(data: bytes) -> tuple[str, list[float]]:
     return type(module).__name__, module(torch.ones(1, N)).flatten().tolist()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("make", [llama, lambda: zoo.OtherNamesRMSNorm(N)], ids=["source", "computation"])
 def test_in_another_process(make: Any) -> None:
     """Spawned: it imports what the pickle names, and normalises there."""

@@ -62,6 +62,7 @@ def ulps_needed(module: Any, label: str, x: torch.Tensor, y: torch.Tensor) -> in
     raise AssertionError(f"{unexplained.sum()} of {len(x)} rows do not compute {label}")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo_keeps_its_bits(name: str) -> None:
     """The module's own and the replaced one are what its label says; in every pair of dtypes that is replaced."""

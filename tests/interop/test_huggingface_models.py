@@ -25,6 +25,8 @@ from tests.interop.tiny_models import (
     tokens,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", MODELS)

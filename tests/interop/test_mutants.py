@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.interop.mutants import MUTANTS
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_mutant_is_killed_and_the_package_is_not() -> None:

@@ -28,6 +28,7 @@ WIDTHS = (1, 8, 32, 33, 64, 80, 128, 200, 896, 1000, 1024, 2880, 4096, 4097)
 LONG = [pytest.param(n, marks=pytest.mark.gpu) for n in (8192, 16384, 32768, 65536, 131072, 131073)]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("n", [*WIDTHS, *LONG])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -178,6 +179,7 @@ def test_out_receives_y(n: int, device: str) -> None:
         assert_same(x, rms_norm(narrow, weight.bfloat16()))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "n", [33, 128, 1000, pytest.param(4096, marks=pytest.mark.gpu), pytest.param(16384, marks=pytest.mark.gpu)]

@@ -19,6 +19,8 @@ from tests.test_gpu_tests import PYTHON, ROOT, executable
 from tests.two_gpus import all_reduce, both_stress, checks, distances, first_call, fresh, known, one_process, state
 from tests.two_gpus.distances import Training
 
+pytestmark = pytest.mark.slow
+
 GROUPS = {
     "memory": "two_gpus.fresh alone",
     "first-calls": "two_gpus.fresh",

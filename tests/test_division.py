@@ -1,0 +1,68 @@
+"""`make test` and `make test-all` divide the tests as docs/testing.md says, and nothing is in neither."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import conftest, division
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_page_says_what_runs_where() -> None:
+    """Else: python -m tests.division > docs/testing.md."""
+    assert (ROOT / "docs" / "testing.md").read_text() == division.page()
+
+
+class Item:
+    """As much of a pytest.Item as is asked of one."""
+
+    def __init__(self, nodeid: str, *marks: Any) -> None:
+        self.nodeid, self.marks = nodeid, list(marks)
+
+    def get_closest_marker(self, name: str) -> Any:
+        return next((mark.mark for mark in self.marks if mark.name == name), None)
+
+    def add_marker(self, mark: Any) -> None:
+        self.marks.append(mark)
+
+    @property
+    def slow(self) -> bool:
+        return self.get_closest_marker("slow") is not None
+
+
+def test_of_a_sampled_test_one_case_in_k_stays_whatever_the_period_of_its_parameters() -> None:
+    sampled = pytest.mark.sampled(3)
+    items: list[Any] = [Item(f"a.py::f[{n}-{dtype}]", sampled) for n in range(10) for dtype in ("bf16", "f16", "f32")]
+    items += [Item("a.py::f[gpu]", sampled, pytest.mark.gpu), Item("a.py::g[1]")]
+    division.thin(items)
+    kept = [item.nodeid for item in items if not item.slow]
+    assert kept[-2:] == ["a.py::f[gpu]", "a.py::g[1]"]
+    assert len(kept) == 10 + 2
+    assert {re.split(r"[-\]]", name)[1] for name in kept[:-2]} == {"bf16", "f16", "f32"}
+
+
+def test_a_sampled_test_with_one_case_keeps_it() -> None:
+    items: list[Any] = [Item("a.py::f", pytest.mark.sampled(7))]
+    division.thin(items)
+    assert not items[0].slow
+
+
+def commands() -> dict[str, str]:
+    text = (ROOT / "Makefile").read_text()
+    return dict(re.findall(r"^(\w+) := (.*pytest.*)$", text, re.MULTILINE))
+
+
+def test_the_two_commands_leave_out_what_the_page_says() -> None:
+    assert commands()["TESTS"].endswith("-m 'not gpu and not nightly and not slow' --profile quick")
+    assert commands()["ALL_TESTS"].endswith("-m 'not gpu and not nightly'")
+
+
+def test_the_quick_profile_draws_fewer_examples_of_the_same_and_the_same_every_time() -> None:
+    quick, ci = conftest.PROFILES["quick"], conftest.PROFILES["ci"]
+    assert 1 < quick["max_examples"] < ci["max_examples"]
+    assert {**quick, "max_examples": ci["max_examples"]} == ci
