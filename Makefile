@@ -20,7 +20,7 @@ help:
 	@echo 'make test-gpus     the tests that need two of them in one host; under five minutes'
 	@echo 'make test-newest   the tests that need no torch, with the newest supported JAX (needs Python >= 3.12)'
 	@echo 'make lint          ruff and pyright'
-	@echo 'make docs          the API pages, in docs/site; a warning is an error'
+	@echo 'make docs          the pages of docs/ and of the API, in site/; a warning is an error'
 	@echo 'make smoke         the wheel and the sdist, each in an environment of its own'
 
 install:
@@ -72,10 +72,11 @@ install-docs: install
 	@scripts/install-group .venv docs
 
 docs: install-docs
-	.venv/bin/python scripts/build-docs docs/site
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet
+	@echo site/index.html
 
 smoke:
 	scripts/smoke-dist
 
 clean:
-	rm -rf .venv .venv-gpu .venv-newest dist demo/out docs/site
+	rm -rf .venv .venv-gpu .venv-newest dist demo/out site

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.test_docstrings import PUBLIC
+
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 CHAINED = ("flax", "equinox")  # pages whose examples go on with what the ones before defined
@@ -98,3 +100,18 @@ def test_links_lead_to_a_file_of_the_checkout(page: Path) -> None:
 def test_the_links_that_are_checked_are_found() -> None:
     assert len(links(ROOT / "README.md")) > 10
     assert "compatibility.md#which-path-runs" in links(ROOT / "docs" / "numerics.md")
+
+
+def test_the_api_pages_have_every_public_function() -> None:
+    text = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    entries = set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+    for module, members in re.findall(r"^::: (\S+)\n    options: \{ members: \[(.*)\] \}$", text, re.MULTILINE):
+        entries |= {f"{module}.{name}" for name in members.split(", ")}
+    public = {f"{module}.{name}" for module, names in PUBLIC.items() for name in names}
+    assert public - entries == set()
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    listed = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert listed == pages | {"index.md"}  # which is README.md

@@ -303,6 +303,7 @@ def test_the_right_kernels_are_killed_by_nothing() -> None:
     assert killers(mutants.backward, BACKWARD) == []
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("n", "rows"), sorted({(r.n, r.rows) for r in rewrites.SOURCE.values()}))
 def test_the_real_kernels_are_killed_by_nothing(n: int, rows: int) -> None:
     interpreted(n, rows)

@@ -80,6 +80,7 @@ def test_a_call_outside_jit_compiles_the_first_time_only(name: str, compiles: li
     assert compiles == []
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_calls() -> None:
     def calls(count: int) -> None:
         for _ in range(count):
@@ -138,6 +139,7 @@ def test_a_deep_model_has_one_kernel_text_for_each_distinct_norm() -> None:
     assert "mosaic_gpu" not in lowered(rms_norm, "cpu")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_a_deep_model_traces_and_lowers_about_as_fast_as_the_plain_formula(platform: str) -> None:
     """Processor time, in turns, the least of three each. On CUDA three kernels are lowered on top, once."""

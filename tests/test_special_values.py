@@ -88,6 +88,7 @@ def test_leading_axes_are_rows(implementation: str, shape: tuple[int, ...]) -> N
     oracle.assert_same(flat.reshape(shape), y)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("weight_dtype", [None, *DTYPES])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_y_has_the_promoted_dtype_and_the_residual_form_gives_the_bits_of_its_two_steps(

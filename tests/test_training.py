@@ -105,6 +105,7 @@ def train(add_norm: AddNorm, dtype: str, optimizer: Callable[..., Any], rate: fl
 RATES = {sgd: 1.0, adam: 0.01}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("dtype", "optimizer"), [("float32", adam), ("bfloat16", sgd), ("bfloat16", adam)])
 def test_the_loss_curve_is_that_of_the_specification_bit_for_bit(dtype: str, optimizer: Callable[..., Any]) -> None:
     ours = train(pallas_norm.add_rms_norm, dtype, optimizer, RATES[optimizer])
@@ -114,6 +115,7 @@ def test_the_loss_curve_is_that_of_the_specification_bit_for_bit(dtype: str, opt
     assert ours[-1] < 0.9 * ours[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "unit_roundoff"), [("float32", 2.0**-24), ("bfloat16", 2.0**-8)])
 def test_the_loss_curve_is_that_of_jax_autodiff_within_the_roundings_of_the_gradients(
     dtype: str, unit_roundoff: float

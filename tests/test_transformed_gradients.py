@@ -183,6 +183,7 @@ def test_the_eager_gradients_are_exact(implementation: str, dtype: str) -> None:
     check(gradients(implementation), dtype)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_transformation_changes_no_bit(implementation: str, name: str) -> None:
     check(TRANSFORMS[name](implementation))

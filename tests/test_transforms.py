@@ -67,6 +67,7 @@ def assert_equal(ours: Any, theirs: Any) -> None:
 INTERPRETED = ("x along axis 1", "weight", "both, along different axes", "x, but not the residual")  # seconds each
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("path", "which"), [*(("xla", name) for name in BATCHED), *(("interpret", name) for name in INTERPRETED)]
 )
@@ -125,6 +126,7 @@ def test_vmap_with_a_shared_weight_is_one_call_on_more_rows() -> None:
     assert "stablehlo.while" not in text
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("n", [31, 80, 1040])
 @pytest.mark.parametrize("path", PATHS)
 def test_jit_gives_the_bits_of_the_eager_call(path: str, n: int) -> None:
@@ -159,6 +161,7 @@ def layers(path: str, *, scanned: bool, remat: bool) -> Callable[..., jax.Array]
 
 
 # jax.checkpoint refuses the ordered callbacks that Pallas's GPU interpreter is made of.
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("path", "remat"), [("xla", False), ("xla", True), ("interpret", False)])
 def test_scan_and_remat_give_the_bits_of_the_unrolled_loop(path: str, remat: bool) -> None:  # noqa: FBT001
     x, weights = draw(ROWS, N, seed=0), draw(3, N, seed=1)

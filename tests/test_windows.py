@@ -125,6 +125,7 @@ def run(kernels: Kernels) -> dict[str, Array]:
     return {name: np.asarray(value) for name, value in results.items()} | {"x": x, "residual": residual, "dy": dy}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", KERNELS)
 def test_an_interpreted_kernel_keeps_to_its_window(margins: list[Array], name: str) -> None:
     results = run(KERNELS[name])
@@ -165,6 +166,7 @@ OUTSIDE = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_a_kernel_that_leaves_its_window_is_seen(margins: list[Array], name: str) -> None:
     """By what it wrote, whatever it computed."""
@@ -198,6 +200,7 @@ def window_of(shape: tuple[int, ...], of: Callable[[Array, int], Array], n: int)
     return np.asarray(of(np.arange(np.prod(shape)).reshape(shape), n))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("n", "which"), list(zip(itertools.cycle((64, 200, 1000)), SLICES, strict=False)))
 def test_a_slice_of_a_larger_array_gives_the_bits_of_the_slice_alone(implementation: str, n: int, which: str) -> None:
     """Of inputs whose sums are exact in any order, because XLA may choose another order for another program."""

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = """
 import jax, jax.numpy as jnp
 from pallas_norm import add_rms_norm, rms_norm
@@ -34,6 +36,7 @@ print("lowered")
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_lowers_with_x64() -> None:
     environment = os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
