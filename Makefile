@@ -8,7 +8,7 @@ TESTS := .venv/bin/python -m pytest -n 2 -m 'not gpu and not nightly and not slo
 ALL_TESTS := .venv/bin/python -m pytest -n 2 -m 'not gpu and not nightly'
 export PYTHON
 
-.PHONY: help demo test test-all coverage test-nightly test-gpu test-gpus test-newest lint docs smoke install install-docs install-lint install-gpu clean
+.PHONY: help demo test test-all coverage test-nightly test-gpu evidence test-gpus test-newest lint docs smoke install install-docs install-lint install-gpu clean
 
 help:
 	@echo 'make demo          compare the norms bit by bit on real-sized activations; writes demo/out/bits.png'
@@ -18,6 +18,7 @@ help:
 	@echo 'make test-nightly  the tests that are too long for every push'
 	@echo 'make test-gpu      the tests that need an NVIDIA GPU of compute capability 9.0 or newer'
 	@echo 'make test-gpus     the tests that need two of them in one host; under five minutes'
+	@echo 'make evidence      the result files that docs show, on a GPU, of this commit; under 25 minutes, again: goes on'
 	@echo 'make test-newest   the tests that need no torch, with the newest supported JAX (needs Python >= 3.12)'
 	@echo 'make lint          ruff and pyright'
 	@echo 'make docs          the pages of docs/ and of the API, in site/; a warning is an error'
@@ -46,6 +47,10 @@ install-gpu:
 
 test-gpu: install-gpu
 	scripts/gpu-tests gpu-tests .venv-gpu/bin/python
+
+evidence: install-gpu
+	@.venv-gpu/bin/python -m pip install -q liger-kernel==0.8.5 quack-kernels==0.6.5 || echo 'Without Liger and Quack: the files say so'
+	.venv-gpu/bin/python -m bench evidence evidence
 
 test-gpus: install-gpu
 	@.venv-gpu/bin/python -m pip install -q accelerate

@@ -8,6 +8,7 @@ tune        candidates for the tables of plans
 parity      how far each way to compute a model's norms is from Hugging Face's rounding
 model       tokens per second of a Llama-3-8B-shaped model
 accuracy, training              outputs against exact statistics; a training step
+evidence    all of these but tune, and the GPU tests, of one commit and one device; continues where it stopped
 readme      fills README.md and docs/ from the committed files, and draws the pictures
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ from . import (
     accuracy,
     baselines,
     compare,
+    evidence,
     overhead,
     parity_report,
     plots,
@@ -80,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     speeds = commands.add_parser("model", parents=[output], help="tokens per second of a whole model")
     parity_report.model_options(speeds)
 
+    proving = commands.add_parser("evidence", parents=[common], help="every result file that docs show, step by step")
+    proving.add_argument("folder", type=Path, help="where the files go; the same again continues")
+    proving.add_argument("--seconds", type=float, default=math.inf, help="begins nothing that would end later")
+    proving.add_argument("--steps", help=f"comma-separated, of: {', '.join(step.kind for step in evidence.STEPS)}")
+
     for name in README_FIGURES:
         figures = commands.add_parser(name, parents=[common], help="for docs/")
         figures.add_argument("--folder", type=Path, default=results.FOLDER, help="where the result file goes")
@@ -110,6 +118,9 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         return chosen.run(arguments)
     elif command == "readme":
         readme.run()
+    elif command == "evidence":
+        steps = evidence.named(arguments.steps)
+        return evidence.run(arguments.folder, commit=arguments.commit, seconds=arguments.seconds, steps=steps)
     elif command == "compare":
         compare.run(arguments.before, arguments.after)
     elif command == "plot":
