@@ -9,7 +9,6 @@ replay    HF's steps from the provider's own rstd: 0 for ours, whatever its sums
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +18,19 @@ import numpy as np
 
 import pallas_norm
 
-from .suite import ACCURACY, ACCURACY_ELEMENTS
+from . import peers
+from .calls import AbsentError, Call, failure
+from .operands import Operands
+from .suite import ACCURACY, ACCURACY_ELEMENTS, Case
 
 EPS = 1e-6
+PEERS: dict[str, Callable[[Operands], Call]] = {
+    "Liger": peers.liger,
+    "Liger functional": peers.liger_functional,
+    "Quack": peers.quack,
+    "SGLang": peers.sglang,
+    "FlashInfer": peers.flashinfer,
+}
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
 
@@ -81,25 +90,22 @@ def providers(x: np.ndarray, weight: np.ndarray) -> dict[str, Callable[[], tuple
             with torch.no_grad():
                 if kind == "HF eager":
                     y = module(tensor)
-                elif kind == "Liger":
-                    from liger_kernel.transformers.rms_norm import LigerRMSNorm
-
-                    liger = LigerRMSNorm(x.shape[1], eps=EPS).to(device=tensor.device, dtype=tensor.dtype)
-                    liger.weight.data.copy_(own)
-                    y = liger(tensor)
+                elif kind in PEERS:
+                    operands = Operands(Case("forward", *x.shape, dtype=str(x.dtype)))
+                    operands.tensors = {"x": tensor, "weight": own}
+                    y = PEERS[kind](operands).run()
                 else:
                     y = torch.nn.functional.rms_norm(tensor, tensor.shape[1:], own, EPS)
             return _to_numpy(y, x.dtype), None
 
         return call
 
-    installed = importlib.util.find_spec("liger_kernel") is not None
     return {
         "HF eager": torch_norm("HF eager"),
         "pallas-norm": ours("mosaic_gpu"),
         "XLA": ours("xla"),
         "F.rms_norm": torch_norm("F.rms_norm"),
-        **({"Liger": torch_norm("Liger")} if installed else {}),
+        **{name: torch_norm(name) for name in PEERS},
     }
 
 
@@ -115,7 +121,14 @@ def run() -> list[dict[str, Any]]:
             exact, single = hf_steps(x, weight, rstd64), single_rounding(x, weight, rstd64)
             eager = None
             for provider, call in providers(x, weight).items():
-                y, rstd = call()
+                try:
+                    y, rstd = call()
+                except Exception as error:  # a peer that is not there, or does not take these rows
+                    if provider not in PEERS:
+                        raise
+                    reason = str(error) if isinstance(error, AbsentError) else failure(error)
+                    rows.append({"dtype": dtype_name, "n": n, "provider": provider, "reason": reason})
+                    continue
                 eager = y if eager is None else eager
                 distance = ordered(y) - ordered(exact)
                 row = {

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 import pallas_norm
 
-from . import torch_baselines
+from . import peers, torch_baselines
 from .calls import AbsentError, Call, module, needs_gpu
 from .copy_kernel import copy, granule
 from .operands import EPS, Operands, on_gpu
@@ -104,10 +104,12 @@ BASELINES: dict[str, Callable[[Operands], Call]] = {
     "HF eager": torch_baselines.hugging_face,
     "torch.compile": torch_baselines.compiled,
     "F.rms_norm": torch_baselines.functional,
-    "Liger": torch_baselines.liger,
-    "Quack": torch_baselines.quack,
+    "Liger": peers.liger,
+    "Liger functional": peers.liger_functional,
+    "Quack": peers.quack,
     "tokamax": _tokamax,
-    "SGLang": torch_baselines.sglang,
+    "SGLang": peers.sglang,
+    "FlashInfer": peers.flashinfer,
 }
 
 IN_JAX = frozenset({COPY, OURS, "XLA", "plain jit", "tokamax"})

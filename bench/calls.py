@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,12 @@ class Call:
 
     def __call__(self) -> Any:
         return self.run()
+
+
+def failure(error: Exception) -> str:
+    """The kind and the first line of an error, for a result file."""
+    text = str(error).strip() or traceback.format_exception_only(error)[-1].strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
 
 
 def module(name: str, package: str | None = None) -> Any:

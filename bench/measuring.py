@@ -5,22 +5,16 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import rounding, timing
 from .baselines import BASELINES, COPY, IN_JAX
-from .calls import AbsentError, Call
+from .calls import AbsentError, Call, failure
 from .operands import Operands
 from .suite import Case
 
 HOST_BYTES = 16 << 20  # host time is measured where the kernels are short: it does not depend on the size
-
-
-def failure(error: Exception) -> str:
-    text = str(error).strip() or traceback.format_exception_only(error)[-1].strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
 
 
 def _built(provider: str, operands: Operands) -> Call:

@@ -20,9 +20,8 @@ import jax
 
 import pallas_norm
 
-from . import record, rounding, table, timing, torch_baselines
-from .calls import AbsentError, Call, module
-from .measuring import failure
+from . import baselines, peers, record, rounding, table, timing, torch_baselines
+from .calls import AbsentError, Call, failure, module
 from .operands import EPS, Operands
 from .progress import Progress
 from .suite import Case
@@ -131,11 +130,14 @@ WAYS: dict[str, Callable[[Operands], Call]] = {
     "HF eager": torch_baselines.hugging_face,
     "HF eager, grad": _grad(torch_baselines.hugging_face),
     "torch.compile": torch_baselines.compiled,
-    "Liger": torch_baselines.liger,
-    "Liger, grad": _grad(torch_baselines.liger),
-    "Liger, forward and backward": _both(torch_baselines.liger),
-    "Quack": torch_baselines.quack,
-    "SGLang": torch_baselines.sglang,
+    "XLA, jax.jit": baselines.BASELINES["XLA"],
+    "Liger": peers.liger,
+    "Liger, grad": _grad(peers.liger),
+    "Liger, forward and backward": _both(peers.liger),
+    "Liger functional": peers.liger_functional,
+    "Quack": peers.quack,
+    "SGLang": peers.sglang,
+    "FlashInfer": peers.flashinfer,
 }
 
 

@@ -18,9 +18,11 @@ STYLES = {
     "torch.compile": ("#7F7F7F", "X", "--"),
     "F.rms_norm": ("#D55E00", "D", "-"),
     "Liger": ("#CC79A7", "h", "-"),
+    "Liger functional": ("#CC79A7", "H", "--"),
     "Quack": ("#E69F00", "*", "-"),
     "tokamax": ("#B8A800", "<", "--"),
     "SGLang": ("#7E2F8E", ">", "--"),
+    "FlashInfer": ("#A65628", "p", "--"),
 }
 
 

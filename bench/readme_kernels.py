@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import record
+from .baselines import BASELINES
 from .suite import README as CASES
 from .table import by_case, cell, markdown, measured_on, share_of_copy
 
@@ -60,6 +61,20 @@ def summary(bits: dict[str, Any], run: dict[str, Any], host: dict[str, Any]) -> 
     return markdown(["", *PEERS], rows) + f"\n\n-: not measured. Measured on: {where}.\n"
 
 
+def _reasons(rows: list[dict[str, Any]], found: set[str]) -> str:
+    """Who was asked for and measured nowhere, with the reason that the first case has."""
+    reasons: dict[str, str] = {}
+    for row in rows:
+        if row["provider"] not in found:
+            reasons.setdefault(row["provider"], row["reason"])
+    return f" Not measured: {'; '.join(f'{name} ({reason})' for name, reason in reasons.items())}." if reasons else ""
+
+
+def _not_asked_for(file: dict[str, Any]) -> list[dict[str, Any]]:
+    providers = file["options"]["providers"]
+    return [{"provider": name, "reason": "not asked for"} for name in BASELINES if name not in providers]
+
+
 def performance(file: dict[str, Any]) -> str:
     """The cases of suite.README, and every provider that was measured in any of them."""
     found = by_case(file["rows"])
@@ -74,11 +89,13 @@ def performance(file: dict[str, Any]) -> str:
     return (
         "Kernel times in microseconds, L2 cold, medians of one interleaved run; *copy* is a kernel that moves the same "
         "bytes and does nothing else, and *share* its time over that of pallas-norm. *XLA* is this library's reference "
-        f"compiled by XLA, *plain jit* the formula as a JAX program writes it. {MARKS_EXPLAINED}\n\n"
+        f"compiled by XLA, *plain jit* the formula as a JAX program writes it, *F.rms_norm* that of torch "
+        f"{file['versions'].get('torch')}. {MARKS_EXPLAINED}\n\n"
         + markdown(["case", *providers, "share"], (cells(key, case) for key, case in cases.items()))
         + "\n\n![Share of the copy kernel's throughput](roofline.svg)\n\n"
         + f"{measured_on(file)} All {len(found)} cases with all samples: `{file['path']}`; "
         + "[speed-up over every provider](speedup.md)."
+        + _reasons([*file["rows"], *_not_asked_for(file)], {row["provider"] for row in record.measured(file)})
         + (f" {len(file['left'])} cases of the suite were not reached." if file["left"] else "")
         + "\n"
     )
@@ -148,5 +165,7 @@ def accuracy(file: dict[str, Any]) -> str:
         "provider's own rstd.\n\n"
         + markdown(header, rows)
         + "\n\n![Outputs that differ from Hugging Face's rounding](accuracy.svg)\n\n"
-        + f"{measured_on(file)} Every width and float32: `{file['path']}`.\n"
+        + f"{measured_on(file)} Every width and float32: `{file['path']}`."
+        + _reasons(file.get("absent", []), {row["provider"] for row in file["rows"]})
+        + "\n"
     )

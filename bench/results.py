@@ -14,7 +14,7 @@ import jax
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = (
     *("jax", "jaxlib", "torch", "transformers", "numpy", "ml_dtypes"),
-    *("triton", "liger_kernel", "quack-kernels", "tokamax", "sglang"),
+    *("triton", "liger_kernel", "quack-kernels", "tokamax", "sglang", "flashinfer-python"),
 )
 
 
@@ -52,7 +52,9 @@ def machine(commit: str | None) -> dict[str, Any]:
 def write(name: str, rows: list[dict[str, Any]], folder: Path, commit: str | None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({**machine(commit), "rows": rows}, indent=1) + "\n")
+    absent = [row for row in rows if "reason" in row]
+    measured = [row for row in rows if "reason" not in row]
+    path.write_text(json.dumps({**machine(commit), "absent": absent, "rows": measured}, indent=1) + "\n")
     return path
 
 

@@ -1,16 +1,17 @@
-"""The norms that torch programs call, ours among them. Backward is autograd's backward pass alone: the forward pass
-ran before."""
+"""The norms that torch programs call: ours, transformers' and torch's own (peers.py has the libraries).
+
+Backward is autograd's backward pass alone: the forward pass ran before.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from .calls import AbsentError, Call, module, needs_gpu
+from .calls import AbsentError, Call, module
 from .operands import EPS, Operands
 
 ADD_THEN_NORM = "add, then norm"
-COPIES = "copies the slice first"
 
 Norm = Callable[[Any], Any]  # of x
 Add = Callable[[Any, Any, Any], tuple[Any, Any]]  # of x, residual, weight: (y, s)
@@ -106,48 +107,3 @@ def compiled(operands: Operands) -> Call:
 def functional(operands: Operands) -> Call:
     rms_norm = module("torch").nn.functional.rms_norm
     return torch_call(operands, lambda weight: lambda x: rms_norm(x, x.shape[-1:], weight, EPS))
-
-
-# In place, a backward pass overwrites dy and cannot be repeated.
-LIGER_OPTIONS = {"eps": EPS, "offset": 0.0, "casting_mode": "llama", "in_place": False}
-
-
-def liger(operands: Operands) -> Call:
-    needs_gpu("Liger")
-    norm = module("liger_kernel.ops.rms_norm", "Liger").LigerRMSNormFunction.apply
-    options, add = tuple(LIGER_OPTIONS.values()), None
-    if operands.case.operation == "add":
-        fused = module("liger_kernel.ops.fused_add_rms_norm", "Liger").LigerFusedAddRMSNormFunction.apply
-
-        def add(x: Any, residual: Any, weight: Any) -> tuple[Any, Any]:
-            return fused(x, residual, weight, *options)
-
-    note = COPIES if operands.case.heads else ""
-    return torch_call(operands, lambda weight: lambda x: norm(x, weight, *options), add, note)
-
-
-def quack(operands: Operands) -> Call:
-    needs_gpu("Quack")
-    library = module("quack.rmsnorm", "Quack")
-
-    def make(weight: Any) -> Norm:
-        if operands.case.operation == "backward":
-            return lambda x: library.rmsnorm(x, weight, eps=EPS)
-        return lambda x: library.rmsnorm_fwd(x.reshape(-1, x.shape[-1]), weight, eps=EPS)[0]
-
-    def add(x: Any, residual: Any, weight: Any) -> tuple[Any, Any]:
-        return library.rmsnorm_fwd(x, weight, residual=residual, eps=EPS)[:2]
-
-    return torch_call(operands, make, add, COPIES if operands.case.heads else "")
-
-
-def sglang(operands: Operands) -> Call:
-    needs_gpu("SGLang")
-    norm = module("sglang.jit_kernel.rmsnorm_hf", "SGLang").rmsnorm_hf
-    case = operands.case
-    if case.operation == "backward":
-        raise AbsentError("SGLang's rmsnorm_hf has no backward pass")
-    if case.dtype == "float32":
-        raise AbsentError("SGLang's rmsnorm_hf takes 16-bit rows only")
-    note = COPIES if case.heads else ""
-    return torch_call(operands, lambda weight: lambda x: norm(x.reshape(-1, case.n), weight, EPS), None, note)

@@ -25,7 +25,7 @@ from pallas_norm.plans.plan import Plan
 
 from . import candidates, record, rounding, timing
 from .baselines import BASELINES, COPY
-from .measuring import failure
+from .calls import failure
 from .operands import EPS, Operands, on_gpu
 from .progress import Progress
 from .suite import ITEMSIZE, SUITES, Case

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
+import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
-from bench import compare, overhead, plots, readme_kernels, record, results, suite, table
+from bench import accuracy, compare, overhead, peers, plots, readme_kernels, record, results, suite, table
 from bench.baselines import BASELINES
 from bench.calls import AbsentError, Call
 from bench.suite import Case
 
-FACTORS = dict(zip(BASELINES, (1, 1.05, 1.1, 1.4, 1.3, 9, 1.2, 1.7, 1.25, 1.08, 1.5, 1.6), strict=True))
+FACTORS = dict(zip(BASELINES, (1, 1.05, 1.1, 1.4, 1.3, 9, 1.2, 1.7, 1.25, 1.08, 1.5, 1.6, 1.3, 1.2), strict=True))
 
 
 def a_record(cases: tuple[Case, ...], *, faster: float = 1.0) -> dict[str, Any]:
@@ -137,3 +141,53 @@ def test_overhead_writes_a_row_for_every_way(tmp_path: Path, monkeypatch: pytest
     assert (nobody["status"], nobody["reason"]) == ("absent", "not here")
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     assert [path.name for path in plots.draw(file, tmp_path)] == ["overhead.svg"]
+
+
+def test_a_peer_that_is_not_there_is_named_in_the_file_and_on_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accuracy, "DTYPES", {"bfloat16": accuracy.DTYPES["bfloat16"]})
+    monkeypatch.setattr(accuracy, "ACCURACY", (128,))
+    monkeypatch.setattr(accuracy, "ACCURACY_ELEMENTS", 1280)
+
+    def absent(_: Any) -> Call:
+        raise AbsentError("Quack cannot be imported: no")
+
+    monkeypatch.setattr(accuracy, "PEERS", {"Quack": absent})
+    monkeypatch.setattr(accuracy, "_to_torch", lambda _: pytest.importorskip("torch").zeros(10, 128).bfloat16()[0])
+    right = accuracy.providers
+
+    def on_a_cpu(x: Any, weight: Any) -> Any:
+        own = right(x, weight)
+        return {"HF eager": lambda: (accuracy.single_rounding(x, weight, x[:, 0]), None), "Quack": own["Quack"]}
+
+    monkeypatch.setattr(accuracy, "providers", on_a_cpu)
+    path = results.write("accuracy", accuracy.run(), tmp_path, "c0ffee")
+    file = json.loads(path.read_text()) | {"path": "accuracy.json"}
+    assert [row["provider"] for row in file["rows"]] == ["HF eager"]
+    assert [(row["provider"], row["reason"]) for row in file["absent"]] == [("Quack", "Quack cannot be imported: no")]
+    assert "Not measured: Quack (Quack cannot be imported: no)." in readme_kernels.accuracy(file)
+
+
+def test_a_provider_that_was_measured_nowhere_is_named_below_the_table() -> None:
+    text = readme_kernels.performance(a_record(suite.QUICK) | {"path": "made_up.json"})
+    assert "Not measured: tokamax (tokamax cannot be imported); SGLang (RuntimeError: no)." in text
+
+
+@pytest.mark.parametrize("path", ["sglang.kernels.ops.layernorm.rmsnorm_hf", "sglang.jit_kernel.rmsnorm_hf"])
+def test_sglang_s_norm_is_found_where_the_new_and_the_old_release_have_it(
+    monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    there = types.ModuleType(path)
+    names = path.split(".")
+    for count in range(1, len(names)):
+        monkeypatch.setitem(sys.modules, ".".join(names[:count]), types.ModuleType(names[count - 1]))
+    monkeypatch.setitem(sys.modules, path, there)
+    assert peers._sglang_module() is there
+
+
+def test_without_sglang_the_newer_path_is_what_is_missed() -> None:
+    if importlib.util.find_spec("sglang"):
+        pytest.skip("says what happens where there is no SGLang")
+    with pytest.raises(AbsentError, match="SGLang cannot be imported: No module named 'sglang'"):
+        peers._sglang_module()
