@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from tests import conftest, division
@@ -60,6 +62,14 @@ def commands() -> dict[str, str]:
 def test_the_two_commands_leave_out_what_the_page_says() -> None:
     assert commands()["TESTS"].endswith("-m 'not gpu and not nightly and not slow' --profile quick")
     assert commands()["ALL_TESTS"].endswith("-m 'not gpu and not nightly'")
+
+
+def test_compiled_programs_are_kept_by_make_test_alone(pytestconfig: pytest.Config) -> None:
+    folder = jax.config.jax_compilation_cache_dir
+    if pytestconfig.getoption("--profile") == "quick" and getattr(pytestconfig, "cache", None) is not None:
+        assert Path(folder).is_relative_to(ROOT / ".pytest_cache")
+    else:
+        assert folder == os.environ.get("JAX_COMPILATION_CACHE_DIR")
 
 
 def test_the_quick_profile_draws_fewer_examples_of_the_same_and_the_same_every_time() -> None:

@@ -48,6 +48,13 @@ def test_version_is_that_of_the_distribution() -> None:
     assert pallas_norm.__version__ == project()["version"]
 
 
+def test_the_citation_has_this_version_and_this_address() -> None:
+    text = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {pallas_norm.__version__}\n" in text
+    assert f"repository-code: {project()['urls']['Source']}\n" in text
+    assert f"repo_url: {project()['urls']['Source']}\n" in (ROOT / "mkdocs.yml").read_text()
+
+
 def test_the_changelog_begins_with_this_version() -> None:
     versions = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     assert pallas_norm.__version__ in versions[:2]  # the first may be Unreleased

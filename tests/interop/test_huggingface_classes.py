@@ -54,6 +54,7 @@ def test_every_class_is_known() -> None:
     assert len(found()) > 190  # 200 in 5.17, 223 in 5.23
 
 
+@pytest.mark.slow
 def test_imported_classes_are_recognised_as_their_files_are() -> None:
     """The digest of the class, with its bases and decorators, is that of its source."""
     unread = {one.name for one in found() if imported(one) is None}
