@@ -15,9 +15,13 @@ try:
     from .ops import rms_norm as rms_norm
     from .sglang import is_supported_rmsnorm_hf_hidden_size as is_supported_rmsnorm_hf_hidden_size
     from .sglang import rmsnorm_hf as rmsnorm_hf
-except ModuleNotFoundError as error:
-    if error.name != "torch":  # whatever is missing, torch is not
-        raise
-    raise ImportError(
-        "pallas_norm_torch needs PyTorch, which is not installed: pip install 'pallas-norm[torch]'", name="torch"
-    ) from error
+except (ImportError, AttributeError) as error:
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        raise ImportError(
+            "pallas_norm_torch needs PyTorch, which is not installed: pip install 'pallas-norm[torch]'", name="torch"
+        ) from error
+    from ._tested import refusal  # of a torch that is not tested; whatever is wrong with another, it is not its version
+
+    if (text := refusal(error)) is not None:
+        raise ImportError(text, name="torch") from error
+    raise

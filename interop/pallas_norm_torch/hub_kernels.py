@@ -100,7 +100,8 @@ def _kernels() -> Any:
             raise
         raise ImportError(
             "kernels is not installed; needed the version that your transformers accepts (for 5.17: "
-            "pip install 'kernels>=0.16,<0.17'), or use pallas_norm_torch.patch, which needs none",
+            "pip install 'kernels>=0.16,<0.17'; for 5.24: 'kernels>=0.18.2,<0.19'), or use pallas_norm_torch.patch, "
+            "which needs none",
             name="kernels",
         ) from error
     return cast(Any, kernels)

@@ -249,3 +249,40 @@ def test_importing_without_torch_tells_how_to_install_it() -> None:
     assert output_of(NO_TORCH) == (
         "pallas_norm_torch needs PyTorch, which is not installed: pip install 'pallas-norm[torch]'"
     )
+
+
+def imported_with(folder: Path, version: str) -> str:
+    """The last line of what a process says that imports pallas_norm_torch with a torch of which a name is gone."""
+    (folder / "torch.py").write_text(f"__version__ = {version!r}\n__path__ = []\n")
+    (folder / "sitecustomize.py").write_text(GONE)
+    command = [sys.executable, "-c", "import pallas_norm_torch"]
+    path = os.pathsep.join([str(folder), *filter(None, sys.path)])
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    return done.stderr.splitlines()[-1]
+
+
+# Whatever is imported first of torch's insides, it is not there.
+GONE = """
+import sys
+
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("torch."):
+            raise ImportError("a name is gone")
+
+sys.meta_path.insert(0, Gone())
+"""
+
+
+def test_a_torch_that_is_not_tested_and_does_not_do_is_named_with_those_that_are(tmp_path: Path) -> None:
+    assert imported_with(tmp_path, "1.9.0") == (
+        "ImportError: pallas_norm_torch does not import with torch 1.9.0 (ImportError: a name is gone); it is tested "
+        "with torch 2.11 to 2.14: pip install 'torch>=2.11,<2.15'"
+    )
+
+
+def test_what_is_wrong_with_a_tested_torch_is_not_said_to_be_its_version(tmp_path: Path) -> None:
+    assert imported_with(tmp_path, "2.13.0+cpu") == "ImportError: a name is gone"

@@ -67,7 +67,8 @@ def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         hub_kernels.kernelize(nn.Linear(1, 1))
     assert str(error.value) == (
         "kernels is not installed; needed the version that your transformers accepts (for 5.17: "
-        "pip install 'kernels>=0.16,<0.17'), or use pallas_norm_torch.patch, which needs none"
+        "pip install 'kernels>=0.16,<0.17'; for 5.24: 'kernels>=0.18.2,<0.19'), or use pallas_norm_torch.patch, "
+        "which needs none"
     )
     assert error.value.name == "kernels"
 
