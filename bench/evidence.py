@@ -39,7 +39,7 @@ class Step:
 
 # Short ones first: together they fill one call of ten minutes.
 STEPS = (
-    Step("accuracy", "accuracy --folder {folder}", 90),
+    Step("accuracy", "accuracy --folder {folder}", 150),
     Step("training", "training --folder {folder}", 60),
     Step("overhead", "overhead --out {out}", 90),
     Step("parity", "parity --out {out}", 150),
