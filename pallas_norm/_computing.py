@@ -36,26 +36,31 @@ RANKS = (1, 2, 3)  # of x, each proved; more axes are as three
 LARGEST = 5  # of the integers in a row: LARGEST^2 * 131072 elements are exact in float32
 
 
+def _name(dtype: Any) -> str:
+    return jnp.dtype(dtype).name
+
+
 class RefusedError(Exception):
     """Why a module is left."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """y = rms_norm(x, weight, eps=...), of a weight that is as it is or cast to x's dtype first, with an offset that
-    is added in float32 or in the dtype of that weight."""
+    """y = rms_norm(x, weight, eps=...), of dtype `out`, with x rounded to `unit` before the weight; of a weight that is
+    as it is or cast to `out` first, with an offset that is added in float32 or in the dtype of that weight."""
 
-    cast_before_scale: bool
+    unit: str
+    out: str
     cast_weight: bool
     offset: float = 0.0
     offset_in_float32: bool = False
 
     def compute(self, norm: Callable[..., Any], x: Any, weight: Any, eps: float) -> Any:
-        options: dict[str, Any] = {"eps": eps, "cast_before_scale": self.cast_before_scale}
+        options: dict[str, Any] = {"eps": eps, "unit_dtype": self.unit, "out_dtype": self.out}
         if weight is not None:
             # By round_to, since XLA drops the roundings of a cast and a sum inside jit.
             if self.cast_weight:
-                weight = reference.round_to(weight.astype(F32), x.dtype)
+                weight = reference.round_to(weight.astype(F32), self.out)
             if self.offset_in_float32:
                 options["weight_offset"] = self.offset
             elif self.offset:
@@ -63,11 +68,12 @@ class Form:
         return norm(x, weight, **options)
 
 
-def forms(offsets: tuple[float, ...]) -> Iterator[Form]:
-    for cast_before_scale, cast_weight in itertools.product((True, False), (False, True)):
-        yield Form(cast_before_scale, cast_weight)
+def forms(x: str, out: str, offsets: tuple[float, ...]) -> Iterator[Form]:
+    """Of an x and a y of these dtypes."""
+    for unit, cast_weight in itertools.product(dict.fromkeys((x, out, "float32")), (False, True)):
+        yield Form(unit, out, cast_weight)
         for offset, in_float32 in itertools.product(offsets, (False, True)):
-            yield Form(cast_before_scale, cast_weight, offset, in_float32)
+            yield Form(unit, out, cast_weight, offset, in_float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +89,7 @@ class Computation:
         """The one of arrays like these, or None."""
         if self.weight != (None if weight is None else weight.dtype.name):
             return None
-        return dict(self.forms).get((jnp.dtype(x.dtype).name, min(x.ndim, RANKS[-1])))
+        return dict(self.forms).get((_name(x.dtype), min(x.ndim, RANKS[-1])))
 
 
 # --- one operation at a time ------------------------------------------------------------------------------------------
@@ -182,16 +188,17 @@ def computation_of(module: Any, weight: Any, rebuilt: Callable[[Any], Any]) -> C
         for dtype, rank in itertools.product(DTYPES, RANKS):
             rows = _rows(n, dtype)
             x = rows[-1] if rank == 1 else rows.reshape(ROWS, *([1] * (rank - 2)), n)
-            own = _called(rebuilt, x, w)
-            equal = (form for form in forms(offsets) if _bits(form.compute(_exact, x, w, floats[name])) == own)
+            if (own := _called(rebuilt, x, w)) is None or own[0] not in map(_name, DTYPES):
+                continue
+            candidates = forms(_name(dtype), own[0], offsets)
+            equal = (form for form in candidates if _bits(form.compute(_exact, x, w, floats[name])) == own)
             if (form := next(equal, None)) is not None:
-                found.append(((jnp.dtype(dtype).name, rank), form))
+                found.append(((_name(dtype), rank), form))
     if not found:
         raise RefusedError("its bits are those of no form of rms_norm")
     return Computation(name, tuple(found), plain_attributes(module), None if weight is None else weight.dtype.name)
 
 
-def _exact(x: Any, weight: Any, *, eps: float, cast_before_scale: bool, weight_offset: float = 0.0) -> Any:
+def _exact(x: Any, weight: Any, **options: Any) -> Any:
     with jax.disable_jit():
-        y, _ = reference.forward(x, weight, eps=eps, cast_before_scale=cast_before_scale, weight_offset=weight_offset)
-    return y
+        return reference.forward(x, weight, **options)[0]

@@ -81,8 +81,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_its_own_call_runs_where_the_form_was_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a float32 x its y is bfloat16, which is no form of rms_norm without out_dtype; and so with other arguments,
-    and with attributes that have changed."""
+    """Of integers, with other arguments, and with attributes that have changed."""
     calls, (norm, _) = counted(monkeypatch), pallas_norm.patch(maxtext_norm())
     x = draw(6, 96)
     norm(x)
@@ -139,7 +138,7 @@ def one_row(self: Any, x: Any) -> Any:
         (llama, "float32", DTYPES),
         (llama, "bfloat16", DTYPES),
         (cast_weight, "float32", DTYPES),
-        (gemma, "bfloat16", ["bfloat16", "float32"]),  # y of a float16 x is float16, of both float32
+        (gemma, "bfloat16", DTYPES),
         (weightless, None, DTYPES),
     ],
 )
@@ -176,25 +175,24 @@ def test_a_norm_of_one_row_is_ours_under_vmap_alone(monkeypatch: pytest.MonkeyPa
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_the_proof_tells_any_two_forms_apart_that_can_differ(dtype: Any, weight_dtype: Any) -> None:
     x, weight = _computing._rows(96, dtype), _computing._weight(96, weight_dtype)
-    wide, same = dtype == jnp.float32, dtype == weight_dtype
+    name, own = jnp.dtype(dtype).name, jnp.dtype(weight_dtype).name
 
     def what_can_differ(form: _computing.Form) -> Any:
-        sums_in_float32 = wide if form.cast_weight else weight_dtype == jnp.float32
-        return (
-            wide or form.cast_before_scale,
-            form.cast_weight and not same and not (wide and (not form.offset or form.offset_in_float32)),
-            form.offset,
-            bool(form.offset) and (form.offset_in_float32 or sums_in_float32),
-        )
+        factor = form.out if form.cast_weight else own
+        lost = factor if factor not in (own, "float32") else None  # float32 holds every weight
+        rounded = None if not form.offset or form.offset_in_float32 or factor == "float32" else factor
+        return form.unit, lost, form.offset, rounded
 
-    bits: dict[Any, set[Any]] = {}
-    for form in _computing.forms((1.0,)):
-        found = _computing._bits(form.compute(_computing._exact, x, weight, 1e-6))
-        bits.setdefault(what_can_differ(form), set()).add(found)
-    distinct = {one for found in bits.values() for one in found}
-    assert len(distinct) >= (2 if wide else 6)
-    for key, found in bits.items():
-        assert len(found) == 1, key
+    for out in (name, "bfloat16", "float32"):
+        bits: dict[Any, set[Any]] = {}
+        for form in _computing.forms(name, out, (1.0,)):
+            found = _computing._bits(form.compute(_computing._exact, x, weight, 1e-6))
+            bits.setdefault(what_can_differ(form), set()).add(found)
+        for key, found in bits.items():
+            assert len(found) == 1, (out, key)
+        units = {key[0] for key in bits}
+        by_unit = [{one for key, found in bits.items() if key[0] == unit for one in found} for unit in units]
+        assert len(set.union(*by_unit)) == sum(map(len, by_unit))  # no form of one unit has the bits of another's
 
 
 def test_a_weight_of_another_dtype_than_the_proved_one_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
