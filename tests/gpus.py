@@ -47,6 +47,10 @@ CARDS = {
 }
 
 
+def name_of(card: Card) -> str:
+    return next(name for name, known in CARDS.items() if known == card)
+
+
 def missing() -> str | None:
     """Why no GPU can be described here, or None."""
     if jax.__version_info__ < (0, 11):
@@ -65,6 +69,7 @@ def missing() -> str | None:
 
 def description(card: Card) -> str:
     major, minor = card.capability
+    features = "ACCELERATED_FEATURES" if major >= 9 else "NONE"  # sm_90a, sm_100a, sm_120a, as XLA says of such a GPU
     return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -73,7 +78,7 @@ gpu_device_info {{
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   memory_bandwidth: 1500000000000 l2_cache_size: 41943040 clock_rate_ghz: 1.7 device_memory_size: 42949672960
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {features} }}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 12 }}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from pallas_norm.plans.hardware import GENERATIONS, H200, RESIDENT_CLUSTERS, SMS
 from pallas_norm.plans.lengths import LARGEST_N
 from pallas_norm.plans.plan import BackwardPlan, Plan, Regime, Source
 from pallas_norm.regimes import backward_plan_for, plan_for
+from tests import rewrites
 from tests.test_regimes import ALIGNED, BACKWARD, FORWARD, WIDTHS
 
 # Whole GPUs, slices of them (MIG), and chips with few multiprocessors.
@@ -169,3 +171,39 @@ def test_the_generations_are_in_order_and_each_has_a_name() -> None:
     assert generation((13, 0)) is GENERATIONS[-1]
     assert generation((9, 0)).shared_bytes == H200.shared_bytes
     assert np.all([row.shared_bytes % 1024 == 0 for row in GENERATIONS])
+
+
+# --- wrong fittings ---------------------------------------------------------------------------------------------------
+
+
+def check_fitting(gpu: Gpu) -> None:
+    found = sys.modules["pallas_norm.plans.fitting"]
+    for n in (128, 896, 4096, 8192, 16384):
+        table = backward_plan_for(n, "bfloat16")
+        for with_dweight in (False, True):
+            plan = found.backward_plan_on(gpu, n, "bfloat16", with_dweight=with_dweight)
+            assert plan.programs == (table.programs if with_dweight else table.programs // SMS * gpu.multiprocessors)
+            assert gpu.clusters or plan.source is not Source.PIPELINE
+            assert plan.keeps_weight == (plan.source is not Source.MEMORY), plan
+            assert plan.block * plan.n * 4 * plan.stages < gpu.shared_bytes, plan
+            assert order(plan) == order(table)
+
+
+MUTANTS = {
+    "dweight in another order": ("and not with_dweight", ""),
+    "as many programs as on an H200": ("plan.programs * gpu.multiprocessors // SMS", "plan.programs"),
+    "bulk copies before Hopper": ("if gpu.clusters else 0", ""),
+    "the weight kept beside rows that are read again": ("from_memory(plan), keeps_weight=False", "from_memory(plan)"),
+    "stages for an H200's shared memory": ("shared_bytes=gpu.shared_bytes", ""),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_fitting_is_noticed(name: str) -> None:
+    def check() -> None:
+        for gpu in (Gpu((8, 0), 163 << 10, 108), Gpu((12, 0), 99 << 10, 170)):
+            check_fitting(gpu)
+
+    check()
+    with rewrites.rewritten(rewrites.Rewrite("plans.fitting", *MUTANTS[name])), pytest.raises(AssertionError):
+        check()

@@ -39,13 +39,22 @@ def test_the_summary_names_every_group_and_fails_with_one(tmp_path: Path) -> Non
     groups = {name: outcome for name, outcome, *_ in lines}
     assert status == 0
     assert set(groups.values()) == {"passed"}
-    assert {"kernels-bf16", "torch-launch", "others", "sanitizers", "stress", "memory", "reruns"} <= set(groups)
+    assert {
+        *("kernels-bf16", "torch-launch", "others"),
+        *("sanitizers", "stress", "memory", "reruns", "older-gpus", "as-ampere-jax", "as-ampere-torch"),
+    } <= set(groups)
     assert all(line[3:] == ["s", "3", "passed"] for line in lines)
 
-    for part in ("gpu_proof.sanitizers", "gpu_proof.stress", "gpu_proof.growth", "gpu_proof.reruns"):
+    for part in (
+        "gpu_proof.sanitizers",
+        "gpu_proof.stress",
+        "gpu_proof.growth",
+        "gpu_proof.reruns",
+        "gpu_proof.older_gpus",
+    ):
         status, lines = run_gpu_tests(tmp_path / "proof", "proof", failing=part)
         assert status == 1
-        assert len(lines) == 4
+        assert len(lines) == 7
         assert [line[1] for line in lines].count("failed") == 1
     status, lines = run_gpu_tests(tmp_path / "tests", "tests", slow="test_gpu_xla")
     assert status == 1

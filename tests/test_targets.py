@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_norm import _compat, _dispatch, _target, add_rms_norm, explain, rms_norm
 from pallas_norm.plans.hardware import H200, Gpu
-from tests import gpus, kernel_text
+from tests import gpus, kernel_text, rewrites
+from tests.rewrites import Rewrite
 
 described = pytest.mark.skipif(gpus.missing() is not None, reason=str(gpus.missing()))
 ARCHITECTURE = re.compile(r"mosaic_gpu.arch_major = (\d+) : i32, mosaic_gpu.arch_minor = (\d+)")
@@ -285,3 +287,77 @@ def test_what_mosaic_would_lower_for_another_gpu_is_not_lowered(monkeypatch: pyt
     _target._assembled_for.clear()
     with machine(Device("10.0", 232448, 148)), _target.in_mosaic(_target.here()):
         assert _target._assembled_for == [(10, 0)]  # whose assembler takes modules of Hopper's
+
+
+# --- wrong targets ----------------------------------------------------------------------------------------------------
+
+
+def target() -> Any:
+    return sys.modules["pallas_norm._target"]
+
+
+def lowered_for_two_kinds() -> None:
+    with machine(Device("9.0"), Device("8.9")), pytest.raises(target().NoKernel):
+        target().here()
+
+
+def lowered_for_turing() -> None:
+    with machine(Device("7.5")), pytest.raises(target().NoKernel):
+        target().here()
+
+
+def lowered_for_another_architecture() -> None:
+    with pytest.MonkeyPatch.context() as patch, machine(Device("8.0")):
+        patch.setattr(_compat, "mosaic_architecture", lambda: (9, 0))
+        patch.setattr(_compat, "default_device", lambda device: contextlib.nullcontext())
+        with pytest.raises(target().NoKernel), target().in_mosaic(target().here()):
+            pass
+
+
+def default_device_left() -> None:
+    asked: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch, machine(ampere := Device("8.0")):
+        patch.setattr(_compat, "mosaic_architecture", lambda: (8, 0) if asked else (9, 0))
+        patch.setattr(_compat, "default_device", lambda device: asked.append(device) or contextlib.nullcontext())
+        with target().in_mosaic(target().here()):
+            assert asked == [ampere]
+
+
+def assembled_for_two() -> None:
+    target().assemble_for((9, 0))
+    with machine(Device("8.0")), pytest.raises(target().NoKernel):
+        target().here()
+
+
+def with_least_of_two() -> None:
+    with machine(Device("8.0"), Device("8.0", 160000, 56)):
+        assert target().here().gpu == Gpu((8, 0), 160000, 56)
+
+
+MUTANTS: dict[str, tuple[Rewrite, Callable[[], None]]] = {
+    "GPUs of two kinds": (Rewrite("_target", "if len(capabilities) > 1:", "if False:"), lowered_for_two_kinds),
+    "a GPU that is too old": (Rewrite("_target", "if capability >= oldest:", "if True:"), lowered_for_turing),
+    "a module of another architecture": (
+        Rewrite("_target", "if not takes(capability, found):", "if False:"),
+        lowered_for_another_architecture,
+    ),
+    "the default device's architecture": (
+        Rewrite("_target", "if _compat.mosaic_architecture() != capability:", "if False:"),
+        default_device_left,
+    ),
+    "two architectures in a process": (
+        Rewrite("_target", "if _assembled_for in ([], [capability]):", "if True:"),
+        assembled_for_two,
+    ),
+    "what one of two GPUs has": (Rewrite("_target", "[min(getattr", "[max(getattr"), with_least_of_two),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_target_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest_jax(monkeypatch)
+    rewrite, check = MUTANTS[name]
+    check()
+    target()._assembled_for.clear()
+    with rewrites.rewritten(rewrite), pytest.raises((AssertionError, pytest.fail.Exception, target().NoKernel)):
+        check()
