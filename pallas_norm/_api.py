@@ -87,9 +87,9 @@ def rms_norm(
             that is trained, in a model that computes in bfloat16. The bits are those of a weight that was cast, but
             dweight is that of the float32 weight, and was never rounded to bfloat16.
         implementation: None takes the Mosaic GPU kernel where the program is lowered for an NVIDIA GPU of compute
-            capability 9.0 or newer and n has a kernel, and lets XLA compile the reference elsewhere; `explain` tells
-            which. "mosaic_gpu" or "xla" forces one. "interpret" runs the kernel in Pallas's interpreter, on a CPU, for
-            tests.
+            capability 8.0 or newer (9.0 with jax 0.10) and n has a kernel there, and lets XLA compile the reference
+            elsewhere; `explain` tells which. "mosaic_gpu" or "xla" forces one. "interpret" runs the kernel in Pallas's
+            interpreter, on a CPU, for tests.
         return_rstd: also return rstd = 1 / sqrt(mean(x^2) + eps), `[...]` in float32. No gradient flows through it.
         axis_name: inside jax.shard_map, the mesh axis or axes over which the rows themselves are split; x and weight
             are then the columns of this shard, n those of all shards. XLA compiles this form.

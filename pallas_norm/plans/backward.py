@@ -268,7 +268,7 @@ def choice(n: int, itemsize: int, column_bytes: int, narrowest: int) -> Choice:
 def backward_plan_for(
     n: int, dtype: DTypeLike, *, dy_dtype: DTypeLike | None = None, residual: bool = False
 ) -> BackwardPlan:
-    """The backward plan for rows of `n` elements of `dtype`.
+    """The backward plan for rows of `n` elements of `dtype`, on Hopper.
 
     dtype: that of x, in the residual form of s. dy_dtype: that of y, by default that of x. residual: the form that also
     adds a gradient ds.
