@@ -56,6 +56,11 @@ def ptx_of(program: Any) -> str:
     return re.sub(r"\.version \S+", VERSION, text)
 
 
+def _quiet() -> None:
+    """The plugin tells of each kernel that there is no nvdisasm; errors are exceptions."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 class Assembler:
     """ptx_of in other processes, once for each program."""
 
@@ -72,10 +77,13 @@ class Assembler:
 def assembler(workers: int) -> Iterator[Assembler]:
     environment = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _quiet) as pool:
         with mock.patch.dict(os.environ, environment):
             list(pool.map(abs, range(4 * workers)))  # starts them all
-        yield Assembler(pool)
+        try:
+            yield Assembler(pool)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _function(ptx: str) -> int:

@@ -1,0 +1,56 @@
+"""Every family of kernels, compiled for each generation of GPUs where the wheels for that are installed: the assembler
+takes them, for that architecture; what they take is there."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+
+import pytest
+
+from pallas_norm.plans.plan import Source
+from tests import aot_gpus, gpus
+
+compiles = pytest.mark.skipif(aot_gpus.missing() is not None, reason=str(aot_gpus.missing()))
+# Bytes, at most, of kernels that just fit: a row kept in registers with a residual, pipelines of 255 registers, and of
+# two stages in the place of three.
+SPILLS = {("forward+", 32768): 40, ("backward", 7168): 4, ("backward+", 7168): 4, ("backward", 8192): 4}
+STATIC = 1024  # bytes of shared memory that the compiler may add, and that a CTA takes beside its own
+
+
+@compiles
+@pytest.mark.parametrize("card", aot_gpus.TARGETS)
+def test_every_family_compiles_within_what_the_card_has(card: str) -> None:
+    found = aot_gpus.report(card)
+    assert {kernel.target for kernel in found} == {aot_gpus.TARGETS[card]}
+    forms = collections.Counter(kernel.form for kernel in found)
+    assert set(forms) == {"forward", "forward+", "backward", "backward+"}
+    assert min(forms.values()) >= 25
+    for kernel in found:
+        assert kernel.registers <= 255, kernel
+        assert kernel.spill_bytes <= SPILLS.get((kernel.form, kernel.n), 0), kernel
+        assert kernel.shared_bytes + STATIC <= gpus.CARDS[card].shared_bytes + 1024, kernel
+        assert kernel.resident >= 1, kernel
+    if not gpus.CARDS[card].gpu.clusters:
+        assert sum(kernel.spill_bytes for kernel in found) == 0
+        assert Source.PIPELINE.value not in {kernel.source for kernel in found}
+        assert max(kernel.shared_bytes for kernel in found) <= 8 << 10
+
+
+def test_the_record_is_of_every_architecture_and_the_page_shows_its_waves() -> None:
+    """Else: python -m tests.aot_gpus write; then the table of `python -m tests.aot_gpus waves` goes to docs/gpus.md."""
+    found = aot_gpus.recorded()
+    assert {card: {kernel.target for kernel in rows} for card, rows in found.items()} == {
+        card: {target} for card, target in aot_gpus.TARGETS.items()
+    }
+    text = (Path(__file__).parents[1] / "docs" / "gpus.md").read_text()
+    table = text.partition("<!-- waves -->\n")[2].partition("<!-- /waves -->")[0]
+    assert table.splitlines() == list(aot_gpus.waves())
+
+
+@compiles
+@pytest.mark.parametrize("card", ["A100", "RTX 5090"])
+def test_the_record_is_what_the_assembler_says(card: str) -> None:
+    """Of the plans as they are; another assembler may count other registers."""
+    shape = [(one.form, one.n, one.dtype, one.source, one.programs) for one in aot_gpus.report(card)]
+    assert shape == [(one.form, one.n, one.dtype, one.source, one.programs) for one in aot_gpus.recorded()[card]]
