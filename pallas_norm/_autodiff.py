@@ -22,6 +22,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from . import _sharding, _transforms, reference
 from ._dtypes import AS_S, GradientDtypes
+from ._inverse_root import inverse_root
+from ._row_sum import row_mean
 from ._spec import Spec
 
 Arrays = dict[str, jax.Array]
@@ -108,9 +110,10 @@ def _second(saved: Arrays, cotangents: Arrays, spec: Spec, dx_dtypes: GradientDt
 
     def formula(operands: Arrays) -> Arrays:
         x = operands["x"].astype(jnp.float32)
-        rstd = reference.inverse_root(reference.row_mean(x * x, **spec.split)[..., 0] + jnp.float32(spec.eps))
+        rstd = inverse_root(row_mean(x * x, None, **spec.split)[..., 0] + jnp.float32(spec.eps))
         weight, dy, ds = operands.get("weight"), operands["dy"], operands.get("ds")
-        dx = reference.input_gradient(operands["x"], weight, rstd, dy, ds, **spec.rounding, **spec.split)
+        options: dict[str, Any] = spec.rounding | spec.split | {"ordered": False}  # whose derivative has none
+        dx = reference.input_gradient(operands["x"], weight, rstd, dy, ds, **options)
         results = reference.passed_on(dx, dx_dtypes)
         if weight is not None:
             dweight = reference.weight_gradient(operands["x"], rstd, dy, **spec.unit)

@@ -144,16 +144,21 @@ class Call:
         tuples = {"names": tuple(fields["names"]), "dx_dtypes": GradientDtypes(*fields.get("dx_dtypes", ()))}
         return Call(**fields | tuples | {"spec": spec})
 
-    def by_reference(self, operands: Arrays) -> Arrays:
+    def in_any_order(self, operands: Arrays) -> Arrays:
+        """As by_reference, but for the order in which rows are added up, which is left to XLA."""
+        return self.by_reference(operands, ordered=False)
+
+    def by_reference(self, operands: Arrays, *, ordered: bool = True) -> Arrays:
         """Of operands with any leading axes."""
         x, spec = operands["x"], self.spec
         if self.operation == "forward":
             residual, weight = operands.get("residual"), operands.get("weight")
             s = {} if residual is None else {"s": reference.add(x, residual, spec.s_dtype)}
-            options = spec.rounding | spec.split
+            options: dict[str, Any] = spec.rounding | spec.split | {"ordered": ordered}
             y, rstd = reference.forward(s.get("s", x), weight, eps=spec.eps, **options)
             return {"y": y, **s, **({"rstd": rstd} if self.with_rstd else {})}
-        rstd, dy, options = operands["rstd"], operands["dy"], spec.rounding | spec.split
+        rstd, dy = operands["rstd"], operands["dy"]
+        options = spec.rounding | spec.split | {"ordered": ordered}
         total = reference.input_gradient(x, operands.get("weight"), rstd, dy, operands.get("ds"), **options)
         gradients = reference.passed_on(total, self.dx_dtypes)
         if self.with_dweight:
@@ -162,8 +167,11 @@ class Call:
         return gradients
 
     def plan_on(self, gpu: Gpu, operands: Mapping[str, Any]) -> Plan:
-        """operands: arrays or their types. Raises Misfit."""
+        """operands: arrays or their types. Raises Misfit, or NoKernel where none is wanted or there is none for n."""
         x, names = operands["x"], self.names
+        path = _planned(x.shape[-1], x.dtype, self.spec.implementation)
+        if path.plan is None:
+            raise _target.NoKernel(path.why)
         if self.operation == "forward":
             read = tuple(operands[name].dtype for name in ("x", "residual") if name in names)
             dtypes = self.spec.dtypes(*read)
@@ -193,14 +201,14 @@ class Call:
 
     def run(self, operands: Arrays) -> Arrays:
         x, forced = operands["x"], self.spec.implementation
-        path = _planned(x.shape[-1], x.dtype, forced)
+        _planned(x.shape[-1], x.dtype, forced)  # raises where a forced path has no kernel
         if self.spec.axis_name and forced in ("mosaic_gpu", "interpret"):
             axes = ", ".join(self.spec.axis_name)
             raise NotImplementedError(
                 f'implementation="{forced}" cannot run: the rows are split over the mesh axes {axes}, and a kernel '
                 "needs whole rows; pass implementation=None, or gather the last axis of x first"
             )
-        if self.spec.axis_name or path.plan is None or math.prod(x.shape[:-1]) == 0:
+        if self.spec.axis_name or 0 in x.shape:
             return self.by_reference(operands)
         if forced == "interpret":
             return self.by_kernel(operands, interpret=True)

@@ -1,5 +1,9 @@
-"""What runs is decided when a program is lowered, for each platform: a primitive with a rule for CUDA and one for the
-rest. Tracing it asks no device, and traces no kernel.
+"""What runs is decided when a program is lowered, for each platform: a primitive with a rule for CUDA, one for CPUs and
+one for the rest. Tracing it asks no device, and traces no kernel.
+
+Where the partitioner still has to divide the program over devices (Auto mesh axes), it is asked how the rows lie: a row
+that is split must not be brought together only to be added up in order. That needs this process's compiler or a CUDA
+plugin; on other platforms XLA then adds in an order of its own.
 """
 
 # pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false, reportUntypedFunctionDecorator=false
@@ -32,6 +36,7 @@ class Call(Protocol):
     def results(self) -> tuple[str, ...]: ...
     def by_reference(self, operands: Arrays) -> Arrays: ...
     def by_kernel(self, operands: Arrays, *, gpu: Gpu) -> Arrays: ...
+    def in_any_order(self, operands: Arrays) -> Arrays: ...
     def plan_on(self, gpu: Gpu, operands: Mapping[str, Any]) -> Any: ...
 
 
@@ -40,7 +45,7 @@ _chosen.multiple_results = True
 
 
 def chosen(call: Any, operands: Arrays) -> Arrays:
-    """call.by_kernel(operands) where that can run, else call.by_reference(operands)."""
+    """call.by_kernel(operands) where that can run and nothing else was asked for, else call.by_reference(operands)."""
     values = [operands[name] for name in call.names]
     reference = jax.make_jaxpr(functools.partial(_flat, call, call.by_reference))(*values)
     return dict(zip(call.results, _chosen.bind(*values, call=call, reference=reference), strict=True))
@@ -70,11 +75,34 @@ def _cannot_run(reason: str) -> NotImplementedError:
     )
 
 
-def _by_reference(context: Any, *values: Any, call: Any, reference: Any) -> Any:
+def _check_not_forced(call: Any) -> None:
     if call.spec.implementation == "mosaic_gpu":
         none = not _compat.cuda_capabilities()
         raise _cannot_run("this process has no CUDA device" if none else "the program is lowered for another platform")
+
+
+def _is_divided(context: Any) -> bool:
+    """Whether the partitioner has to ask; it cannot where sizes are unknown yet, and then no program is divided."""
+    sizes = (size for aval in context.avals_in for size in aval.shape)
+    return _compat.spans_devices(context) and all(isinstance(size, int) for size in sizes)
+
+
+def _inlined(context: Any, values: Any, reference: Any) -> Any:
     return mlir.lower_fun(jax.extend.core.jaxpr_as_fun(reference))(context, *values)
+
+
+def _on_cpu(context: Any, *values: Any, call: Any, reference: Any) -> Any:
+    _check_not_forced(call)
+    if _is_divided(context):
+        return _partitioning.lowered(context, values, call, None, platform="cpu")
+    return _inlined(context, values, reference)
+
+
+def _elsewhere(context: Any, *values: Any, call: Any, reference: Any) -> Any:
+    _check_not_forced(call)
+    if _is_divided(context):
+        return mlir.lower_fun(functools.partial(_flat, call, call.in_any_order))(context, *values)
+    return _inlined(context, values, reference)
 
 
 def _by_kernel(context: Any, *values: Any, call: Any, reference: Any) -> Any:
@@ -101,8 +129,11 @@ def _by_kernel(context: Any, *values: Any, call: Any, reference: Any) -> Any:
         reason = f"its plan for n = {x.shape[-1]} takes more shared memory than the GPU has ({error})"
     if call.spec.implementation == "mosaic_gpu":
         raise _cannot_run(reason)
-    return mlir.lower_fun(jax.extend.core.jaxpr_as_fun(reference))(context, *values)
+    if _is_divided(context):
+        return _partitioning.lowered(context, values, call, None)
+    return _inlined(context, values, reference)
 
 
-mlir.register_lowering(_chosen, _by_reference)
+mlir.register_lowering(_chosen, _elsewhere)
+mlir.register_lowering(_chosen, _on_cpu, platform="cpu")
 mlir.register_lowering(_chosen, _by_kernel, platform="cuda")

@@ -1,4 +1,5 @@
-"""Auto mesh axes on CUDA: only the partitioner knows how operands lie, so it is asked while the program is compiled.
+"""Auto mesh axes on CUDA and CPUs: only the partitioner knows how operands lie, so it is asked while the program is
+compiled.
 
 Not jax.experimental.custom_partitioning: that writes the address of a Python object into the program, which no cache
 and no other process can use, and wants one concrete mesh for the whole program. Here the call's description is in the
@@ -42,7 +43,7 @@ def register(decode: Callable[[str], Any]) -> None:
     _spmd.register_partitioner(TARGET, _partition, _infer)
 
 
-def lowered(context: Any, values: Sequence[Any], call: Any, gpu: Gpu | None) -> Any:
+def lowered(context: Any, values: Sequence[Any], call: Any, gpu: Gpu | None, *, platform: str = "cuda") -> Any:
     """The call, still to be partitioned, in the program that is being lowered; for that GPU, where it is known."""
     rank = len(context.avals_in[call.names.index("x")].shape)
     batch = " ".join(f"b{axis}" for axis in range(rank - 1))
@@ -59,7 +60,9 @@ def lowered(context: Any, values: Sequence[Any], call: Any, gpu: Gpu | None) -> 
         context,
         values,
         target=TARGET,
-        config=json.dumps({"call": call.encoded(), "mesh": _compat.mesh_around(context), "gpu": gpu}),
+        config=json.dumps(
+            {"call": call.encoded(), "mesh": _compat.mesh_around(context), "gpu": gpu, "platform": platform}
+        ),
         rule=f"{side(call.names)} -> {side(call.results)}",
         replicated=replicated,
     )
@@ -130,9 +133,11 @@ def _local(call: Any, rows: Any, gpu: Gpu | None) -> Callable[..., Any]:
     return run
 
 
-def _program(call: Any, numbers: Any, structs: Sequence[jax.ShapeDtypeStruct], gpu: Gpu | None) -> bytes:
+def _program(call: Any, numbers: Any, structs: Sequence[jax.ShapeDtypeStruct], gpu: Gpu | None, platform: str) -> bytes:
     """gpu: that the call was lowered for. A stored program may have come to another one."""
     shards = SHARDS, numbers.size
+    if platform == "cpu":
+        return _spmd.local_program(_local(call, numbers, None), structs, shards, platform)
     try:
         target = _target.of_stored(gpu)
         call.plan_on(target.gpu, dict(zip(call.names, structs, strict=True)))
@@ -162,7 +167,7 @@ def _partition(
     ]
     numbers = _numbers(rows, given["mesh"])
     gpu = None if given["gpu"] is None else Gpu(tuple(given["gpu"][0]), *given["gpu"][1:])
-    program = _program(call, numbers, structs, gpu)
+    program = _program(call, numbers, structs, gpu, given.get("platform", "cuda"))
     results = [_sharding(name, rows) for name in call.results]
     return program, operands, _spmd.tuple_of_shardings(result_shape, results)
 

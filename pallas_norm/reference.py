@@ -26,6 +26,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._dtypes import Dtypes, GradientDtypes
+from ._inverse_root import inverse_root
+from ._row_sum import AxisGroups, AxisName, product, row_mean
+from .plans.backward import backward_order
+from .plans.forward import forward_order
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -34,8 +38,6 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 F32 = jnp.float32
-AxisName = tuple[str, ...]
-AxisGroups = tuple[tuple[int, ...], ...] | None
 
 
 class Rounding(TypedDict, total=False):
@@ -87,28 +89,6 @@ def _over_rows(columns: Float[Array, " n"], rows: Float[Array, "*batch n"]) -> F
     return columns.reshape((1,) * (rows.ndim - 1) + columns.shape)
 
 
-def row_mean(
-    values: Float[Array, "*batch n"], axis_name: AxisName = (), axis_index_groups: AxisGroups = None
-) -> Float[Array, "*batch 1"]:
-    """The mean of each row; of the whole row, where every shard over `axis_name` holds some of its columns."""
-    if not axis_name:
-        return jnp.mean(values, axis=-1, keepdims=True)
-
-    def add_up(part: Any) -> Any:
-        return lax.psum(part, axis_name, axis_index_groups=axis_index_groups)
-
-    return add_up(jnp.sum(values, axis=-1, keepdims=True)) / F32(values.shape[-1] * add_up(1))
-
-
-def inverse_root(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """1 / sqrt(values), each correctly rounded.
-
-    Not lax.rsqrt, into which XLA also rewrites 1 / sqrt, unless an operation lies between: on a CPU that is off in the
-    last bit in 38 of 128 values, and which ones depends on the shape of the loop (JAX 0.11, 0.12), so on other rows.
-    """
-    return F32(1) / lax.reduce_precision(lax.sqrt(values), exponent_bits=8, mantissa_bits=23)
-
-
 def forward(
     x: Float[Array, "*batch n"],
     weight: Float[Array, " n"] | None = None,
@@ -117,6 +97,7 @@ def forward(
     weight_offset: float = 0.0,
     axis_name: AxisName = (),
     axis_index_groups: AxisGroups = None,
+    ordered: bool = True,
     **rounding: Unpack[Rounding],
 ) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch"]]:
     """(y, rstd) of each row of x: y in out_dtype, by default promote_types(x, weight), and rstd in float32.
@@ -125,9 +106,12 @@ def forward(
         y    = round_to(unit * (weight + weight_offset), out_dtype)  with round_weight of round_to(weight, unit_dtype)
 
     Inside shard_map `axis_name` names the mesh axes over which the rows are split; a psum then adds up the squares.
+    ordered=False leaves the order in which a row is added up to XLA, and with it the last bits.
     """
     wide = x.astype(F32)
-    rstd = inverse_root(row_mean(wide * wide, axis_name, axis_index_groups) + F32(eps))
+    order = forward_order(x.shape[-1], x.dtype) if ordered else None
+    mean = row_mean(product(wide, wide), order, axis_name, axis_index_groups)
+    rstd = inverse_root(mean + F32(eps))
     dtypes = Dtypes.of(x.dtype, weight=None if weight is None else weight.dtype, **rounding)
     unit = round_to(wide * rstd, dtypes.unit).astype(F32)  # Hugging Face rounds here, before the weight
     y = unit if weight is None else unit * _over_rows(scale(weight, weight_offset, dtypes.weight), x)
@@ -153,6 +137,7 @@ def input_gradient(
     weight_offset: float = 0.0,
     axis_name: AxisName = (),
     axis_index_groups: AxisGroups = None,
+    ordered: bool = True,
     **rounding: Unpack[Rounding],
 ) -> Float[Array, "*batch n"]:
     """dx, in the order in which Hugging Face's autograd rounds.
@@ -165,13 +150,13 @@ def input_gradient(
     """
     dtypes = Dtypes.of(x.dtype, weight=None if weight is None else weight.dtype, **rounding)
     unit = x.astype(F32) * rstd[..., None]
-    g = (
-        dy.astype(F32)
-        if weight is None
-        else dy.astype(F32) * _over_rows(scale(weight, weight_offset, dtypes.weight), x)
-    )
+    g = dy.astype(F32)
+    if weight is not None:
+        g = product(g, _over_rows(scale(weight, weight_offset, dtypes.weight), x))
     g = round_to(g, dtypes.unit).astype(F32)
-    dx = round_to(rstd[..., None] * (g - unit * row_mean(g * unit, axis_name, axis_index_groups)), x.dtype)
+    order = backward_order(x.shape[-1], x.dtype, dy_dtype=dy.dtype, residual=ds is not None) if ordered else None
+    mean = row_mean(product(g, unit), order, axis_name, axis_index_groups)
+    dx = round_to(product(g - product(unit, mean), rstd[..., None]), x.dtype)
     return dx if ds is None else round_to(dx.astype(F32) + ds.astype(F32), x.dtype)
 
 

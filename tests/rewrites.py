@@ -32,20 +32,26 @@ class Rewrite(NamedTuple):
 
 SOURCE: dict[str, Rewrite] = {
     "overlap counted twice": Rewrite("block", "if self.plan.overlap:", "if False:"),
-    "overlap mask one off": Rewrite("block", "() >= self._repeated()", "() > self._repeated()"),
-    "only the last chunk summed": Rewrite("block", "functools.reduce(jnp.add, rest, last)", "last"),
+    "overlap mask one off": Rewrite("block", "self._position() >= self", "self._position() > self"),
+    "only the last chunk summed": Rewrite("block", "functools.reduce(jnp.add, [*rest, last])", "last"),
+    "columns not added as neighbours": Rewrite(
+        "_row_sum", "zip(values[::2], values[1::2]", "zip(values[: len(values) // 2], values[len(values) // 2 :]"
+    ),
+    "warps added one after the other": Rewrite(
+        "cta", "zip(left[::2], left[1::2], strict=True)]", "[left[:2]]] + left[2:]", n=12288, rows=9
+    ),
     "no rounding before the weight": Rewrite("forward", "unit = unit.astype(dtypes.unit).astype(F32)", "unit = unit"),
-    "mean over what is read": Rewrite("forward", "/ block.plan.n", "/ (block.plan.span * block.plan.chunks)"),
-    "no eps": Rewrite("forward", "+ eps)", "+ 0.0)"),
+    "mean over what is read": Rewrite("block", "(total, self.plan.n", "(total, self.plan.span * self.plan.chunks"),
+    "no eps": Rewrite("forward", "block.end_sum(begun), eps)", "block.end_sum(begun), 0.0)"),
     "left-over rows misplaced": Rewrite(
         "grid", "program - extent.first_left + extent.blocks * plan.block", "program - extent.first_left"
     ),
     "one warpgroup's sum missing": Rewrite(
-        "cta", "range(self.plan.warpgroups) for w", "range(self.plan.warpgroups - 1) for w", n=12288, rows=3
+        "cta", "range(self.plan.warpgroups * parts)", "range(self.plan.warpgroups * parts // 2)", n=12288, rows=3
     ),
-    "one warp's sum missing": Rewrite("cta", "in range(WARPS)]", "in range(WARPS - 1)]", n=12288, rows=3),
+    "one warp's sum missing": Rewrite("cta", "for w in range(WARPS)", "for w in (0, 1, 2, 2)", n=12288, rows=3),
     "warpgroups all read the first part": Rewrite(
-        "cta", "(j * plan.workers + worker)", "(j * plan.workers)", n=12288, rows=3
+        "cta", "first = self._worker() * self.plan.parts", "first = 0", n=12288, rows=3
     ),
     "s not rounded before the norm": Rewrite(
         "forward",
@@ -60,7 +66,7 @@ SOURCE: dict[str, Rewrite] = {
         ".astype(dtype)",
     ),
     "backward: dy * weight not rounded": Rewrite("backward", "block.widened(g.astype(dtype))", "g"),
-    "backward: no projection": Rewrite("backward", "(g - unit * mean)", "g"),
+    "backward: no projection": Rewrite("backward", "g - block.product(unit, mean)", "g"),
     "backward: ds dropped": Rewrite("backward", 'if "ds" in given:', "if False:"),
     "backward: dweight of the last row only": Rewrite("backward", "partials.append(partial[i] + ", "partials.append("),
     "backward: every step the first row": Rewrite(
@@ -76,6 +82,12 @@ REFERENCE: dict[str, Rewrite] = {
     "xla: no rounding before the weight": Rewrite(
         "reference", "unit = round_to(wide * rstd, dtypes.unit).astype(F32)", "unit = wide * rstd"
     ),
+    "xla: columns not added as neighbours": Rewrite(
+        "_row_sum", "zip(values[::2], values[1::2]", "zip(values[: len(values) // 2], values[len(values) // 2 :]"
+    ),
+    "xla: the last block added to others": Rewrite("_row_sum", "[(order.overlap, 0, 0)]", "[(0, order.overlap, 0)]"),
+    "xla: products fused with sums": Rewrite("_row_sum", "jnp.where(jnp.isnan(rounded), -rounded, rounded)", "rounded"),
+    "xla: divided by n": Rewrite("_row_sum", "np.float32(1) / np.float32(n)", "np.float32(1 / (n + 2.0**-8))"),
     "xla: g not rounded": Rewrite("reference", "g = round_to(g, dtypes.unit).astype(F32)", "pass"),
     "xla: subnormal float16 flushed": Rewrite(
         "reference",
@@ -89,13 +101,13 @@ REFERENCE: dict[str, Rewrite] = {
     ),
     "xla: mean over n + 1 in long rows": Rewrite(
         "reference",
-        "row_mean(g * unit, axis_name, axis_index_groups)",
+        "row_mean(product(g, unit), order, axis_name, axis_index_groups)",
         "jnp.sum(g * unit, axis=-1, keepdims=True) / (x.shape[-1] + (x.shape[-1] > 4000))",
         n=4096,
     ),
     "xla: mean of squares over n + 1 in long rows": Rewrite(
         "reference",
-        "row_mean(wide * wide, axis_name, axis_index_groups)",
+        "row_mean(product(wide, wide), order, axis_name, axis_index_groups)",
         "jnp.sum(wide * wide, axis=-1, keepdims=True) / (x.shape[-1] + (x.shape[-1] > 4000))",
         n=4096,
     ),
@@ -109,8 +121,8 @@ REFERENCE: dict[str, Rewrite] = {
     ),
     "xla: dx not rounded before ds is added": Rewrite(
         "reference",
-        "dx = round_to(rstd[..., None] * (g - unit * row_mean(g * unit, axis_name, axis_index_groups)), x.dtype)",
-        "dx = rstd[..., None] * (g - unit * row_mean(g * unit, axis_name, axis_index_groups))",
+        "dx = round_to(product(g - product(unit, mean), rstd[..., None]), x.dtype)",
+        "dx = product(g - product(unit, mean), rstd[..., None])",
         also=("return dx if ds is None", "return round_to(dx, x.dtype) if ds is None"),
     ),
 }  # fmt: skip

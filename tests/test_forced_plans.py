@@ -26,7 +26,7 @@ from pallas_norm.plans.lengths import LARGEST_N, SMALLEST_N
 from pallas_norm.plans.plan import BackwardPlan, Plan, Regime, Source, pipeline_tile
 from pallas_norm.plans.vectors import NARROW
 from pallas_norm.regimes import backward_plan_for, plan_for
-from tests import oracle, test_backward_properties, test_forward_properties
+from tests import oracle, specified, test_backward_properties, test_forward_properties
 from tests.oracle import DTYPES, F32
 from tests.strategies import Case
 
@@ -120,9 +120,8 @@ def on_device(operands: dict[str, Any]) -> dict[str, jax.Array]:
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(("path", "n", "name"), parameters(forward_plans))
-def test_every_forward_plan_gives_the_replay_of_an_rstd_within_its_bound(path: str, n: int, name: str) -> None:
+def test_every_forward_plan_adds_in_its_order(path: str, n: int, name: str) -> None:
     plan = forward_plans(n, "bf16")[name]
-    additions = plan.depth if path == "mosaic_gpu" else n
     case = Case(n, plan.block + 2, "bf16", "bf16", "wide", seed=n)
     x, weight = case.x(), case.weight()
     exact = np.arange(len(x)) % 2 == 0  # every second row is of integers
@@ -133,7 +132,7 @@ def test_every_forward_plan_gives_the_replay_of_an_rstd_within_its_bound(path: s
     results = jax.jit(kernel)(on_device({"x": x, "weight": weight}))
     y, rstd = np.asarray(results["y"]), np.asarray(results["rstd"])
     oracle.assert_same(y, oracle.replay(x, weight, rstd))
-    oracle.assert_rstd(rstd, x, EPS, additions)
+    oracle.assert_same(rstd, specified.rstd(x, EPS, width=plan.width))
     oracle.assert_rstd(rstd[exact], x[exact], EPS, 0)
 
 
@@ -152,8 +151,8 @@ def test_every_backward_plan_gives_gradients_within_its_bounds(path: str, n: int
         rstd = oracle.rstd64(x, 0.0).astype(F32)
         results = kernel(on_device({"x": x, "weight": weight, "dy": dy, "rstd": rstd}))
         dx, dweight = np.asarray(results["dx"]), np.asarray(results["dweight"])
-        additions = 0 if exact else plan.depth if path == "mosaic_gpu" else n
-        oracle.assert_within(dx, *oracle.input_gradient64(x, weight, rstd, dy, additions))
+        oracle.assert_same(dx, specified.input_gradient(x, weight, rstd, dy, width=plan.width))
+        oracle.assert_within(dx, *oracle.input_gradient64(x, weight, rstd, dy, 0 if exact else plan.depth))
         oracle.assert_within(dweight, *oracle.weight_gradient64(x, rstd, dy, F32))
         if exact:
             oracle.assert_same(dweight + 0, (x.astype(F32) * dy).sum(axis=0) + 0)

@@ -17,10 +17,12 @@ from tests import (
     mutants,
     oracle,
     rewrites,
+    specified,
     strategies,
     test_backward_properties,
     test_forward_properties,
     test_mixed_dtypes,
+    test_order,
     test_residual_gradients,
 )
 from tests.oracle import BF16, F16, F32, Array
@@ -180,7 +182,7 @@ def interpreted(n: int, rows: int) -> None:
     y, s, rstd = (np.asarray(results[name]) for name in ("y", "s", "rstd"))
     oracle.assert_same(s, oracle.add(o["x"], residual))
     oracle.assert_same(y, oracle.replay(s, o["weight"], rstd))
-    oracle.assert_rstd(rstd, s, 0.5, n)
+    oracle.assert_same(rstd, specified.rstd(s, 0.5))
 
     given = {name: jnp.asarray(value) for name, value in (o | {"ds": ds}).items()}
     # Two programs, so that each takes several steps.
@@ -188,7 +190,9 @@ def interpreted(n: int, rows: int) -> None:
     gradients = backward.backward(given, plan=plan, spec=spec, with_dweight=True, interpret=True)
     alone = {name: value for name, value in given.items() if name != "ds"}
     dx = backward.backward(alone, plan=plan, spec=spec, with_dweight=False, interpret=True)["dx"]
-    oracle.assert_within(dx, *oracle.input_gradient64(o["x"], o["weight"], o["rstd"], o["dy"], n))
+    oracle.assert_same(
+        np.asarray(dx), specified.input_gradient(o["x"], o["weight"], o["rstd"], o["dy"], width=plan.width)
+    )
     expected = oracle.round_to(np.asarray(dx).astype(F32) + ds.astype(F32), BF16)
     oracle.assert_same(np.asarray(gradients["dx"]), expected)
     exact, bound = oracle.weight_gradient64(o["x"], o["rstd"], o["dy"], F32)
@@ -208,6 +212,8 @@ def mixed(n: int) -> Case:
 
 BY_XLA: dict[str, Callable[[int], None]] = {  # properties of the suite itself; n is the length of the rows
     "1 replay": lambda n: test_forward_properties.check(narrow(n), "xla"),
+    "1 replay, float32": lambda n: test_forward_properties.check(dataclasses.replace(narrow(n), dtype="f32"), "xla"),
+    "a product": lambda _: test_order.test_a_product_is_rounded_before_it_is_added((64, 1024)),
     "2 rstd of integers": lambda n: test_forward_properties.check_integers(narrow(n), "xla"),
     "23 gradients": lambda n: test_backward_properties.check(narrow(n), "xla"),
     "23 gradients, another dtype of dy": lambda n: test_backward_properties.check(mixed(n), "xla"),

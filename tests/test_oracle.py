@@ -53,11 +53,11 @@ def test_plan_depth_counts_every_addition_of_its_longest_path(dtype: str) -> Non
     """From the description of the plan, counted anew: in a lane, over lanes, warps, warpgroups and CTAs."""
     for n in (*strategies.WIDTHS, *strategies.SHARED, *strategies.WIDE):
         for plan in (plan_for(n, DTYPES[dtype]), backward_plan_for(n, DTYPES[dtype])):
-            of_a_lane = plan.chunks * plan.vec - 1 if plan.chunks == 1 else plan.chunks - 1 + plan.vec - 1
+            of_a_lane = plan.blocks - 1 + int(np.log2(plan.vec))
             of_lanes = int(np.log2(plan.lanes))
-            of_warps = WARPS * plan.warpgroups - 1 + plan.cluster - 1 if plan.regime is Regime.CTA else 0
-            assert plan.span * plan.chunks * plan.workers - plan.overlap == n
-            assert of_a_lane + of_lanes + of_warps <= plan.depth <= of_a_lane + of_lanes + of_warps + 4
+            of_warps = int(np.log2(WARPS * plan.workers)) if plan.regime is Regime.CTA else 0
+            assert plan.width * plan.blocks - plan.overlap == n
+            assert of_a_lane + of_lanes + of_warps == plan.depth
 
 
 def test_float64_gradients_agree_with_differences_of_the_float64_norm() -> None:

@@ -62,20 +62,36 @@ def block_of(plan: Plan) -> Block:
     return EveryWorkersRow(plan, 0, True, None, 0)  # pyright: ignore  # noqa: FBT003
 
 
+def offsets_of(plan: Plan) -> np.ndarray:
+    """(parts, workers): where in a block of columns each of them begins."""
+    return np.array(block_of(plan)._offsets(), np.int64).reshape(plan.parts, plan.workers)
+
+
 def starts_of(plan: Plan) -> np.ndarray:
-    """(chunks, workers)."""
-    return np.array(block_of(plan)._starts(), np.int64).reshape(plan.chunks, plan.workers)
+    """(blocks, parts, workers)."""
+    return np.array(block_of(plan)._starts(), np.int64).reshape(plan.blocks, plan.parts, plan.workers)
 
 
 def times_counted(plan: Plan, starts: np.ndarray) -> np.ndarray:
     """How often each column enters the row sum: a chunk is a +1 at its start and a -1 behind its end."""
-    repeated = np.minimum(np.broadcast_to(block_of(plan)._repeated(), plan.workers), plan.span)
     begins = starts.copy()
-    begins[-1] += repeated  # the leading elements of the last chunk are left out
+    begins[-1] += np.clip(plan.overlap - offsets_of(plan), 0, plan.span)  # the last block's first elements are left out
     steps = np.zeros(plan.n + 1, np.int64)
     np.add.at(steps, begins, 1)
     np.add.at(steps, starts + plan.span, -1)
     return np.cumsum(steps)[:-1]
+
+
+def check_order(plan: Plan, context: object) -> None:
+    """A part of a worker has the columns of a span, from the first block to the last, and they lie in the order's own
+    order: parts, workers and lanes are neighbours of each other."""
+    order = plan.order
+    begin_of_block = np.minimum(np.arange(order.blocks) * order.width, plan.n - order.width)
+    assert np.array_equal(starts_of(plan), begin_of_block[:, None, None] + offsets_of(plan)), context
+    assert np.array_equal(offsets_of(plan).T.reshape(-1), np.arange(plan.workers * plan.parts) * plan.span), context
+    assert order.width == plan.workers * plan.parts * plan.span <= plan.n, context
+    for owners in (plan.vec, plan.lanes, plan.warpgroups, plan.cluster, plan.parts):  # each adds up pairs of neighbours
+        assert owners & (owners - 1) == 0, context
 
 
 def check(plan: Plan, itemsize: int, context: object) -> None:
@@ -88,7 +104,7 @@ def check(plan: Plan, itemsize: int, context: object) -> None:
     assert np.all(starts % plan.vec == 0), context
     assert plan.vec * itemsize <= 16, context
     assert plan.lanes in (4, 8, 16, 32), context
-    assert plan.depth >= plan.chunks + np.log2(plan.span * plan.workers // plan.vec), context
+    check_order(plan, context)
     if plan.regime is Regime.WARP:
         assert plan.block % (4 * (32 // plan.lanes)) == 0, context
         assert plan.workers == 1, context
@@ -122,8 +138,9 @@ def test_the_plan_that_stands_in_for_a_cluster_counts_every_column_once() -> Non
         stand_in = launch.interpretable(plan, itemsize)
         assert stand_in.cluster == 1
         assert stand_in.source is not Source.PIPELINE or pipeline_tile(abs(n), itemsize) is not None
-        starts = starts_of(stand_in)
-        assert np.all(times_counted(stand_in, starts) == 1), n
+        assert np.all(times_counted(stand_in, starts_of(stand_in)) == 1), n
+        check_order(stand_in, n)
+        assert stand_in.order == plan.order, n
 
 
 @pytest.mark.parametrize("form", BACKWARD, ids=str)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from .._dtypes import AS_S, Dtypes, GradientDtypes
+from .._row_sum import inverse
 from .._spec import Spec
 from ..plans.plan import BackwardPlan, Regime, Source
 from . import dweight_sum, grid, launch, mosaic, weight
@@ -38,8 +39,12 @@ class Refs(NamedTuple):
 def _units_and_g(
     block: Block, given: Operands, factors: Factors, scale: jax.Array, dtype: Any
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
+    # Two products that are rounded to 16 bits the compiler computes at once; others it would fuse with what follows.
+    narrow = dtype != F32
     for x, dy, factor in zip(given["x"], given["dy"], factors, strict=True):
-        g = dy.astype(F32) if factor is None else dy.astype(F32) * factor
+        g = dy.astype(F32)
+        if factor is not None:
+            g = g * factor if narrow else block.product(g, factor)
         yield block.widened(x) * scale, block.widened(g.astype(dtype))
 
 
@@ -52,7 +57,7 @@ def gradient(
     scale = block.broadcast(rstd)
     products, partials = [], []
     for i, (unit, g) in enumerate(_units_and_g(block, given, factors, scale, dtypes.unit)):
-        products.append(g * unit)
+        products.append(block.product(g, unit))
         if partial is not None:
             factor = block.rounded(unit, dtypes.unit)
             partials.append(partial[i] + block.widened(given["dy"][i]) * factor)
@@ -61,10 +66,10 @@ def gradient(
     weight.all_read(block)
     total = block.end_sum(begun)
     given, factors = rows.second(block, given), weight.factors(block)
-    mean = block.broadcast(total / block.plan.n)
+    mean = block.broadcast(total * inverse(block.plan.n))
     dxs: Chunks = []
     for i, (unit, g) in enumerate(_units_and_g(block, given, factors, scale, dtypes.unit)):
-        dx = (scale * (g - unit * mean)).astype(dtypes.s)
+        dx = block.product(g - block.product(unit, mean), scale).astype(dtypes.s)
         if "ds" in given:  # the gradient that reaches s from elsewhere, added after dx was rounded, as autograd does
             dx = (dx.astype(F32) + given["ds"][i].astype(F32)).astype(dtypes.s)
         dxs.append(dx)

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from .._row_sum import neighbours_added
 from ..plans.plan import Plan
-from . import conversions, launch_arguments, layouts
+from . import conversions, ieee, launch_arguments, layouts
 
 F32 = jnp.float32
 Chunks = list[jax.Array]  # the parts of a row that a CTA has, all of one shape
@@ -78,12 +79,16 @@ class Block:
         """A float32 chunk rounded to `dtype`, as float32."""
         return conversions.rounded(chunk, dtype, self.layout, interpret=self.interpret)
 
-    def row_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
-        """The sum over each row, every element of the row counted once."""
-        return self.end_sum(self.begin_sum(chunks))
+    def product(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """a * b in float32, rounded before anything is added. a: a chunk; b: one too, or one value."""
+        return ieee.product(a, b, self.layout, interpret=self.interpret)
+
+    def inverse_root(self, total: jax.Array, eps: float) -> jax.Array:
+        """rstd of the sum of a row's squares."""
+        return ieee.inverse_root(total, self.plan.n, eps, self._per_row_layout(), interpret=self.interpret)
 
     def begin_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
-        """First half of row_sum, in which the warps that share a row meet."""
+        """First half of the sum over each row, in plan.order; in it the warps that share a row meet."""
         raise NotImplementedError
 
     def end_sum(self, begun: jax.Array) -> jax.Array:
@@ -95,7 +100,7 @@ class Block:
         return per_row
 
     def load_rows(self, ref: Any) -> jax.Array:
-        """Per-row values of a (rows,) reference, in the form that row_sum gives."""
+        """Per-row values of a (rows,) reference, in the form that the sum has."""
         return ref[self.row]
 
     def store_rows(self, ref: Any, per_row: jax.Array) -> None:
@@ -114,9 +119,12 @@ class Block:
     def shape(self) -> tuple[int, ...]:
         raise NotImplementedError
 
+    def _layout(self, vec: int) -> Any:
+        raise NotImplementedError
+
     @property
     def layout(self) -> Any:
-        raise NotImplementedError
+        return self._layout(self.plan.vec)
 
     @property
     def one_row(self) -> bool:
@@ -125,15 +133,18 @@ class Block:
     def _first_row(self) -> Any:
         return self.row
 
+    def _offsets(self) -> list[Any]:
+        """Where in a block of columns each part of this worker begins."""
+        return [0]
+
     def _starts(self) -> list[Any]:
-        return [min(j * self.plan.span, self.plan.n - self.plan.span) for j in range(self.plan.chunks)]
+        """Where each chunk begins: the parts of a block one after the other; the last block ends at n."""
+        plan = self.plan
+        blocks = (min(block * plan.width, plan.n - plan.width) for block in range(plan.blocks))
+        return [block + offset for block in blocks for offset in self._offsets()]
 
     def _stage_starts(self) -> list[Any]:
         return self._starts()
-
-    def _repeated(self) -> Any:
-        """Leading elements of the last chunk that another chunk holds too."""
-        return self.plan.overlap
 
     def _load(self, ref: Any) -> jax.Array:
         return layouts.load(ref, self.layout, shape=self.shape, interpret=self.interpret)
@@ -145,9 +156,27 @@ class Block:
         """Where in the chunk each element is."""
         return self._cast(lax.broadcasted_iota(jnp.int32, self.shape, len(self.shape) - 1))
 
-    def _added_up(self, chunks: Sequence[jax.Array]) -> jax.Array:
-        """The chunks added up element by element, what the last chunk repeats left out."""
+    def _columns(self, chunks: Sequence[jax.Array]) -> list[jax.Array]:
+        """The elements of each column added up, from the first block to the last, for each part of this worker; those
+        that the last block repeats left out."""
+        parts = [chunks[part :: self.plan.parts] for part in range(self.plan.parts)]
+        return [self._column(of_part, offset) for of_part, offset in zip(parts, self._offsets(), strict=True)]
+
+    def _column(self, chunks: Sequence[jax.Array], offset: Any) -> jax.Array:
         *rest, last = chunks
         if self.plan.overlap:
-            last = jnp.where(self._position() >= self._repeated(), last, 0.0)
-        return functools.reduce(jnp.add, rest, last)
+            # The zero that changes no sum, not even one of -0.0.
+            last = jnp.where(self._position() >= self.plan.overlap - offset, last, -0.0)
+        return functools.reduce(jnp.add, [*rest, last])
+
+    def _lanes(self, columns: jax.Array) -> jax.Array:
+        """Neighbouring columns added up: those of a lane, or in the interpreter, which has no lanes, all of them."""
+        if self.interpret:
+            return neighbours_added(columns)
+        *rows, width = self.shape
+        lanes = (*rows, width // self.plan.vec)
+        return ieee.lanes_added(columns, self.layout, self._layout(1), lanes=lanes)
+
+    def _per_row_layout(self) -> Any:
+        """Of per-row values that are no scalar."""
+        return None

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._compat import arith, fragments, ir, llvm, plgpu, vector
+from .ieee import elements
 
 F32 = jnp.float32
 
@@ -24,15 +25,6 @@ PAIR = {  # $0, $1 = $2, $3, rounded
     "float16": "{ .reg .b32 p; .reg .b16 l, h; cvt.rn.f16x2.f32 p, $3, $2; mov.b32 {l, h}, p; "
     "cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }",
 }
-
-
-def _elements(register: Any) -> list[Any]:
-    """(Mosaic GPU code) Of a vector."""
-    (size,) = ir.VectorType(register.type).shape
-    return [
-        vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
-        for i in range(size)
-    ]
 
 
 def _pairs(values: list[Any], instructions: str) -> Iterator[Any]:
@@ -58,7 +50,7 @@ def rounded(value: jax.Array, dtype: Any, layout: Any, *, interpret: bool) -> ja
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(value.shape, F32, layout=layout))
     def inline(_: Any, array: Any) -> Any:
         registers = np.empty_like(array.registers)
-        values = _pairs([element for register in array.registers.flat for element in _elements(register)], instructions)
+        values = _pairs([element for register in array.registers.flat for element in elements(register)], instructions)
         for index, register in np.ndenumerate(array.registers):
             (size,) = ir.VectorType(register.type).shape
             registers[index] = vector.from_elements(register.type, list(itertools.islice(values, size)))
@@ -83,7 +75,7 @@ def widened(value: jax.Array, layout: Any, *, vec: int, interpret: bool) -> jax.
         for index, register in np.ndenumerate(array.registers):
             (size,) = ir.VectorType(register.type).shape
             values = []
-            for pair in _elements(vector.bitcast(ir.VectorType.get((size // 2,), i32), register)):
+            for pair in elements(vector.bitcast(ir.VectorType.get((size // 2,), i32), register)):
                 low = arith.shli(pair, arith.constant(i32, 16))
                 high = arith.andi(pair, arith.constant(i32, -(1 << 16)))
                 values += [arith.bitcast(f32, low), arith.bitcast(f32, high)]

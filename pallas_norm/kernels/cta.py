@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,25 +18,34 @@ from .block import Block
 
 @dataclasses.dataclass(frozen=True)
 class WarpgroupRow(Block):
-    """One row in the four warps of one warpgroup; the sum crosses warps through Mosaic's own scratch."""
+    """One row in the four warps of one warpgroup; the sum crosses warps through Mosaic's own scratch, as pairs of
+    neighbours."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.plan.span,)
 
-    @property
-    def layout(self) -> Any:
-        return layouts.row_across_warps(self.plan.vec, split=False)
+    def _layout(self, vec: int) -> Any:
+        return layouts.row_across_warps(vec, split=False)
 
     def begin_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
-        return jnp.sum(self._added_up(chunks))
+        (columns,) = self._columns(chunks)
+        return jnp.sum(self._lanes(columns))
+
+
+def _neighbours_added(values: Iterable[Any]) -> Any:
+    """As `_row_sum.neighbours_added`, of scalars."""
+    left = list(values)
+    while len(left) > 1:
+        left = [a + b for a, b in zip(left[::2], left[1::2], strict=True)]
+    return left[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
     """Where the warps of several warpgroups, and of several CTAs, meet to add up a row."""
 
-    partials: Any  # SMEM f32 (slots, warpgroups, WARPS)
+    partials: Any  # SMEM f32 (slots, warpgroups * parts, WARPS)
     barrier: Any
     total: Any  # SMEM f32 (slots,): this CTA's, for the others of the cluster
 
@@ -58,9 +66,8 @@ class SharedRow(Block):
     def shape(self) -> tuple[int, ...]:
         return WARPS, 32 * self.plan.vec
 
-    @property
-    def layout(self) -> Any:
-        return layouts.row_across_warps(self.plan.vec, split=True)
+    def _layout(self, vec: int) -> Any:
+        return layouts.row_across_warps(vec, split=True)
 
     def _warpgroup(self) -> jax.Array:
         return lax.axis_index("warpgroup") if self.plan.warpgroups > 1 else jnp.int32(0)
@@ -71,30 +78,27 @@ class SharedRow(Block):
             worker = worker + lax.axis_index("cluster") * self.plan.warpgroups
         return worker
 
-    def _starts(self) -> list[jax.Array]:
-        plan, worker = self.plan, self._worker()
-        nominal = [(j * plan.workers + worker) * plan.span for j in range(plan.chunks)]
-        return [lax.min(start, jnp.int32(plan.n - plan.span)) for start in nominal] if plan.overlap else nominal
+    def _offsets(self) -> list[jax.Array]:
+        first = self._worker() * self.plan.parts
+        return [(first + part) * self.plan.span for part in range(self.plan.parts)]
 
     def _stage_starts(self) -> list[jax.Array]:
         if self.plan.cluster == 1:
             return self._starts()
         return [(j * self.plan.warpgroups + self._warpgroup()) * self.plan.span for j in range(self.plan.chunks)]
 
-    def _repeated(self) -> jax.Array:
-        nominal = ((self.plan.chunks - 1) * self.plan.workers + self._worker()) * self.plan.span
-        return jnp.maximum(nominal - (self.plan.n - self.plan.span), 0)
-
     def _position(self) -> jax.Array:
         sub_row, column = (self._cast(lax.broadcasted_iota(jnp.int32, self.shape, axis)) for axis in (0, 1))
         return sub_row * self.shape[1] + column
 
     def begin_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
-        partials, slot = self.exchange.partials, self.slot
-        partials[slot, self._warpgroup()] = jnp.sum(self._added_up(chunks), axis=1)
+        partials, slot, parts = self.exchange.partials, self.slot, self.plan.parts
+        for part, columns in enumerate(self._columns(chunks)):
+            partials[slot, self._warpgroup() * parts + part] = jnp.sum(self._lanes(columns), axis=1)
         mosaic.arrive_and_wait(self.exchange.barrier)
-        of_warps = [partials[slot, g, w] for g in range(self.plan.warpgroups) for w in range(WARPS)]
-        total = functools.reduce(jnp.add, of_warps)
+        total = _neighbours_added(
+            partials[slot, g, w] for g in range(self.plan.warpgroups * parts) for w in range(WARPS)
+        )
         if self.plan.cluster > 1:
             self.exchange.total[slot] = total
             mosaic.cluster_arrive()
@@ -105,9 +109,7 @@ class SharedRow(Block):
             return begun
         mosaic.cluster_wait()
         ctas = range(self.plan.cluster)
-        return functools.reduce(
-            jnp.add, (mosaic.from_cta(self.exchange.total, "cluster", cta)[self.slot] for cta in ctas)
-        )
+        return _neighbours_added(mosaic.from_cta(self.exchange.total, "cluster", cta)[self.slot] for cta in ctas)
 
     def store_rows(self, ref: Any, per_row: jax.Array) -> None:
         @pl.when(self._worker() == 0)

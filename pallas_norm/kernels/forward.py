@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from .._dtypes import Dtypes
 from .._spec import Spec
@@ -34,9 +33,9 @@ class Out(NamedTuple):
 
 def normalise(block: Block, rows: Rows[Chunks], weight: Weight, out: Out, *, dtypes: Dtypes, eps: float) -> None:
     x = rows.first(block)
-    begun = block.begin_sum([chunk.astype(F32) * chunk.astype(F32) for chunk in x])
+    begun = block.begin_sum([block.product(chunk.astype(F32), chunk.astype(F32)) for chunk in x])
     rows.all_read(block)
-    rstd = lax.rsqrt(block.end_sum(begun) / block.plan.n + eps)  # n, not the padded width
+    rstd = block.inverse_root(block.end_sum(begun), eps)
     factors, x = weight.factors(block), rows.second(block, x)
     scale = block.broadcast(rstd)
     y: Chunks = []

@@ -74,18 +74,20 @@ def _exchange(plan: Plan) -> dict[str, Any]:
     if plan.workers == 1:
         return {}
     return {
-        "partials": mosaic.smem((grid.SLOTS, plan.warpgroups, WARPS), jnp.float32),
+        "partials": mosaic.smem((grid.SLOTS, plan.warpgroups * plan.parts, WARPS), jnp.float32),
         "barrier": mosaic.barrier(plan.warpgroups),
         "total": mosaic.smem((grid.SLOTS,), jnp.float32),
     }
 
 
 def interpretable(plan: AnyPlan, itemsize: int) -> AnyPlan:
-    """The plan for the interpreter, which knows no clusters: one CTA with up to 4 warpgroups stands in.
+    """The plan for the interpreter, which knows no clusters: one CTA with up to 4 warpgroups stands in. Each has the
+    columns of several, so the order of additions is the same.
 
     A warpgroup that waits at a barrier holds a thread of XLA's CPU pool, which has one for each core or CPU device:
     more warpgroups than that may hang. jax_num_cpu_devices = 8 gives the tests theirs.
     """
-    plan = dataclasses.replace(plan, warpgroups=min(plan.workers, 4), cluster=1)
+    warpgroups = min(plan.workers, 4)
+    plan = dataclasses.replace(plan, warpgroups=warpgroups, cluster=1, parts=plan.workers // warpgroups)
     lost = plan.source is Source.PIPELINE and staged_view(plan, itemsize) is None
     return from_memory(plan) if lost else plan

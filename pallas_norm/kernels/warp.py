@@ -24,9 +24,11 @@ class WarpRows(Block):
     def shape(self) -> tuple[int, ...]:
         return self.plan.block, self.plan.span
 
-    @property
-    def layout(self) -> Any:
-        return layouts.rows_in_warps(self.plan.lanes, self.plan.vec)
+    def _layout(self, vec: int) -> Any:
+        return layouts.rows_in_warps(self.plan.lanes, vec)
+
+    def _per_row_layout(self) -> Any:
+        return self.layout.reduce(1)
 
     @property
     def one_row(self) -> bool:
@@ -54,13 +56,16 @@ class WarpRows(Block):
         return [load(start) for start in self._starts()]
 
     def begin_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
-        return jnp.sum(self._added_up(chunks), axis=1)
+        (columns,) = self._columns(chunks)
+        return jnp.sum(self._lanes(columns), axis=1)
 
     def broadcast(self, per_row: jax.Array) -> jax.Array:
         return self._cast(lax.broadcast_in_dim(per_row, self.shape, (0,)))
 
     def load_rows(self, ref: Any) -> jax.Array:
-        return layouts.load(ref.at[self.row], self.layout.reduce(1), shape=(self.plan.block,), interpret=self.interpret)
+        return layouts.load(
+            ref.at[self.row], self._per_row_layout(), shape=(self.plan.block,), interpret=self.interpret
+        )
 
     def store_rows(self, ref: Any, per_row: jax.Array) -> None:
         layouts.store(ref.at[self.row], per_row, interpret=self.interpret)
@@ -90,9 +95,9 @@ class OneRow(Block):
     def shape(self) -> tuple[int, ...]:
         return (self.plan.span,)
 
-    @property
-    def layout(self) -> Any:
-        return layouts.row_in_every_warp(self.plan.lanes, self.plan.vec)
+    def _layout(self, vec: int) -> Any:
+        return layouts.row_in_every_warp(self.plan.lanes, vec)
 
     def begin_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
-        return jnp.sum(self._added_up(chunks))
+        (columns,) = self._columns(chunks)
+        return jnp.sum(self._lanes(columns))

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from .. import _validate
 from .backward_warp import LONGEST_IN_WARPS, LONGEST_SHORT, in_warps
 from .hardware import RESIDENT_CLUSTERS, SMS, WARPS
-from .lengths import LARGEST_N, checked
+from .lengths import LARGEST_N, SMALLEST_N, checked
+from .order import Order, without_kernel
 from .plan import FEWEST_STAGES, BackwardPlan, Choice, Regime, Source, staged_view, stages_of
 from .vectors import NARROW, cta_vector, vector
 
@@ -278,3 +279,14 @@ def backward_plan_for(
     dy_itemsize = jnp.dtype(_validate.dtype_name("dy_dtype", dtype if dy_dtype is None else dy_dtype)).itemsize
     column_bytes = dy_itemsize + itemsize * (2 if residual else 1)
     return choice(n, itemsize, column_bytes, min(itemsize, dy_itemsize)).plan
+
+
+def backward_order(n: int, dtype: DTypeLike, *, dy_dtype: DTypeLike | None = None, residual: bool = False) -> Order:
+    """The order in which the products g * unit of a row are added up.
+
+    That of the squares for most rows. Where the backward pass shares a row among more warps it has more columns, and
+    how many warps depends on what a column of x, dy and ds takes of the shared memory.
+    """
+    if not SMALLEST_N <= n <= LARGEST_N:
+        return without_kernel(n)
+    return backward_plan_for(n, dtype, dy_dtype=dy_dtype, residual=residual).order

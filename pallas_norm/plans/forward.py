@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from .. import _validate
 from .hardware import RESIDENT_CLUSTERS, SMS, WARPS
-from .lengths import LARGEST_N, checked
+from .lengths import LARGEST_N, SMALLEST_N, checked
+from .order import Order, without_kernel
 from .plan import FEWEST_STAGES, Choice, Plan, Regime, Source, staged_view, stages_of
 from .vectors import Narrower, cta_vector, lanes_of, narrow, vector, warp_vector
 
@@ -187,3 +188,8 @@ def plan_for(n: int, dtype: DTypeLike, *, residual: bool = False, read: tuple[DT
         return choice(n, itemsize, itemsize * (2 if residual else 1), itemsize).plan
     sizes = [jnp.dtype(_validate.dtype_name("read", one)).itemsize for one in read]
     return choice(n, itemsize, sum(sizes), min(sizes)).plan
+
+
+def forward_order(n: int, dtype: DTypeLike) -> Order:
+    """The order in which the squares of a row of `n` elements of `dtype` are added up, with or without a residual."""
+    return plan_for(n, dtype).order if SMALLEST_N <= n <= LARGEST_N else without_kernel(n)

@@ -8,6 +8,7 @@ import enum
 from typing import Any, NamedTuple, TypeVar
 
 from .hardware import SMEM_BYTES, WARPS
+from .order import Order
 
 
 class Regime(enum.Enum):
@@ -27,7 +28,7 @@ class Source(enum.Enum):
 class Plan:
     """The block that one CTA covers: rows, columns per chunk, vector width, and who owns what.
 
-    A row is covered with `chunks` equal chunks; the last ones end exactly at n and overlap their predecessors, so no
+    A row is covered with blocks of `width` columns; the last one ends exactly at n and overlaps its predecessor, so no
     memory operation needs a mask. What overlaps is left out of the sum and written twice with the same values.
     """
 
@@ -42,6 +43,7 @@ class Plan:
     stages: int = 0  # rows in shared memory, of a PIPELINE
     rows_in_registers: bool = False  # of a PIPELINE, in registers for the second pass: the first one frees the stage
     programs: int | None = None  # of a persistent grid, at most; None: one a block
+    parts: int = 1  # of the columns that are added up side by side, those of one worker
 
     @property
     def span(self) -> int:
@@ -50,25 +52,38 @@ class Plan:
 
     @property
     def workers(self) -> int:
-        """Warpgroups that share a row; chunk j of worker k is chunk j * workers + k of the row."""
+        """Warpgroups that share a row: worker k has the spans k * parts and following of each block of columns."""
         return self.warpgroups * self.cluster
 
     @property
+    def width(self) -> int:
+        """Columns that are added up side by side."""
+        return self.span * self.workers * self.parts
+
+    @property
+    def blocks(self) -> int:
+        """Of `width` columns, that cover a row."""
+        return self.order.blocks
+
+    @property
     def chunks(self) -> int:
-        """Chunks that each worker reads."""
-        return -(-self.n // (self.span * self.workers))
+        """Chunks that each worker reads: `parts` of each block."""
+        return self.blocks * self.parts
 
     @property
     def overlap(self) -> int:
-        """Elements that are read twice."""
-        return self.chunks * self.workers * self.span - self.n
+        """Elements that are read twice: the first ones of the last block."""
+        return self.order.overlap
+
+    @property
+    def order(self) -> Order:
+        """The order in which a row is added up: nothing of the plan but the width is part of it."""
+        return Order(self.n, self.width)
 
     @property
     def depth(self) -> int:
-        """Additions on the longest path of the row sum: it bounds the sum's relative error by depth * 2^-24."""
-        lanes = self.lanes.bit_length() - 1
-        across_warps = WARPS * self.warpgroups + self.cluster if self.regime is Regime.CTA else 0
-        return self.chunks + self.vec + lanes + across_warps
+        """Additions on the longest path of the row sum."""
+        return self.order.depth
 
 
 @dataclasses.dataclass(frozen=True)

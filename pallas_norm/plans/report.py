@@ -38,7 +38,7 @@ LENGTHS = (
 )
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 TITLES = {2: "bfloat16 and float16", 4: "float32"}
-COLUMNS = ("n", "owner of a row", "vector", "rows a CTA", "source", "grid", "why", "figures")
+COLUMNS = ("n", "owner of a row", "vector", "rows a CTA", "added up", "source", "grid", "why", "figures")
 
 INTRODUCTION = """# Plans
 
@@ -48,10 +48,11 @@ the same rows of the tables in `pallas_norm/plans` decide. These are the plans o
 GPUs make of them, with the same bits.
 
 *Owner of a row*: so many lanes of a warp, or the warps of so many warpgroups, in each CTA of a cluster. *Vector*: what
-a lane reads at once. *Source*: where the second pass over a row finds what the first one read. *Grid*: CTAs, or
-clusters, of a persistent grid, at most. *Why*: what decided that row of the table, on an H200 with bfloat16, in
-microseconds, or in the backward pass as a share of the copy kernel's throughput. *Figures*: the numbers of the files
-`bench/results/tuning_*.json` that have these.
+a lane reads at once. *Added up*: the order of additions, as `docs/order.md` draws it: blocks of so many columns, and
+where the last one begins if it overlaps the one before. *Source*: where the second pass over a row finds what the first
+one read. *Grid*: CTAs, or clusters, of a persistent grid, at most. *Why*: what decided that row of the table, on an
+H200 with bfloat16, in microseconds, or in the backward pass as a share of the copy kernel's throughput. *Figures*: the
+numbers of the files `bench/results/tuning_*.json` that have these.
 """
 
 
@@ -68,12 +69,17 @@ def _source(plan: Plan) -> str:
     return f"pipeline, {plan.stages} stages{', kept in registers' if plan.rows_in_registers else ''}"
 
 
+def _order(plan: Plan) -> str:
+    blocks = f"{plan.blocks} block{'s' if plan.blocks > 1 else ''} of {plan.width}"
+    return f"{blocks}, the last from {plan.n - plan.width}" if plan.overlap else blocks
+
+
 def row(choice: Choice, itemsize: int) -> tuple[str, ...]:
     plan: Plan = choice.plan
     grid = "a CTA a block" if plan.programs is None else str(plan.programs)
     figures = ", ".join(map(str, choice.figures)) or "none"
-    fields = _owner(plan), f"{plan.vec * itemsize} bytes", str(plan.block), _source(plan), grid, choice.why, figures
-    return str(plan.n), *fields
+    shape = _owner(plan), f"{plan.vec * itemsize} bytes", str(plan.block)
+    return str(plan.n), *shape, _order(plan), _source(plan), grid, choice.why, figures
 
 
 def chosen(n: int, itemsize: int, *, residual: bool, backwards: bool) -> Choice:
