@@ -75,6 +75,7 @@ SEAM = {
     "_dispatch": {"no_kernel_for"},
     "_doctor": {"REPORT", "SHOWN_LENGTHS", "Line", "attempt", "check_cases"},
     "_selfcheck": {"*"},
+    "_dtypes": {"AS_S", "Dtypes", "GradientDtypes"},
     "_spec": {"Spec"},
     "_target": {"assemble_for", "assembled_for_another", "takes", "too_old"},
     "_validate": {"*"},

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import _options, _validate, direct, through_jax
+from . import _options, _out, _validate, through_jax
 
 Tensor = torch.Tensor
 
@@ -19,24 +19,29 @@ def rms_norm(implementation: Any, x: Any, weight: Any, options: Any, out: Any, *
     spec = _options.spec(x, None, weight, *options, with_residual=False)
     differentiates = _differentiates(x, weight)
     if out is not None:
-        _validate.out_form(out, x, direct.result_dtype(x, weight), differentiates=differentiates)
+        _out.form("out", out, x, _options.dtypes_of(spec, x, None, weight).y, differentiates=differentiates)
     _check_eager(x, plain=plain(x, weight, out))
     if out is not None:
-        _validate.out_memory(out, x, weight)
+        _out.memory({"out": out}, {"x": x}, weight)
     if differentiates:
         return through_jax.Norm.apply(x, None, weight, spec)
     return through_jax.forward(x, None, weight, spec, with_rstd=False, out=out)[0]
 
 
 def add_rms_norm(
-    implementation: Any, x: Any, residual: Any, weight: Any, options: Any, *, plain: Any
+    implementation: Any, x: Any, residual: Any, weight: Any, options: Any, places: Any, *, plain: Any
 ) -> tuple[Tensor, Tensor]:
     _check(implementation)
     spec = _options.spec(x, residual, weight, *options, with_residual=True)
-    _check_eager(x, plain=plain(x, residual, weight))
-    if _differentiates(x, residual, weight):
+    differentiates, to = _differentiates(x, residual, weight), _options.dtypes_of(spec, x, residual, weight)
+    for name, place in places.items():
+        _out.form(name, place, x, to.y if name == "out" else to.s, differentiates=differentiates)
+    _check_eager(x, plain=plain(x, residual, weight, *places.values()))
+    if places:
+        _out.memory(places, {"x": x, "residual": residual}, weight)
+    if differentiates:
         return through_jax.Norm.apply(x, residual, weight, spec)
-    y, s, _ = through_jax.forward(x, residual, weight, spec, with_rstd=False)
+    y, s, _ = through_jax.forward(x, residual, weight, spec, with_rstd=False, **places)
     assert s is not None
     return y, s
 

@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from pallas_norm._spec import Spec  # pyright: ignore[reportPrivateUsage]
-
-from . import _library, _torch_state, statements
+from . import _library, _options, _torch_state, statements
 
 Tensor = torch.Tensor
 
@@ -30,13 +28,13 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    y, _, rstd = statements.forward(x, None, weight, Spec(*options), with_rstd=True)
+    y, _, rstd = statements.forward(x, None, weight, _options.of(options), with_rstd=True)
     assert rstd is not None
     return y, rstd
 
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    y, s, rstd = statements.forward(x, residual, weight, Spec(*options), with_rstd=True)
+    y, s, rstd = statements.forward(x, residual, weight, _options.of(options), with_rstd=True)
     assert s is not None
     assert rstd is not None
     return y, s, rstd
@@ -45,8 +43,8 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, *options: 
 def _rms_norm_backward(
     x: Tensor, weight: Tensor | None, rstd: Tensor, dy: Tensor, ds: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    with_dweight = options[-1]
-    dx, dweight = statements.backward(x, weight, rstd, dy, ds, Spec(*options[:-1]), with_dweight=with_dweight)
+    options, with_dweight = _library.split(options)
+    dx, dweight = statements.backward(x, weight, rstd, dy, ds, _options.of(options), with_dweight=with_dweight)
     return dx, x.new_empty(0) if dweight is None else dweight
 
 

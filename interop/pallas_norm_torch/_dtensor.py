@@ -69,7 +69,7 @@ def _rms_norm_backward(
     from torch.distributed.tensor import Partial, Replicate
 
     del rstd, dy
-    nothing, with_dweight = [None] * len(options), options[-1] and weight is not None
+    nothing, with_dweight = [None] * len(options), options[3] and weight is not None
     return [
         (
             [rows, Partial() if with_dweight and not isinstance(rows, Replicate) else Replicate()],

@@ -10,7 +10,7 @@ import torch
 
 from pallas_norm.plans.fitting import Misfit
 
-from . import _library, _torch_state, direct, launch
+from . import _library, _options, _torch_state, direct, launch
 from .prepared import ForwardCall
 
 Tensor = torch.Tensor
@@ -26,7 +26,7 @@ class KernelNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, call: ForwardCall) -> Any:
-        ctx.call = call
+        ctx.call, ctx.passed_on = call, (x.dtype, None if residual is None else residual.dtype)
         if residual is None:
             s, (y, rstd) = None, call.trained(x, weight)
         else:
@@ -45,8 +45,9 @@ class KernelNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> tuple[Any, ...]:
         x, weight, rstd = ctx.saved_tensors
         wants_x, wants_residual, wants_weight, _ = ctx.needs_input_grad
+        wanted = wants_x, wants_residual
         if dy is None:  # y was not used: ds passes as it is, whatever is in the rows
-            return ds if wants_x else None, ds if wants_residual else None, None, None
+            return *_library.passed_on(ds, ctx.passed_on, wanted), None, None
         call, spec = ctx.call, ctx.call.kernel.spec
         # To be differentiated again, or by a tangent, or a batch of gradients: not for a launch of raw memory.
         if (
@@ -54,12 +55,13 @@ class KernelNorm(torch.autograd.Function):
             or _torch_state.forward_mode()
             or not (_torch_state.is_memory(dy) and _torch_state.is_memory(ds))
         ):
-            options = spec.eps, spec.cast_before_scale, spec.weight_offset
+            options = _library.joined(_options.arguments(spec), wants_weight)
             rstd = rstd.view(x.shape[:-1])
-            dx, dweight = _library.Gradient.apply(x, weight, rstd, dy, ds, *options, wants_weight)
+            dx, dweight = _library.Gradient.apply(x, weight, rstd, dy, ds, *options)
+            dx, dresidual = _library.passed_on(dx, ctx.passed_on, wanted)
         else:
-            dx, dweight = _gradient(call, x, weight, rstd, dy, ds, with_dweight=wants_weight)
-        return dx if wants_x else None, dx if wants_residual else None, dweight if wants_weight else None, None
+            dx, dresidual, dweight = _gradient(call, x, weight, rstd, dy, ds, ctx.passed_on, with_dweight=wants_weight)
+        return dx if wants_x else None, dresidual if wants_residual else None, dweight if wants_weight else None, None
 
 
 # Past what apply does for torch.func, under which no plain tensor comes here: 2 us of a call.
@@ -73,15 +75,19 @@ def _gradient(
     rstd: Tensor,
     dy: Tensor,
     ds: Tensor | None,
+    dtypes: tuple[torch.dtype, torch.dtype | None],
     *,
     with_dweight: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
+    """(dx, dresidual, dweight), of these dtypes the first two."""
     try:
         prepared = call.gradient(dy.dtype, with_ds=ds is not None, with_dweight=with_dweight)
-        return prepared(x, weight, rstd, dy, ds)
+        dx, dresidual, dweight = prepared(x, weight, rstd, dy, ds)
+        return dx, dx if dresidual is None else dresidual, dweight
     except Misfit:  # of this kernel alone: the forward one goes on
         pass
     except launch.Unavailable as reason:  # raised before anything is written
         direct.refuse(call.n, call.device, str(reason))
     rstd, spec = rstd.view(x.shape[:-1]), call.kernel.spec
-    return _library.backward(x, weight, rstd, dy, ds, spec, with_dweight=with_dweight)
+    dx, dweight = _library.backward(x, weight, rstd, dy, ds, spec, with_dweight=with_dweight)
+    return *_library.passed_on(dx, dtypes, (True, True)), dweight

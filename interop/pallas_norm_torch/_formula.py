@@ -8,6 +8,8 @@ import torch
 
 from pallas_norm._spec import Spec
 
+from ._options import dtypes_of
+
 Tensor = torch.Tensor
 
 
@@ -18,16 +20,21 @@ def gradients(
     wide = x.float()
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + spec.eps)
     unit = wide * rstd
-    g = dy.float() if weight is None else dy.float() * (weight.float() + spec.weight_offset)
-    if spec.cast_before_scale:
-        g = g.to(x.dtype).float()
+    to = dtypes_of(spec, x, None, weight)
+    g = dy.float() if weight is None else dy.float() * (_rounded(weight.float(), to.weight) + spec.weight_offset)
+    g = g.to(to.unit).float()
     dx = (rstd * (g - unit * (g * unit).mean(-1, keepdim=True))).to(x.dtype)
     if ds is not None:
         dx = dx + ds
     if weight is None:
         return dx, None
-    factor = unit.to(x.dtype).float() if spec.cast_before_scale else unit
+    factor = unit.to(to.unit).float()
     return dx, (dy.float() * factor).sum(tuple(range(x.ndim - 1))).to(weight.dtype)
+
+
+def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """With the derivative one: no gradient of a float32 weight is rounded on the way."""
+    return weight + (weight.to(dtype).float() - weight).detach()
 
 
 def second_order(

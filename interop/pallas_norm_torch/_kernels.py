@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from pallas_norm._dtypes import GradientDtypes  # pyright: ignore[reportPrivateUsage]
 from pallas_norm._spec import Spec  # pyright: ignore[reportPrivateUsage]
 from pallas_norm.plans.hardware import Gpu
 
@@ -18,17 +19,19 @@ class Forward(NamedTuple):
     x: torch.dtype
     weight: torch.dtype | None
     spec: Spec
-    residual: bool
+    residual: torch.dtype | None
     with_rstd: bool
     strided: bool = False
 
     def program(self, gpu: Gpu) -> Program:
-        dtypes = {"x": self.x, "residual": self.x if self.residual else None, "weight": self.weight}
-        outputs = ("y", *(["s"] if self.residual else []), *(["rstd"] if self.with_rstd else []))
+        dtypes = {"x": self.x, "residual": self.residual, "weight": self.weight}
+        outputs = ("y", *(["s"] if self.residual is not None else []), *(["rstd"] if self.with_rstd else []))
         return Program("forward", self.n, _named(dtypes), outputs, self.spec, self.strided, gpu=gpu)
 
 
 class Backward(NamedTuple):
+    """x is s, in the residual form."""
+
     n: int
     x: torch.dtype
     weight: torch.dtype | None
@@ -36,12 +39,17 @@ class Backward(NamedTuple):
     spec: Spec
     residual: bool
     with_dweight: bool
+    dx: torch.dtype | None = None  # where that is not x's
+    dresidual: torch.dtype | None = None  # where that is not dx's
 
     def program(self, gpu: Gpu) -> Program:
         ds = self.x if self.residual else None
         dtypes = {"x": self.x, "rstd": torch.float32, "dy": self.dy, "weight": self.weight, "ds": ds}
-        outputs = ("dx", *(["dweight"] if self.with_dweight else []))
-        return Program("backward", self.n, _named(dtypes), outputs, self.spec, gpu=gpu)
+        own = ["dresidual"] if self.dresidual is not None else []
+        outputs = ("dx", *own, *(["dweight"] if self.with_dweight else []))
+        names = (None if dtype is None else dtype_name(dtype) for dtype in (self.dx, self.dresidual))
+        dx_dtypes = GradientDtypes(*names)
+        return Program("backward", self.n, _named(dtypes), outputs, self.spec, dx_dtypes=dx_dtypes, gpu=gpu)
 
 
 class ColumnSum(NamedTuple):

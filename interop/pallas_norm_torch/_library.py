@@ -16,21 +16,26 @@ import torch
 from pallas_norm._spec import Spec
 from pallas_norm.plans.fitting import Misfit
 
-from . import _dtensor, _formula, _torch_state, _validate, _vmap, direct, launch, statements
+from . import _dtensor, _formula, _options, _torch_state, _validate, _vmap, direct, launch, statements
 
 Tensor = torch.Tensor
-# The options every operator takes, in this order; a Spec by another name, which schemas can say.
+# The options every operator takes, in this order; a Spec by another name, which schemas can say. Those with defaults
+# came later: programs without them compute what they did.
 OPTIONS = "float eps, bool cast_before_scale, float weight_offset"
+OF_UNIT = "ScalarType? unit_dtype=None, bool round_weight=False"
+ROUNDING = f"{OF_UNIT}, ScalarType? out_dtype=None"
 
 library = torch.library.Library("pallas_norm", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag,)
-library.define(f"rms_norm(Tensor x, Tensor? weight, {OPTIONS}) -> (Tensor, Tensor)", tags=TAGS)
+library.define(f"rms_norm(Tensor x, Tensor? weight, {OPTIONS}, {ROUNDING}) -> (Tensor, Tensor)", tags=TAGS)
 library.define(
-    f"add_rms_norm(Tensor x, Tensor residual, Tensor? weight, {OPTIONS}) -> (Tensor, Tensor, Tensor)", tags=TAGS
+    f"add_rms_norm(Tensor x, Tensor residual, Tensor? weight, {OPTIONS}, {ROUNDING}, ScalarType? s_dtype=None) "
+    "-> (Tensor, Tensor, Tensor)",
+    tags=TAGS,
 )
 library.define(
     "rms_norm_backward(Tensor x, Tensor? weight, Tensor rstd, Tensor dy, Tensor? ds, "
-    f"{OPTIONS}, bool with_dweight) -> (Tensor, Tensor)",
+    f"{OPTIONS}, bool with_dweight, {OF_UNIT}) -> (Tensor, Tensor)",  # x is s, and dx its gradient
     tags=TAGS,
 )
 
@@ -72,7 +77,7 @@ def backward(x: Tensor, *operands: Any, **options: Any) -> tuple[Tensor, Tensor 
 def functional(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> Any:
     """Under torch.func.functionalize, which has no rule for autograd.Function: the operator, if there is nothing else
     around it; or torch's statements, of which every transformation knows the derivatives."""
-    options = spec.eps, spec.cast_before_scale, spec.weight_offset
+    options = _options.arguments(spec)
     if not _torch_state.alone():
         y, s, rstd = statements.forward(x, residual, weight, spec, with_rstd=True)
         return (y, rstd) if s is None else (y, s, rstd)
@@ -88,7 +93,8 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, options: S
     """What a direct call of an operator may have wrong too. A float that torch.compile keeps open is checked when the
     program runs."""
     _validate.operands(x, residual, weight, with_residual=residual is not None)
-    eps, _, weight_offset = options
+    eps, cast_before_scale, weight_offset, *rounding = options
+    _validate.rounding(cast_before_scale, (*rounding, *_options.AS_OPERANDS[len(rounding) :]), weight)
     if not isinstance(eps, torch.SymFloat):
         _validate.eps(eps)
     if not isinstance(weight_offset, torch.SymFloat):
@@ -97,26 +103,36 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, options: S
 
 def _rms_norm(x: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     _check(x, None, weight, options)
-    y, _, rstd = forward(x, None, weight, Spec(*options), with_rstd=True)
+    y, _, rstd = forward(x, None, weight, _options.of(options), with_rstd=True)
     return y, rstd
 
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, residual, weight, options)
-    return forward(x, residual, weight, Spec(*options), with_rstd=True)
+    return forward(x, residual, weight, _options.of(options), with_rstd=True)
 
 
 def _rms_norm_backward(
     x: Tensor, weight: Tensor | None, rstd: Tensor, dy: Tensor, ds: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    *options, with_dweight = options
+    options, with_dweight = split(options)
     _check(x, None, weight, options)
     expected = {"rstd": (rstd, x.shape[:-1]), "dy": (dy, x.shape), "ds": (ds, x.shape)}
     for name, (value, shape) in expected.items():
         if value is not None and value.shape != shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; needed {tuple(shape)}, which belongs to x")
-    dx, dweight = backward(x, weight, rstd, dy, ds, Spec(*options), with_dweight=with_dweight)
+    dx, dweight = backward(x, weight, rstd, dy, ds, _options.of(options), with_dweight=with_dweight)
     return dx, dweight if with_dweight and dweight is not None else x.new_empty(0)
+
+
+def split(options: Sequence[Any]) -> tuple[tuple[Any, ...], bool]:
+    """(the options, with_dweight) of rms_norm_backward, whose later options follow with_dweight."""
+    return (*options[:3], *options[4:]), options[3]
+
+
+def joined(options: Sequence[Any], with_dweight: Any) -> tuple[Any, ...]:
+    """The inverse of split; of a forward operator's options, of whose out_dtype and s_dtype the operands tell."""
+    return (*options[:3], with_dweight, *_options.shortest(options[3:5]))
 
 
 IMPLEMENTATIONS = {"rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm, "rms_norm_backward": _rms_norm_backward}
@@ -127,8 +143,8 @@ for name, function in IMPLEMENTATIONS.items():
 # --- what they return, without computing it ---------------------------------------------------------------------------
 
 
-def _like(x: Tensor, weight: Tensor | None) -> Tensor:
-    return torch.empty(x.shape, dtype=direct.result_dtype(x, weight), device=x.device)
+def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
 def _rstd_like(x: Tensor) -> Tensor:
@@ -138,13 +154,14 @@ def _rstd_like(x: Tensor) -> Tensor:
 @torch.library.register_fake("pallas_norm::rms_norm", lib=library)
 def _(x: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     _check(x, None, weight, options)
-    return _like(x, weight), _rstd_like(x)
+    return _like(x, _options.dtypes_of(_options.of(options), x, None, weight).y), _rstd_like(x)
 
 
 @torch.library.register_fake("pallas_norm::add_rms_norm", lib=library)
 def _(x: Tensor, residual: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, residual, weight, options)
-    return _like(x, weight), _like(x, None), _rstd_like(x)
+    to = _options.dtypes_of(_options.of(options), x, residual, weight)
+    return _like(x, to.y), _like(x, to.s), _rstd_like(x)
 
 
 @torch.library.register_fake("pallas_norm::rms_norm_backward", lib=library)
@@ -152,8 +169,8 @@ def _(
     x: Tensor, weight: Tensor | None, rstd: Tensor, dy: Tensor, ds: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     del rstd, dy, ds
-    with_dweight = options[-1] and weight is not None
-    return _like(x, None), torch.empty_like(weight) if with_dweight else x.new_empty(0)
+    with_dweight = split(options)[1] and weight is not None
+    return _like(x, x.dtype), torch.empty_like(weight) if with_dweight else x.new_empty(0)
 
 
 # --- differentiation --------------------------------------------------------------------------------------------------
@@ -174,6 +191,7 @@ class Norm(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, residual, weight, *ctx.options = inputs
         *_, rstd = output
+        ctx.passed_on = x.dtype, None if residual is None else residual.dtype
         ctx.mark_non_differentiable(rstd)
         ctx.set_materialize_grads(False)
         _torch_state.save(ctx, x if residual is None else output[1], weight, rstd)
@@ -184,14 +202,25 @@ class Norm(torch.autograd.Function):
         ds = others[0] if len(others) == 2 else None
         wants_x, wants_residual, wants_weight, *options = ctx.needs_input_grad
         nothing = (None,) * len(options)
-        if dy is None:  # y was not used: ds passes as it is, whatever is in the rows
-            return ds if wants_x else None, ds if wants_residual else None, None, *nothing
-        dx, dweight = Gradient.apply(x, weight, rstd, dy, ds, *ctx.options, wants_weight)
-        return dx if wants_x else None, dx if wants_residual else None, dweight if wants_weight else None, *nothing
+        dx, dweight = ds, None
+        if dy is not None:  # else y was not used, and ds passes as it is, whatever is in the rows
+            dx, dweight = Gradient.apply(x, weight, rstd, dy, ds, *joined(ctx.options, wants_weight))
+        dx, dresidual = passed_on(dx, ctx.passed_on, (wants_x, wants_residual))
+        return dx, dresidual, dweight if wants_weight else None, *nothing
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
         return _vmap.members(Norm.apply, info.batch_size, in_dims, arguments, weight_at=2, shared_results=())
+
+
+def passed_on(
+    gradient: Tensor | None, dtypes: Sequence[torch.dtype | None], wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradient of s as those of x and the residual, which may have other dtypes."""
+    return tuple(
+        gradient.to(dtype) if gradient is not None and dtype is not None and wants else None
+        for dtype, wants in zip(dtypes, wanted, strict=True)
+    )
 
 
 class Gradient(torch.autograd.Function):
@@ -205,7 +234,8 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, dy, ds, *ctx.options, ctx.with_dweight = inputs
+        x, weight, _, dy, ds, *options = inputs
+        ctx.options, ctx.with_dweight = split(options)
         ctx.set_materialize_grads(False)
         if not ctx.with_dweight:
             ctx.mark_non_differentiable(output[1])
@@ -214,8 +244,8 @@ class Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, ddx: Tensor | None, ddweight: Tensor | None) -> tuple[Any, ...]:
         cotangent = ddweight if ctx.with_dweight else None
-        x, weight, dy, ds = _formula.second_order(ctx.saved_tensors, ddx, cotangent, Spec(*ctx.options))
-        return x, weight, None, dy, ds, None, None, None, None
+        x, weight, dy, ds = _formula.second_order(ctx.saved_tensors, ddx, cotangent, _options.of(ctx.options))
+        return x, weight, None, dy, ds, *(None,) * (len(ctx.options) + 1)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
@@ -238,7 +268,7 @@ class EagerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> Any:
         y, s, rstd = forward(x, residual, weight, spec, with_rstd=True)
-        ctx.spec = spec
+        ctx.spec, ctx.passed_on = spec, (x.dtype, None if residual is None else residual.dtype)
         ctx.set_materialize_grads(False)
         _torch_state.save(ctx, x if s is None else s, weight, rstd)
         return y if s is None else (y, s)
@@ -247,16 +277,16 @@ class EagerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> tuple[Any, ...]:
         x, weight, rstd = ctx.saved_tensors
         wants_x, wants_residual, wants_weight, _ = ctx.needs_input_grad
-        if dy is None:
-            return ds if wants_x else None, ds if wants_residual else None, None, None
-        spec = ctx.spec
+        spec, dx, dweight = ctx.spec, ds, None
         # To be differentiated again, or by a tangent, or a batch of gradients: not for a launch of raw memory.
-        if torch.is_grad_enabled() or _torch_state.forward_mode() or not all(map(_torch_state.is_memory, (dy, ds))):
-            options = spec.eps, spec.cast_before_scale, spec.weight_offset
-            dx, dweight = Gradient.apply(x, weight, rstd, dy, ds, *options, wants_weight)
-        else:
+        again = torch.is_grad_enabled() or _torch_state.forward_mode() or not all(map(_torch_state.is_memory, (dy, ds)))
+        if dy is not None and again:
+            options = joined(_options.arguments(spec), wants_weight)
+            dx, dweight = Gradient.apply(x, weight, rstd, dy, ds, *options)
+        elif dy is not None:
             dx, dweight = backward(x, weight, rstd, dy, ds, spec, with_dweight=wants_weight)
-        return dx if wants_x else None, dx if wants_residual else None, dweight if wants_weight else None, None
+        dx, dresidual = passed_on(dx, ctx.passed_on, (wants_x, wants_residual))
+        return dx, dresidual, dweight if wants_weight else None, None
 
 
 # --- vmap -------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,6 @@ import torch
 from pallas_norm import _validate as _numbers  # pyright: ignore[reportPrivateUsage]
 
 from . import _torch_state
-from ._overlap import may_overlap, overlaps_itself
-from .rows import ALIGNMENT
 
 Tensor = torch.Tensor
 DTYPES = tuple(getattr(torch, name) for name in _numbers.DTYPES)
@@ -91,15 +89,7 @@ def are_usual(x: Any, residual: Any, weight: Any, *, with_residual: bool) -> boo
         and (weight is None or (_is_usual(weight) and weight.shape == x.shape[-1:] and weight.device == x.device))
         and x.ndim > 0
         and x.shape[-1] > 0
-        and (
-            not with_residual
-            or (
-                _is_usual(residual)
-                and residual.shape == x.shape
-                and residual.dtype == x.dtype
-                and residual.device == x.device
-            )
-        )
+        and (not with_residual or (_is_usual(residual) and residual.shape == x.shape and residual.device == x.device))
     )
 
 
@@ -117,12 +107,9 @@ def operands(x: Any, residual: Any, weight: Any, *, with_residual: bool) -> None
         residual = _tensor("residual", residual)
         if residual.device != x.device:
             raise ValueError(f"residual is on {residual.device} but x is on {x.device}; move one of them with .to")
-        same_shape = _same_sizes(residual.shape, x.shape)
-        if not same_shape or residual.dtype != x.dtype:
-            error = TypeError if same_shape else ValueError
-            raise error(
-                f"residual is {describe(residual)} but x is {describe(x)}; needed the same shape and dtype: "
-                "expand or cast it first"
+        if not _same_sizes(residual.shape, x.shape):
+            raise ValueError(
+                f"residual is {describe(residual)} but x is {describe(x)}; needed the same shape: expand it first"
             )
     if weight is not None:
         weight = _tensor("weight", weight)
@@ -181,91 +168,31 @@ def flag(name: str, value: Any) -> bool:
     return _numbers.flag(name, value)
 
 
+def _rounding_dtype(name: str, value: Any) -> torch.dtype | None:
+    if value is not None and not (isinstance(value, torch.dtype) and value in DTYPES):
+        shown = dtype_name(value) if isinstance(value, torch.dtype) else f"a {type(value).__name__}"
+        raise TypeError(f"{name} is {shown}; needed torch.bfloat16, torch.float16, torch.float32 or None")
+    return value
+
+
+def rounding(cast_before_scale: Any, given: Any, weight: Any) -> tuple[bool, Any]:
+    """cast_before_scale and an _options.Rounding, in which a float32 unit has one name: no cast_before_scale."""
+    cast_before_scale = flag("cast_before_scale", cast_before_scale)
+    unit, round_weight, out, s = given
+    unit = _rounding_dtype("unit_dtype", unit)
+    if not cast_before_scale and unit not in (None, torch.float32):
+        raise ValueError(
+            f"unit_dtype is {dtype_name(unit)} but cast_before_scale is False, which is unit_dtype float32 by another "
+            "name; pass one of them"
+        )
+    if unit == torch.float32:
+        cast_before_scale, unit = False, None
+    round_weight = _numbers.round_weight(round_weight, weight)
+    return cast_before_scale, (unit, round_weight, _rounding_dtype("out_dtype", out), _rounding_dtype("s_dtype", s))
+
+
 def weight_offset(value: Any, weight: Any) -> float:
     return _numbers.weight_offset(_not_a_tensor("weight_offset", value), weight)
-
-
-def _out_kind(value: Tensor) -> None:
-    if torch.nn.parameter.is_lazy(value):
-        raise TypeError("out is not initialised yet; needed memory to write to: make it with torch.empty_like(x)")
-    if value.is_nested or value.is_neg() or value._is_zerotensor():
-        kind = "nested" if value.is_nested else "negated lazily" if value.is_neg() else "a zero tensor without memory"
-        raise TypeError(f"out is {kind}; needed plain memory to write to: make it with torch.empty_like(x)")
-    if value.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError(
-            "out was made in torch.inference_mode, and torch allows no writing to it outside; "
-            "pass out.clone(), or call inside torch.inference_mode"
-        )
-
-
-def out_form(value: Any, x: Tensor, dtype: torch.dtype, *, differentiates: bool) -> None:
-    """Everything about `out` but where it lies."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"out is a {type(value).__name__}; needed a torch.Tensor or None")
-    if not torch.compiler.is_compiling():
-        _out_kind(value)
-    if value.layout is not torch.strided:
-        raise TypeError(f"out has the layout {value.layout}; needed torch.strided")
-    if value.device != x.device:
-        raise ValueError(f"out is on {value.device} but x is on {x.device}; make it with device=x.device")
-    if value.shape != x.shape:
-        raise ValueError(
-            f"out is {describe(value)} but x is {describe(x)}; needed the shape of x: make it with torch.empty_like(x)"
-        )
-    if value.dtype != dtype:
-        needed = dtype_name(dtype)
-        raise TypeError(
-            f"out is {describe(value)}; needed {needed}, which is what x and weight promote to: "
-            f"make it with torch.empty_like(x, dtype=torch.{needed})"
-        )
-    if differentiates:
-        raise ValueError(
-            "out= was given while an operand requires grad, and autograd cannot record that; "
-            "needed torch.no_grad(), detached operands, or a call without out="
-        )
-    if value.requires_grad and torch.is_grad_enabled():
-        raise ValueError("out requires grad, and autograd cannot record what is written to it; pass out.detach()")
-
-
-def out_memory(value: Tensor, x: Tensor, weight: Tensor | None) -> None:
-    """`out` may be x itself, or share no memory with an operand."""
-    if overlaps_itself(value):
-        raise ValueError(
-            f"out is {describe(value)} with strides {value.stride()}, so several of its elements are one; "
-            "needed memory of its own for each: pass a tensor that was not expanded"
-        )
-    same_rows = value.data_ptr() == x.data_ptr() and value.stride() == x.stride() and value.dtype == x.dtype
-    if not same_rows and may_overlap(value, x):
-        raise ValueError(
-            "out overlaps x without being x: rows would be written before they are read; "
-            "pass out=x to work in place, or memory of its own"
-        )
-    if weight is not None and may_overlap(value, weight):
-        raise ValueError("out overlaps weight, which every row reads; pass memory of its own")
-
-
-def takes_y(out: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether a prepared call may write y to `out`: all of the above holds at a glance, a kernel can write there."""
-    if (
-        type(out) not in _torch_state.TENSORS
-        or out.dtype != dtype
-        or out.shape != x.shape
-        or out.get_device() != x.get_device()
-        or not out.is_contiguous()
-        or out.is_neg()
-        or (out.requires_grad and torch.is_grad_enabled())
-    ):
-        return False
-    start, end = out.data_ptr(), out.data_ptr() + out.nbytes
-    # An address is 0 for autograd's zero tensors, which have no memory.
-    return (
-        bool(start)
-        and not start % ALIGNMENT
-        and all(
-            operand is None or operand.data_ptr() >= end or operand.data_ptr() + operand.nbytes <= start
-            for operand in (x, weight)
-        )
-    )
 
 
 def no_tangents(*tensors: Any) -> None:

@@ -51,5 +51,5 @@ def members(
 def members_of_gradient(
     call: Callable[..., Any], size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
 ) -> Any:
-    with_dweight = arguments[-1]
+    with_dweight = arguments[8]  # behind x, weight, rstd, dy, ds and three options
     return members(call, size, in_dims, arguments, weight_at=1, loop=with_dweight, shared_results=(1,))

@@ -54,16 +54,13 @@ def refuse(n: int, device: int, reason: str) -> None:
     calls.clear()
 
 
-def result_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
-    return x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
-
-
 def call_of(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec, *, with_rstd: bool = False
 ) -> ForwardCall:
     """The prepared call for such operands. Raises launch.Unavailable."""
     dtype = None if weight is None else weight.dtype
-    kernel = Forward(x.shape[-1], x.dtype, dtype, spec, residual is not None, with_rstd)
+    added = None if residual is None else residual.dtype
+    kernel = Forward(x.shape[-1], x.dtype, dtype, spec, added, with_rstd)
     return forward_call(kernel, x.get_device())
 
 
@@ -85,9 +82,10 @@ def forward(
     *,
     with_rstd: bool,
     out: Tensor | None = None,
+    s_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y, s, rstd). `out` receives y: x itself, or memory that no operand shares."""
-    y, s, rstd = call_of(x, residual, weight, spec, with_rstd=with_rstd)(x, residual, weight, out)
+    """(y, s, rstd). `out` receives y and `s_out` s: each an operand itself, or memory that none shares."""
+    y, s, rstd = call_of(x, residual, weight, spec, with_rstd=with_rstd)(x, residual, weight, out, s_out)
     return y, s, None if rstd is None else rstd.view(x.shape[:-1])
 
 
@@ -101,5 +99,6 @@ def backward(
     *,
     with_dweight: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(dx, dweight in the dtype of the weight)."""
-    return gradient_of(x, weight, dy, ds, spec, with_dweight=with_dweight)(x, weight, rstd, dy, ds)
+    """(dx, dweight in the dtype of the weight); in the residual form x is s, and dx its gradient."""
+    dx, _, dweight = gradient_of(x, weight, dy, ds, spec, with_dweight=with_dweight)(x, weight, rstd, dy, ds)
+    return dx, dweight

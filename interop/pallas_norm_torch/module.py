@@ -15,13 +15,13 @@ TORCH_EPS = 2.0**-23
 class RMSNorm(torch.nn.Module):
     """y = weight * round(x / sqrt(mean(x^2) + eps)): `rms_norm` with a weight of its own, named as in LlamaRMSNorm.
 
-    Called with x, `[..., n]` in bfloat16, float16 or float32, it returns y, `[..., n]` of dtype
+    Called with x, `[..., n]` in bfloat16, float16 or float32, it returns y, `[..., n]` of dtype out_dtype, by default
     promote_types(x, weight).
 
     Arguments:
         hidden_size: n, the length of the last axis.
-        eps, cast_before_scale, weight_offset: as in `rms_norm`; eps=None is what torch.nn.RMSNorm means by it, the
-            epsilon of float32, in which 16-bit rows are normalised too.
+        eps, cast_before_scale, weight_offset, out_dtype, unit_dtype, round_weight: as in `rms_norm`; eps=None is what
+            torch.nn.RMSNorm means by it, the epsilon of float32, in which 16-bit rows are normalised too.
         with_weight: False leaves the weight out (`weight` is then None).
         device, dtype: of the weight, which starts as ones, or with a weight_offset as ones less that offset.
 
@@ -33,6 +33,10 @@ class RMSNorm(torch.nn.Module):
     """
 
     weight: torch.nn.Parameter | None
+    # Of a module that was saved before there were these.
+    out_dtype: torch.dtype | None = None
+    unit_dtype: torch.dtype | None = None
+    round_weight: bool = False
 
     def __init__(
         self,
@@ -41,6 +45,9 @@ class RMSNorm(torch.nn.Module):
         *,
         cast_before_scale: bool = True,
         weight_offset: float = 0.0,
+        out_dtype: torch.dtype | None = None,
+        unit_dtype: torch.dtype | None = None,
+        round_weight: bool = False,
         with_weight: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -48,10 +55,13 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         hidden_size = _validate.hidden_size(hidden_size)
         _validate.weight_offset(weight_offset, True if with_weight else None)
+        rounding = unit_dtype, round_weight, out_dtype, None
+        _validate.rounding(cast_before_scale, rounding, True if with_weight else None)
         if dtype is not None:
             _validate.parameter_dtype(dtype)
         self.hidden_size, self.eps = hidden_size, TORCH_EPS if eps is None else _validate.eps(eps)
         self.cast_before_scale, self.weight_offset = cast_before_scale, weight_offset
+        self.out_dtype, self.unit_dtype, self.round_weight = out_dtype, unit_dtype, round_weight
         if with_weight:
             self.weight = torch.nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         else:
@@ -71,6 +81,9 @@ class RMSNorm(torch.nn.Module):
             self.eps,
             cast_before_scale=self.cast_before_scale,
             weight_offset=self.weight_offset,
+            out_dtype=self.out_dtype,
+            unit_dtype=self.unit_dtype,
+            round_weight=self.round_weight,
         )
 
     def extra_repr(self) -> str:
@@ -80,6 +93,10 @@ class RMSNorm(torch.nn.Module):
             options.append("cast_before_scale=False")
         if self.weight_offset:
             options.append(f"weight_offset={self.weight_offset}")
+        dtypes = {"out_dtype": self.out_dtype, "unit_dtype": self.unit_dtype}
+        options += [f"{name}={dtype}" for name, dtype in dtypes.items() if dtype is not None]
+        if self.round_weight:
+            options.append("round_weight=True")
         if self.weight is None:
             options.append("with_weight=False")
         return ", ".join(options)

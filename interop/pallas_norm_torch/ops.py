@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function
 
 from pallas_norm._spec import Spec
 
-from . import _asked, _eager, _library, _options, _torch_state, _validate, direct, launch
+from . import _asked, _eager, _library, _options, _out, _torch_state, _validate, direct, launch
 from .prepared import ForwardCall
 
 Tensor = torch.Tensor
@@ -25,7 +25,7 @@ _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = _torch_state.dispatch_modes
 _transformation = _torch_state.transformation
 _tracing = _torch_state.tracing
-_takes_y = _validate.takes_y
+_takes_y = _out.takes_y
 
 _prepared = direct.calls
 
@@ -38,6 +38,9 @@ def rms_norm(
     out: Tensor | None = None,
     cast_before_scale: bool = True,
     weight_offset: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+    unit_dtype: torch.dtype | None = None,
+    round_weight: bool = False,
     implementation: str | None = None,
 ) -> Tensor:
     """y = weight * round(x / sqrt(mean(x^2) + eps)): RMSNorm with Hugging Face's rounding, as pallas_norm.rms_norm.
@@ -55,10 +58,17 @@ def rms_norm(
             models of Hugging Face). False multiplies in float32 and rounds once (Gemma, Olmo2, GptOss,
             torch.nn.functional.rms_norm).
         weight_offset: added to the weight in float32 (Gemma: 1.0).
+        out_dtype: that of y, to which the product is rounded, once: so a float32 weight leaves y in bfloat16.
+        unit_dtype: what the normalised x is rounded to before the weight multiplies it, by default the dtype of x.
+            torch.float32 is cast_before_scale=False by another name.
+        round_weight: rounds the weight to unit_dtype in the kernel, before weight_offset is added: a float32 weight
+            that is trained, in a model that computes in bfloat16. The bits are those of a weight that was cast, but
+            its gradient is that of the float32 weight, and was never rounded to bfloat16.
         implementation: None, or "jax": through DLPack and the jitted JAX function on the same device, with first
             derivatives, in eager code on plain tensors only. Each row count compiles, and JAX starts its backends.
 
-    Returns: y, `[..., n]`, contiguous, of dtype promote_types(x, weight), as in Hugging Face; under autocast too.
+    Returns: y, `[..., n]`, contiguous, of dtype out_dtype, by default promote_types(x, weight), as in Hugging Face, of
+        the weight as round_weight leaves it; under autocast too.
 
     Where it runs: a CUDA tensor's kernel is launched on torch's current stream of its device, without a
         synchronisation; it may be captured into a CUDA graph after one call outside. Where the kernel cannot be
@@ -69,24 +79,28 @@ def rms_norm(
         raises NotImplementedError.
 
     Raises:
-        TypeError: an operand is no dense tensor, or of another dtype; eps or weight_offset is no real number.
-        ValueError: a shape, a device or a value does not fit, or out overlaps an operand.
+        TypeError: an operand is no dense tensor, or of another dtype, as an option is that names one; eps or
+            weight_offset is no real number.
+        ValueError: a shape, a device or a value does not fit, out overlaps an operand, or cast_before_scale=False and a
+            unit_dtype contradict each other.
         NotImplementedError: another device type, forward-mode differentiation, or implementation="jax" where it cannot
             run.
 
     Source: `LlamaRMSNorm` in Hugging Face's transformers.
     """
+    rounding = unit_dtype, round_weight, out_dtype, None
     if implementation is not None:
-        options = eps, cast_before_scale, weight_offset
+        options = eps, cast_before_scale, weight_offset, rounding
         return _asked.rms_norm(implementation, x, weight, options, out, plain=_plain)
     if _is_compiling():
-        _validate.flag("cast_before_scale", cast_before_scale)
-        if out is not None:
-            differentiates = torch.is_grad_enabled() and _requires_grad(x, weight)
-            _validate.out_form(out, x, direct.result_dtype(x, weight), differentiates=differentiates)
-        y, _ = torch.ops.pallas_norm.rms_norm(x, weight, eps, cast_before_scale, weight_offset)
-        return y if out is None else out.copy_(y)
-    call = _prepared_for(x, None, weight, eps, cast_before_scale, weight_offset)
+        cast_before_scale, rounding = _validate.rounding(cast_before_scale, rounding, weight)
+        options = eps, cast_before_scale, weight_offset, *_options.shortest(rounding)
+        y, _ = torch.ops.pallas_norm.rms_norm(x, weight, *options)
+        if out is None:
+            return y
+        _out.form("out", out, x, y.dtype, differentiates=torch.is_grad_enabled() and _requires_grad(x, weight))
+        return out.copy_(y)
+    call = _prepared_for(x, None, weight, eps, cast_before_scale, weight_offset, rounding)
     if call is not None:
         try:
             if _grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
@@ -97,25 +111,26 @@ def rms_norm(
             elif (
                 out is None
                 or (out is x and call.y_dtype is None and not x.is_inference())
-                or _takes_y(out, x, weight, call.y_dtype or x.dtype)
+                or _takes_y(out, x, weight, call.to.y)
             ):
                 return call(x, None, weight, out)[0]
         except launch.Unavailable as reason:  # of the form with rstd, or for strides
             _refuse(x, reason)
     if _torch_state.is_stand_in(x, weight, out):
         named: Any = {"out": out, "cast_before_scale": cast_before_scale, "weight_offset": weight_offset}
+        named |= {"out_dtype": out_dtype, "unit_dtype": unit_dtype, "round_weight": round_weight}
         return handle_torch_function(rms_norm, (x, weight, out), x, weight, eps, **named)
-    spec = _options.spec(x, None, weight, eps, cast_before_scale, weight_offset, with_residual=False)
+    spec = _options.spec(x, None, weight, eps, cast_before_scale, weight_offset, rounding, with_residual=False)
     differentiates = torch.is_grad_enabled() and _requires_grad(x, weight)
     if out is not None:
-        _validate.out_form(out, x, direct.result_dtype(x, weight), differentiates=differentiates)
+        _out.form("out", out, x, _options.dtypes_of(spec, x, None, weight).y, differentiates=differentiates)
         if type(out) in TENSORS and out.device.type != "meta":
-            _validate.out_memory(out, x, weight)
+            _out.memory({"out": out}, {"x": x}, weight)
     if not _plain(x, weight, out):
         y, _ = _operator(x, None, weight, spec)
         return y if out is None else out.copy_(y)
     try:
-        if (call := _prepare(x, None, weight, spec)) is not None:
+        if (call := _prepare(x, None, weight, spec, (cast_before_scale, rounding))) is not None:
             return _eager.norm(x, None, weight, call) if differentiates else call(x, None, weight, out)[0]
     except launch.Unavailable as reason:
         _refuse(x, reason)
@@ -130,55 +145,93 @@ def add_rms_norm(
     weight: Tensor | None = None,
     eps: float = 1e-6,
     *,
+    out: Tensor | None = None,
+    s_out: Tensor | None = None,
     cast_before_scale: bool = True,
     weight_offset: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+    unit_dtype: torch.dtype | None = None,
+    round_weight: bool = False,
+    s_dtype: torch.dtype | None = None,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """s = round(x + residual); y = rms_norm(s): the residual form of every decoder layer, in one kernel.
 
     Arguments:
         x: `[..., n]`, bfloat16, float16 or float32, on a CPU or a CUDA device.
-        residual: `[..., n]`, of the dtype and device of x.
-        weight, eps, cast_before_scale, weight_offset, implementation: as for `rms_norm`.
+        residual: `[..., n]`, on the device of x. Its dtype may differ from that of x, as that of a float32 residual
+            stream does.
+        out, s_out: receive y and s, and are returned. Each may be x or residual itself, as serving engines have it
+            (out=x, s_out=residual), and otherwise shares no memory with an operand or the other. Not differentiable.
+        s_dtype: that of s, by default the residual's.
+        weight, eps, cast_before_scale, weight_offset, out_dtype, unit_dtype, round_weight, implementation: as for
+            `rms_norm`, of s in the place of x.
 
-    Returns: (y, s). s has the dtype of x and is rounded before it is normalised, so the bits are those of
+    Returns: (y, s). s is the float32 sum, rounded before it is normalised, so the bits are those of
         `s = x + residual; y = rms_norm(s, weight)`; in float32 the compiler fuses the last product of the backward pass
-        with the addition of the gradient of s.
+        with the addition of the gradient of s. The gradient of s is rounded to the dtype of s, and from there to that
+        of x, and to that of residual, where these are others.
 
     Raises: as `rms_norm`.
 
     Source: `LlamaDecoderLayer` in Hugging Face's transformers, where the addition and the norm are two steps.
     """
+    rounding = unit_dtype, round_weight, out_dtype, s_dtype
+    places = {name: place for name, place in (("out", out), ("s_out", s_out)) if place is not None}
     if implementation is not None:
-        options = eps, cast_before_scale, weight_offset
-        return _asked.add_rms_norm(implementation, x, residual, weight, options, plain=_plain)
+        options = eps, cast_before_scale, weight_offset, rounding
+        return _asked.add_rms_norm(implementation, x, residual, weight, options, places, plain=_plain)
     if _is_compiling():
-        _validate.flag("cast_before_scale", cast_before_scale)
-        y, s, _ = torch.ops.pallas_norm.add_rms_norm(x, residual, weight, eps, cast_before_scale, weight_offset)
-        return y, s
-    call = _prepared_for(x, residual, weight, eps, cast_before_scale, weight_offset)
-    if call is not None and call.kernel.residual:
+        cast_before_scale, rounding = _validate.rounding(cast_before_scale, rounding, weight)
+        options = eps, cast_before_scale, weight_offset, *_options.shortest(rounding)
+        y, s, _ = torch.ops.pallas_norm.add_rms_norm(x, residual, weight, *options)
+        _check_places(places, x, residual, weight, y.dtype, s.dtype)
+        return y if out is None else out.copy_(y), s if s_out is None else s_out.copy_(s)
+    call = _prepared_for(x, residual, weight, eps, cast_before_scale, weight_offset, rounding)
+    if call is not None:
         try:
-            return _added(x, residual, weight, call)
+            if not places:
+                return _added(x, residual, weight, call)
+            if not (_grad_enabled() and _requires_grad(x, residual, weight)) and _out.takes_both(
+                out, s_out, x, residual, weight, call.to
+            ):
+                return call(x, residual, weight, out, s_out)[:2]  # pyright: ignore[reportReturnType]
         except launch.Unavailable as reason:
             _refuse(x, reason)
-    if _torch_state.is_stand_in(x, residual, weight):
-        named: Any = {"cast_before_scale": cast_before_scale, "weight_offset": weight_offset}
-        return handle_torch_function(add_rms_norm, (x, residual, weight), x, residual, weight, eps, **named)
-    spec = _options.spec(x, residual, weight, eps, cast_before_scale, weight_offset, with_residual=True)
-    if not _plain(x, residual, weight):
+    if _torch_state.is_stand_in(x, residual, weight, out, s_out):
+        named: Any = {"cast_before_scale": cast_before_scale, "weight_offset": weight_offset, **places}
+        named |= {"out_dtype": out_dtype, "unit_dtype": unit_dtype, "round_weight": round_weight, "s_dtype": s_dtype}
+        given = x, residual, weight, out, s_out
+        return handle_torch_function(add_rms_norm, given, x, residual, weight, eps, **named)
+    spec = _options.spec(x, residual, weight, eps, cast_before_scale, weight_offset, rounding, with_residual=True)
+    if places:
+        to = _options.dtypes_of(spec, x, residual, weight)
+        _check_places(places, x, residual, weight, to.y, to.s)
+        if all(type(place) in TENSORS and place.device.type != "meta" for place in places.values()):
+            _out.memory(places, {"x": x, "residual": residual}, weight)
+    if not _plain(x, residual, weight, out, s_out):
         y, s, _ = _operator(x, residual, weight, spec)
-        return y, s
+        return y if out is None else out.copy_(y), s if s_out is None else s_out.copy_(s)
     try:
-        if (call := _prepare(x, residual, weight, spec)) is not None:
+        if (call := _prepare(x, residual, weight, spec, (cast_before_scale, rounding))) is not None:
+            if places:
+                return call(x, residual, weight, out, s_out)[:2]  # pyright: ignore[reportReturnType]
             return _added(x, residual, weight, call)
     except launch.Unavailable as reason:
         _refuse(x, reason)
     if torch.is_grad_enabled() and _requires_grad(x, residual, weight):
         return _library.EagerNorm.apply(x, residual, weight, spec)
-    y, s, _ = _library.forward(x, residual, weight, spec, with_rstd=False)
+    y, s, _ = _library.forward(x, residual, weight, spec, with_rstd=False, out=out, s_out=s_out)
     assert s is not None
     return y, s
+
+
+def _check_places(
+    places: dict[str, Tensor], x: Tensor, residual: Tensor, weight: Tensor | None, y: torch.dtype, s: torch.dtype
+) -> None:
+    differentiates = torch.is_grad_enabled() and _requires_grad(x, residual, weight)
+    for name, place in places.items():
+        _out.form(name, place, x, y if name == "out" else s, differentiates=differentiates)
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
@@ -196,7 +249,7 @@ def _plain(*tensors: Tensor | None) -> bool:
 
 
 def _operator(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> Any:
-    options = spec.eps, spec.cast_before_scale, spec.weight_offset
+    options = _options.arguments(spec)
     if _transformation() is not None and _torch_state.functionalized():
         return _library.functional(x, residual, weight, spec)
     if _transformation() is not None:  # torch.func differentiates no operators of a library
@@ -210,7 +263,7 @@ def _operator(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: S
 
 
 def _prepared_for(
-    x: Any, residual: Any, weight: Any, eps: Any, cast_before_scale: Any, weight_offset: Any
+    x: Any, residual: Any, weight: Any, eps: Any, cast_before_scale: Any, weight_offset: Any, rounding: Any
 ) -> ForwardCall | None:
     """The call for operands like some that were checked before; None where more must be looked at: another type, a
     mode, a transformation, memory that does not hold the values."""
@@ -219,7 +272,7 @@ def _prepared_for(
         and (weight is None or type(weight) in TENSORS)
         and (residual is None or type(residual) in TENSORS)
         and type(eps) is type(weight_offset) is float
-        and type(cast_before_scale) is bool
+        and type(cast_before_scale) is type(rounding[1]) is bool
         and not _dispatch_modes()
         and _transformation() is None
         and _tracing() is None
@@ -234,17 +287,12 @@ def _prepared_for(
             n, dtype = weight.numel(), weight.dtype
             if weight.dim() != 1 or weight.get_device() != device or weight.is_neg() or x.shape[-1] != n:
                 return None
-        call = _prepared[x.dtype, n, dtype, eps, cast_before_scale, weight_offset, device, residual is not None]
-    except (KeyError, IndexError, RuntimeError):  # like none before, without an axis, or sparse
+        added = None if residual is None else residual.dtype
+        call = _prepared[x.dtype, n, dtype, eps, cast_before_scale, weight_offset, device, added, rounding]
+    except (KeyError, IndexError, RuntimeError, TypeError):  # like none before, without an axis, sparse, or no dtype
         return None
     if x.is_neg() or (
-        residual is not None
-        and (
-            residual.shape != x.shape
-            or residual.dtype != x.dtype
-            or residual.get_device() != device
-            or residual.is_neg()
-        )
+        residual is not None and (residual.shape != x.shape or residual.get_device() != device or residual.is_neg())
     ):
         return None
     return call
@@ -261,13 +309,18 @@ def _refuse(x: Tensor, reason: launch.Unavailable) -> None:
     direct.refuse(x.shape[-1], x.get_device(), str(reason))
 
 
-def _prepare(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> ForwardCall | None:
+def _prepare(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec, as_given: tuple[Any, Any]
+) -> ForwardCall | None:
     """The call for these operands, which were checked, and from now on for others like them; None where no kernel can
-    be launched, for which `explain` has the reason. Raises launch.Unavailable where that turns out only now."""
+    be launched, for which `explain` has the reason. Raises launch.Unavailable where that turns out only now.
+
+    as_given: cast_before_scale and the Rounding by which such a call is looked up."""
     if _library.path(x) is not direct:
         return None
     call = direct.call_of(x, residual, weight, spec)
-    options = spec.eps, spec.cast_before_scale, spec.weight_offset
-    dtype = None if weight is None else weight.dtype
-    _prepared[x.dtype, x.shape[-1], dtype, *options, x.get_device(), residual is not None] = call
+    cast_before_scale, rounding = as_given
+    options = spec.eps, cast_before_scale, spec.weight_offset
+    dtypes = None if weight is None else weight.dtype, None if residual is None else residual.dtype
+    _prepared[x.dtype, x.shape[-1], dtypes[0], *options, x.get_device(), dtypes[1], rounding] = call
     return call

@@ -13,7 +13,7 @@ import torch
 from pallas_norm.kernels.launch_arguments import BYTES, COUNT
 from pallas_norm.plans.plan import Plan, Source, from_memory
 
-from . import _torch_state, _validate, launch, rows
+from . import _options, _torch_state, _validate, launch, rows
 from ._kernels import Backward, Forward, program_of
 from ._overlap import may_overlap
 from .prepared_gradient import BackwardCall, backward_call
@@ -47,8 +47,10 @@ class ForwardCall:
         program = program_of(kernel, launch.gpu_of(device))
         assert program.plan is not None
         self.kernel, self.device, self.n, self.plan = kernel, device, kernel.n, program.plan
-        dtype = kernel.x if kernel.weight is None else torch.promote_types(kernel.x, kernel.weight)
-        self.y_dtype = None if dtype == kernel.x else dtype
+        self.to = _options.dtypes(kernel.spec, kernel.x, kernel.residual, kernel.weight)
+        # None where it is that of x, and torch.empty_like(x) makes it.
+        self.y_dtype = None if self.to.y == kernel.x else self.to.y
+        self.s_dtype = None if self.to.s == kernel.x else self.to.s
         self._run = launch.kernel(program, device)
         self._go = self._run.launch
         self._block_elements = self.plan.block * self.n
@@ -69,8 +71,10 @@ class ForwardCall:
         """The backward pass of these operands."""
         key = dy, with_ds, with_dweight
         if (found := self._gradients.get(key)) is None:
-            n, x, weight, spec, *_ = self.kernel
-            kernel = Backward(n, x, weight, dy, spec, with_ds, with_dweight and weight is not None)
+            n, x, weight, spec, residual, *_ = self.kernel
+            dx, dresidual = None if x == self.to.s else x, None if residual in (None, x) else residual
+            options = with_ds, with_dweight and weight is not None, dx, dresidual
+            kernel = Backward(n, self.to.s, weight, dy, spec, *options)
             found = self._gradients[key] = backward_call(kernel, self.device)
         return found
 
@@ -105,7 +109,7 @@ class ForwardCall:
             assert s is not None
             return y, s
         y = _empty_like(x) if self.y_dtype is None else _empty_like(x, dtype=self.y_dtype)
-        s = _empty_like(x)
+        s = _empty_like(x) if self.s_dtype is None else _empty_like(x, dtype=self.s_dtype)
         full = blocks if blocks < self._most else self._most
         values = x_at, residual_at, weight_at, blocks * COUNT, full * COUNT, 0, y.data_ptr(), s.data_ptr()
         if self.device == _current_device():
@@ -141,10 +145,17 @@ class ForwardCall:
             self._run.elsewhere(_stream(self.device), full * self._cluster, values)
         return y, rstd
 
-    def __call__(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None = None) -> Results:
-        """`out` receives y: x itself, or memory that no operand shares."""
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        out: Tensor | None = None,
+        s_out: Tensor | None = None,
+    ) -> Results:
+        """`out` receives y and `s_out` s: each an operand itself, or memory that none shares."""
         at = [x.data_ptr()]
-        usual = out is None and x.is_contiguous()
+        usual = out is None and s_out is None and x.is_contiguous()
         if residual is not None:
             usual = usual and residual.is_contiguous()
             at.append(residual.data_ptr())
@@ -152,18 +163,18 @@ class ForwardCall:
             usual = usual and weight.is_contiguous()
             at.append(weight.data_ptr())
         if not usual or any(address % ALIGNMENT for address in at) or not all(at):  # 0: without memory, or rows
-            return self._unusual(x, residual, weight, out)
+            return self._unusual(x, residual, weight, out, s_out)
         y = _empty_like(x) if self.y_dtype is None else _empty_like(x, dtype=self.y_dtype)
-        return self._launched(x, residual, y, at)
+        return self._launched(x, residual, y, None, at)
 
-    def _launched(self, x: Tensor, residual: Tensor | None, y: Tensor, at: list[int]) -> Results:
+    def _launched(self, x: Tensor, residual: Tensor | None, y: Tensor, s: Tensor | None, at: list[int]) -> Results:
         blocks, left = divmod(x.numel(), self._block_elements)
         left //= self.n
         full = blocks if blocks < self._most else self._most
         at += (blocks * COUNT, full * COUNT, 0, y.data_ptr())
-        s = rstd = None
+        rstd = None
         if residual is not None:
-            s = _empty_like(x)
+            s = _empty_like(x, dtype=self.s_dtype) if s is None else s
             at.append(s.data_ptr())
         if self.kernel.with_rstd:
             rstd = _empty(x.numel() // self.n, dtype=torch.float32, device=x.device)
@@ -180,47 +191,64 @@ class ForwardCall:
 
     # --- other places -------------------------------------------------------------------------------------------------
 
-    def _unusual(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None) -> Results:
-        """Into `out`, and rows that are not one behind the other from an aligned address on."""
+    def _unusual(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None, s_out: Tensor | None
+    ) -> Results:
+        """Into `out` and `s_out`, and rows that are not one behind the other from an aligned address on."""
         if any(tensor is not None and tensor._is_zerotensor() for tensor in (x, residual, weight)):
             _validate.operands(x, residual, weight, with_residual=residual is not None)  # raises: there is no memory
         weight = None if weight is None else rows.ready(weight)
-        in_rows = all(t is None or (t.is_contiguous() and rows.aligned(t)) for t in (x, residual, out))
+        given = [tensor for tensor in (x, residual, out, s_out) if tensor is not None]
+        in_rows = all(tensor.is_contiguous() and rows.aligned(tensor) for tensor in given)
         plan, count = self.plan if in_rows else from_memory(self.plan), x.numel() // self.n
-        if out is not None and not may_be_in_place(plan, count) and may_overlap(out, x):
-            return self._elsewhere(x, residual, weight, out)
-        results = (self._in_rows if in_rows else self._strided)(x, residual, weight, out)
-        if out is not None:
-            torch.autograd.graph.increment_version(out)  # what autograd may have saved of it has changed
+        places = [tensor for tensor in (out, s_out) if tensor is not None]
+        if places and not may_be_in_place(plan, count) and self._in_place(x, residual, places):
+            return self._elsewhere(x, residual, weight, out, s_out)
+        results = (self._in_rows if in_rows else self._strided)(x, residual, weight, out, s_out)
+        for tensor in places:
+            torch.autograd.graph.increment_version(tensor)  # what autograd may have saved of it has changed
         return results
 
-    def _elsewhere(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor) -> Results:
-        """Into memory of its own first, where rows are read after they were written."""
+    @staticmethod
+    def _in_place(x: Tensor, residual: Tensor | None, places: list[Tensor]) -> bool:
+        operands = [x] if residual is None else [x, residual]
+        return any(may_overlap(place, operand) for place in places for operand in operands)
+
+    def _elsewhere(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None, s_out: Tensor | None
+    ) -> Results:
+        """Into memory of their own first, where rows are read after they were written."""
         y, s, rstd = self(x, residual, weight)
-        return out.copy_(y), s, rstd
+        y = y if out is None else out.copy_(y)
+        return y, s if s is None or s_out is None else s_out.copy_(s), rstd
 
-    def _in_rows(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None) -> Results:
+    def _in_rows(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None, s_out: Tensor | None
+    ) -> Results:
         at = [tensor.data_ptr() for tensor in (x, residual, weight) if tensor is not None]
-        return self._launched(x, residual, torch.empty_like(x, dtype=self.y_dtype) if out is None else out, at)
+        y = torch.empty_like(x, dtype=self.y_dtype) if out is None else out
+        return self._launched(x, residual, y, s_out, at)
 
-    def _strided(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None) -> Results:
-        """Rows are read, and those of `out` written, where they lie; copied where a kernel cannot."""
+    def _strided(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None, s_out: Tensor | None
+    ) -> Results:
+        """Rows are read, and those of `out` and `s_out` written, where they lie; copied where a kernel cannot."""
         x_at = x.data_ptr()
         key: Any = x.shape, x.stride(), x_at % ALIGNMENT
         if residual is not None or out is not None:
-            others = [tensor for tensor in (residual, out) if tensor is not None]
-            key = (*key, *((tensor.stride(), tensor.data_ptr() % ALIGNMENT) for tensor in others), out is None)
+            others = [tensor for tensor in (residual, out, s_out) if tensor is not None]
+            key = (*key, *((t.stride(), t.data_ptr() % ALIGNMENT) for t in others), out is None, s_out is None)
         numbers = self._layouts.get(key, self)
         if numbers is self:
-            numbers = self._layout(key, {"x": x, "residual": residual, "y": out})
+            numbers = self._layout(key, {"x": x, "residual": residual, "y": out, "s": s_out})
         if numbers is None:
-            if out is not None and not (out.is_contiguous() and rows.aligned(out)):
-                return self._elsewhere(x, residual, weight, out)
-            return self(rows.ready(x), None if residual is None else rows.ready(residual), weight, out)
+            if any(place is not None and not (place.is_contiguous() and rows.aligned(place)) for place in (out, s_out)):
+                return self._elsewhere(x, residual, weight, out, s_out)
+            return self(rows.ready(x), None if residual is None else rows.ready(residual), weight, out, s_out)
         if self._at_strides is None:
             strided = program_of(self.kernel._replace(strided=True), launch.gpu_of(self.device))
             self._at_strides = launch.kernel(strided, self.device)
-        y = _empty(x.shape, dtype=self.y_dtype or x.dtype, device=x.device) if out is None else out
+        y = _empty(x.shape, dtype=self.to.y, device=x.device) if out is None else out
         y_at, s, rstd, count = y.data_ptr(), None, None, x.numel() // self.n
         at = [x_at - x_at % ALIGNMENT]
         if residual is not None:
@@ -230,8 +258,8 @@ class ForwardCall:
         blocks, left = divmod(count, self.plan.block)  # rows that no bulk copy brings have no persistent grid
         at += (blocks * COUNT, blocks * COUNT, 0, *numbers, y_at - y_at % ALIGNMENT)
         if residual is not None:
-            s = _empty(x.shape, dtype=x.dtype, device=x.device)
-            at.append(s.data_ptr())
+            s = _empty(x.shape, dtype=self.to.s, device=x.device) if s_out is None else s_out
+            at.append(s.data_ptr() // ALIGNMENT * ALIGNMENT)
         if self.kernel.with_rstd:
             rstd = _empty(count, dtype=torch.float32, device=x.device)
             at.append(rstd.data_ptr())
@@ -247,7 +275,7 @@ class ForwardCall:
         if places is None:
             self._layouts[key] = None
             return None
-        fresh = {"y": self.y_dtype or self.kernel.x} | ({"s": self.kernel.x} if self.kernel.residual else {})
+        fresh = {"y": self.to.y} | ({} if self.kernel.residual is None else {"s": self.to.s})
         of = {name: rows.fresh(self.n * dtype.itemsize, places.group) for name, dtype in fresh.items()} | places.of
         names = [name for name in ("x", "residual", "y", "s") if name in of]
         numbers = (places.group * COUNT, *(number * BYTES for name in names for number in of[name]))

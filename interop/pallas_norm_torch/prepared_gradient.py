@@ -37,7 +37,8 @@ class Grid:
 
 
 class BackwardCall:
-    """dx, with_dweight also dweight; of operands of the kernel's dtypes on its device."""
+    """dx, dresidual where it has another dtype, with_dweight also dweight; of operands of the kernel's dtypes on its
+    device."""
 
     def __init__(self, kernel: Backward, device: int) -> None:
         gpu = launch.gpu_of(device)
@@ -52,22 +53,27 @@ class BackwardCall:
 
     def __call__(
         self, x: Tensor, weight: Tensor | None, rstd: Tensor, dy: Tensor, ds: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         given = [x, rstd, dy] + ([] if weight is None else [weight]) + ([] if ds is None else [ds])
         at = [tensor.data_ptr() for tensor in given]
         if any(address % ALIGNMENT for address in at) or not all(tensor.is_contiguous() for tensor in given):
             given = [rows.ready(tensor) for tensor in given]
             at = [tensor.data_ptr() for tensor in given]
-        dx, count = _empty_like(given[0]), x.numel() // self.n
+        kernel, dresidual, count = self.kernel, None, x.numel() // self.n
+        dx = _empty_like(given[0]) if kernel.dx is None else _empty_like(given[0], dtype=kernel.dx)
+        if kernel.dresidual is not None:
+            dresidual = _empty_like(given[0], dtype=kernel.dresidual)
         if not count:
-            return dx, None if self._sum is None or weight is None else torch.zeros_like(weight)
+            return dx, dresidual, None if self._sum is None or weight is None else torch.zeros_like(weight)
         blocks, first_left, grid = self._grid.of(count)
         at += (blocks, first_left, 0, dx.data_ptr())
+        if dresidual is not None:
+            at.append(dresidual.data_ptr())
         elsewhere, stream = self.device != _current_device(), _stream(self.device)
         run, run_sum = self._run, self._sum
         if run_sum is None or weight is None:
             (run.elsewhere if elsewhere else run.launch)(stream, grid, at)
-            return dx, None
+            return dx, dresidual, None
         # The sum reads whole tiles, and leaves out what no CTA wrote.
         used = grid // self._grid.cluster
         parts = unwritten(x, max(used, TILE), self.n)
@@ -76,7 +82,7 @@ class BackwardCall:
         (run.elsewhere if elsewhere else run.launch)(stream, grid, at)
         numbers = [parts.data_ptr(), used * COUNT, dweight.data_ptr()]
         (run_sum.elsewhere if elsewhere else run_sum.launch)(stream, run_sum.recorded.grid, numbers)
-        return dx, dweight
+        return dx, dresidual, dweight
 
 
 def unwritten(x: Tensor, count: int, n: int) -> Tensor:

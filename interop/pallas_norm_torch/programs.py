@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_norm._dtypes import AS_S, Dtypes, GradientDtypes
 from pallas_norm._spec import Spec
 from pallas_norm.kernels import backward as backward_kernel
 from pallas_norm.kernels import dweight_sum
@@ -42,6 +43,7 @@ class Program:
     spec: Spec
     strided: bool = False
     dweight_dtype: str = "float32"  # of column_sum
+    dx_dtypes: GradientDtypes = AS_S  # of backward
     gpu: Gpu = H200
 
     @functools.cached_property
@@ -49,12 +51,25 @@ class Program:
         """Raises Misfit where the GPU has no kernel for these rows."""
         dtypes = dict(self.dtypes)
         if self.kind == "forward":
-            plan = forward_plan_on(self.gpu, self.n, dtypes["x"], residual="residual" in dtypes)
+            read = tuple(dtypes[name] for name in ("x", "residual") if name in dtypes)
+            plan = forward_plan_on(self.gpu, self.n, self.rounding.s, residual="residual" in dtypes, read=read)
             return from_memory(plan) if self.strided else plan
         if self.kind == "backward":
             options: dict[str, Any] = {"residual": "ds" in dtypes, "with_dweight": "dweight" in self.outputs}
             return backward_plan_on(self.gpu, self.n, dtypes["x"], dy_dtype=dtypes["dy"], **options)
         return None
+
+    @property
+    def rounding(self) -> Dtypes:
+        """What a kernel's steps round to."""
+        return self.spec.dtypes(**{name: dtype for name, dtype in self.dtypes if name in ("x", "residual", "weight")})
+
+    def result_dtype(self, name: str) -> str:
+        """Of an output."""
+        if name in ("y", "s"):
+            return getattr(self.rounding, name).name
+        of_gradients = {"dx": self.dx_dtypes.dx or dict(self.dtypes).get("x"), "dresidual": self.dx_dtypes.dresidual}
+        return of_gradients.get(name) or "float32"
 
     @functools.cached_property
     def numbers(self) -> dict[str, int]:
@@ -87,8 +102,9 @@ class Program:
                 )
             else:
                 assert isinstance(plan, BackwardPlan)
+                options: Any = {"with_dweight": "dweight" in self.outputs, "dx_dtypes": self.dx_dtypes}
                 results = backward_kernel.partial_dweights(
-                    operands, plan=plan, spec=self.spec, with_dweight="dweight" in self.outputs, interpret=False
+                    operands, plan=plan, spec=self.spec, **options, interpret=False
                 )
             return tuple(results[name] for name in self.outputs)
 

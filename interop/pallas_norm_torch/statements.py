@@ -10,6 +10,7 @@ import torch
 from pallas_norm._spec import Spec  # pyright: ignore[reportPrivateUsage]
 
 from . import _torch_state
+from ._options import dtypes_of
 
 Tensor = torch.Tensor
 
@@ -22,25 +23,28 @@ def forward(
     *,
     with_rstd: bool,
     out: Tensor | None = None,
+    s_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, s, rstd), as direct.forward; of contiguous rows, the bits of LlamaRMSNorm.forward.
 
     The order in which torch adds depends on strides, so other rows are copied first.
     """
-    s = None if residual is None else (x + residual).contiguous()
+    to = dtypes_of(spec, x, residual, weight)
+    s = None if residual is None else _sum(x, residual, to.s).contiguous()
     x = x.contiguous() if s is None else s
     wide = x.float()
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + spec.eps)
     unit = torch.mul(wide, rstd, out=None if wide is x else _reused(wide))
-    if spec.cast_before_scale:
-        unit = unit.to(x.dtype)  # Hugging Face rounds here, before the weight
+    unit = unit.to(to.unit)  # Hugging Face rounds here, before the weight
     if weight is None:
-        y = unit.to(x.dtype)
-    elif spec.cast_before_scale and not spec.weight_offset:
-        y = weight * unit
+        y = unit.to(to.y)
+    elif not spec.weight_offset and torch.promote_types(to.weight, to.unit) == to.y:
+        y = weight.to(to.weight) * unit
     else:
-        y = (unit.float() * _scale(weight, spec)).to(torch.promote_types(x.dtype, weight.dtype))
-    return y if out is None else out.copy_(y), s, rstd.squeeze(-1) if with_rstd else None
+        y = (unit.float() * _scale(weight, spec, to.weight)).to(to.y)
+    y = y if out is None else out.copy_(y)
+    s = s if s is None or s_out is None else s_out.copy_(s)
+    return y, s, rstd.squeeze(-1) if with_rstd else None
 
 
 def backward(
@@ -54,22 +58,22 @@ def backward(
     with_dweight: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(dx, dweight), as direct.backward: input_gradient and weight_gradient of pallas_norm.reference."""
+    to = dtypes_of(spec, x, None, weight)
     x, dy, rstd = x.contiguous(), dy.contiguous(), rstd.unsqueeze(-1)
     unit = x.float() * rstd
     if weight is None:
-        g = dy.float()
-    elif spec.cast_before_scale and not spec.weight_offset and dy.dtype == weight.dtype == x.dtype:
-        g = (dy * weight).float()
+        g = dy.to(to.unit).float()
+    elif not spec.weight_offset and dy.dtype == to.weight == to.unit:
+        g = (dy * weight.to(to.weight)).float()
     else:
-        g = dy.float() * _scale(weight, spec)
-        g = g.to(x.dtype).float() if spec.cast_before_scale else g
+        g = (dy.float() * _scale(weight, spec, to.weight)).to(to.unit).float()
     product = g * unit
     mean, space = product.mean(-1, keepdim=True), _reused(product)
     dx = torch.mul(torch.sub(g, torch.mul(unit, mean, out=space), out=space), rstd, out=space).to(x.dtype)
     dx = dx if ds is None else dx + ds
     if weight is None or not with_dweight:
         return dx, None
-    factor = unit.to(x.dtype) if spec.cast_before_scale else unit
+    factor = unit.to(to.unit)
     return dx, torch.mul(dy.float(), factor, out=_reused(unit)).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
 
 
@@ -79,6 +83,12 @@ def _reused(buffer: Tensor) -> Tensor | None:
     return buffer if _torch_state.is_plain(buffer) else None
 
 
-def _scale(weight: Tensor, spec: Spec) -> Tensor:
+def _sum(x: Tensor, residual: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded once, whatever torch would promote the operands to."""
+    return x + residual if x.dtype == residual.dtype == dtype else (x.float() + residual.float()).to(dtype)
+
+
+def _scale(weight: Tensor, spec: Spec, dtype: torch.dtype) -> Tensor:
     """The float32 factor of each column. Adding an offset of 0.0 would turn a weight of -0.0 into 0.0."""
-    return weight.float() + spec.weight_offset if spec.weight_offset else weight.float()
+    wide = weight.to(dtype).float()
+    return wide + spec.weight_offset if spec.weight_offset else wide

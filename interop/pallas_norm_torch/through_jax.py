@@ -17,7 +17,7 @@ import torch
 from pallas_norm import _autodiff  # pyright: ignore[reportPrivateUsage]
 from pallas_norm._spec import Spec
 
-from . import _torch_state
+from . import _library, _torch_state
 from .exchange import call_jax
 
 Tensor = torch.Tensor
@@ -73,13 +73,15 @@ def forward(
     *,
     with_rstd: bool,
     out: Tensor | None = None,
+    s_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, s, rstd), as direct.forward."""
     given = {"x": x, "residual": residual, "weight": weight}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     results = _call(_forward(spec, with_rstd=with_rstd), tensors)
-    y = results["y"] if out is None else out.copy_(results["y"])
-    return y, results.get("s"), results.get("rstd")
+    y, s = results["y"], results.get("s")
+    y, s = y if out is None else out.copy_(y), s if s is None or s_out is None else s_out.copy_(s)
+    return y, s, results.get("rstd")
 
 
 def backward(
@@ -105,7 +107,7 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> Any:
         y, s, rstd = forward(x, residual, weight, spec, with_rstd=True)
-        ctx.spec = spec
+        ctx.spec, ctx.passed_on = spec, (x.dtype, None if residual is None else residual.dtype)
         ctx.set_materialize_grads(False)
         _torch_state.save(ctx, x if s is None else s, weight, rstd)
         return y if s is None else (y, s)
@@ -122,4 +124,5 @@ class Norm(torch.autograd.Function):
         dx, dweight = ds, None
         if dy is not None:
             dx, dweight = backward(x, weight, rstd, dy, ds, ctx.spec, with_dweight=wants_weight)
-        return dx if wants_x else None, dx if wants_residual else None, dweight if wants_weight else None, None
+        dx, dresidual = _library.passed_on(dx, ctx.passed_on, (wants_x, wants_residual))
+        return dx, dresidual, dweight if wants_weight else None, None

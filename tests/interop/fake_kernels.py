@@ -15,7 +15,18 @@ import torch
 from pallas_norm.kernels.launch_arguments import BYTES, COUNT
 from pallas_norm.plans.hardware import H200
 from pallas_norm.plans.plan import BackwardPlan
-from pallas_norm_torch import _library, _validate, direct, launch, ops, prepared, prepared_gradient, rows, statements
+from pallas_norm_torch import (
+    _library,
+    _options,
+    _out,
+    direct,
+    launch,
+    ops,
+    prepared,
+    prepared_gradient,
+    rows,
+    statements,
+)
 from pallas_norm_torch.launch.recording import Parameter, Recorded
 from pallas_norm_torch.programs import Program
 
@@ -103,11 +114,13 @@ class FakeKernel:
         dx, _ = statements.backward(
             x, weight, given["rstd"], dy, given.get("ds"), self.program.spec, with_dweight=False
         )
-        self._write("dx", dx + self.off if self.off else dx, count, named)
+        for name in ("dx", "dresidual"):
+            if name in named:
+                value = dx + self.off if self.off else dx
+                self._write(name, value.to(getattr(torch, self.program.result_dtype(name))), count, named)
         if "dweight" in self.program.outputs:
             unit = x.float() * given["rstd"][:, None]
-            if self.program.spec.cast_before_scale:
-                unit = unit.to(x.dtype).float()
+            unit = unit.to(_options.dtypes(self.program.spec, x.dtype).unit).float()
             used = grid // plan.cluster
             parts = at(named["dweight"], torch.float32, used * self.program.n).view(used, -1)
             parts.zero_()
@@ -133,7 +146,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> dict[Program, FakeKernel]:
     monkeypatch.setattr(launch, "kernel", kernel)
     monkeypatch.setattr(launch, "gpu_of", lambda device: H200)
     monkeypatch.setattr(_library, "path", lambda x: direct)
-    for module in (prepared, prepared_gradient, rows, _validate):
+    for module in (prepared, prepared_gradient, rows, _out):
         monkeypatch.setattr(module, "ALIGNMENT", ALIGNMENT)
     monkeypatch.setattr(prepared, "_forward", {})
     monkeypatch.setattr(prepared_gradient, "_calls", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -81,16 +82,36 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "implementation is jax in a vmap": (lambda: torch.func.vmap(lambda x: rms_norm(x, implementation="jax"))(X), NotImplementedError, "implementation is 'jax' under torch.compile, torch.func, a mode of torch, or with a subclass of torch.Tensor or on meta (x: bfloat16[64] on cpu); needed eager code on plain tensors: leave implementation out"),
     # residual
     "residual is None": (lambda: add_rms_norm(X, None), TypeError, "residual is None; needed a tensor: call rms_norm where there is nothing to add"),
-    "residual of another shape": (lambda: add_rms_norm(X, X[:4]), ValueError, "residual is bfloat16[4,64] on cpu but x is bfloat16[8,64] on cpu; needed the same shape and dtype: expand or cast it first"),
-    "residual that would broadcast": (lambda: add_rms_norm(X, W), ValueError, "residual is bfloat16[64] on cpu but x is bfloat16[8,64] on cpu; needed the same shape and dtype: expand or cast it first"),
-    "residual of another dtype": (lambda: add_rms_norm(X, X.float()), TypeError, "residual is float32[8,64] on cpu but x is bfloat16[8,64] on cpu; needed the same shape and dtype: expand or cast it first"),
+    "residual of another shape": (lambda: add_rms_norm(X, X[:4]), ValueError, "residual is bfloat16[4,64] on cpu but x is bfloat16[8,64] on cpu; needed the same shape: expand it first"),
+    "residual that would broadcast": (lambda: add_rms_norm(X, W), ValueError, "residual is bfloat16[64] on cpu but x is bfloat16[8,64] on cpu; needed the same shape: expand it first"),
+    "residual of another dtype": (lambda: add_rms_norm(X, X.double()), TypeError, "residual is float64[8,64] on cpu; needed bfloat16, float16 or float32: cast it with residual.to"),
     "residual on another device": (lambda: add_rms_norm(X, X.to("meta")), ValueError, "residual is on meta but x is on cpu; move one of them with .to"),
+    # out and s_out
+    "out of a sum that overlaps x": (lambda: add_rms_norm(FLAT[64:576].view(8, 64), X, W, out=FLAT[:512].view(8, 64)), ValueError, "out overlaps x without being x: rows would be written before they are read; pass out=x to work in place, or memory of its own"),
+    "s_out that overlaps the residual": (lambda: add_rms_norm(X, FLAT[64:576].view(8, 64), W, s_out=FLAT[:512].view(8, 64)), ValueError, "s_out overlaps residual without being residual: rows would be written before they are read; pass s_out=residual to work in place, or memory of its own"),
+    "out and s_out in one place": (lambda: add_rms_norm(X, X.clone(), W, out=FLAT[:512].view(8, 64), s_out=FLAT[:512].view(8, 64)), ValueError, "out overlaps s_out, and both are written; pass memory of its own for each"),
+    "out and s_out are both x": (lambda: add_rms_norm(X, X.clone(), W, out=X, s_out=X), ValueError, "out overlaps s_out, and both are written; pass memory of its own for each"),
+    "s_out of the dtype of x, not of s": (lambda: add_rms_norm(X, X.float(), W, s_out=X), TypeError, "s_out is bfloat16[8,64] on cpu; needed float32, which is the dtype of s here: make it with torch.empty_like(x, dtype=torch.float32)"),
+    "s_out is a list": (lambda: add_rms_norm(X, X, W, s_out=[1.0]), TypeError, "s_out is a list; needed a torch.Tensor or None"),
+    "s_out contains the weight": (lambda: add_rms_norm(X, X, FLAT[:64], s_out=FLAT[:512].view(8, 64)), ValueError, "s_out overlaps weight, which every row reads; pass memory of its own"),
+    "s_out while residual requires grad": (lambda: add_rms_norm(X, X.clone().requires_grad_(), W, s_out=out(8, 64)), ValueError, "s_out= was given while an operand requires grad, and autograd cannot record that; needed torch.no_grad(), detached operands, or a call without s_out="),
+    # dtypes
+    **{
+        f"{name} is {shown}": (functools.partial(add_rms_norm, X, X, W, **{name: value}), TypeError, f"{name} is {shown}; needed torch.bfloat16, torch.float16, torch.float32 or None")
+        for name in ("out_dtype", "unit_dtype", "s_dtype")
+        for value, shown in ((torch.float64, "float64"), ("bfloat16", "a str"), ([], "a list"), (X, "a Tensor"))
+    },
+    "two units": (lambda: rms_norm(X, W, cast_before_scale=False, unit_dtype=torch.bfloat16), ValueError, "unit_dtype is bfloat16 but cast_before_scale is False, which is unit_dtype float32 by another name; pass one of them"),
+    "no weight to round": (lambda: rms_norm(X, round_weight=True), ValueError, "round_weight is True but weight is None: there is nothing to round; pass a weight"),
+    "round_weight is a dtype": (lambda: rms_norm(X, W, round_weight=torch.bfloat16), TypeError, "round_weight is dtype; needed True or False"),
+    "a module that rounds no weight": (lambda: RMSNorm(64, with_weight=False, round_weight=True), ValueError, "round_weight is True but weight is None: there is nothing to round; pass a weight"),
+    "an operator with two units": (lambda: torch.ops.pallas_norm.rms_norm(X, W, 1e-6, cast_before_scale=False, weight_offset=0.0, unit_dtype=torch.float16), ValueError, "unit_dtype is float16 but cast_before_scale is False, which is unit_dtype float32 by another name; pass one of them"),
     # out
     "out is a list": (lambda: rms_norm(X, W, out=[1.0]), TypeError, "out is a list; needed a torch.Tensor or None"),
     "out is sparse": (lambda: rms_norm(X, W, out=torch.zeros(8, 64).to_sparse()), TypeError, "out has the layout torch.sparse_coo; needed torch.strided"),
     "out of another shape": (lambda: rms_norm(X, W, out=out(64, 8)), ValueError, "out is bfloat16[64,8] on cpu but x is bfloat16[8,64] on cpu; needed the shape of x: make it with torch.empty_like(x)"),
-    "out of another dtype": (lambda: rms_norm(X, W, out=out(8, 64, dtype=torch.float32)), TypeError, "out is float32[8,64] on cpu; needed bfloat16, which is what x and weight promote to: make it with torch.empty_like(x, dtype=torch.bfloat16)"),
-    "out of the dtype of x, not of y": (lambda: rms_norm(X, W.float(), out=out(8, 64)), TypeError, "out is bfloat16[8,64] on cpu; needed float32, which is what x and weight promote to: make it with torch.empty_like(x, dtype=torch.float32)"),
+    "out of another dtype": (lambda: rms_norm(X, W, out=out(8, 64, dtype=torch.float32)), TypeError, "out is float32[8,64] on cpu; needed bfloat16, which is the dtype of y here: make it with torch.empty_like(x, dtype=torch.bfloat16)"),
+    "out of the dtype of x, not of y": (lambda: rms_norm(X, W.float(), out=out(8, 64)), TypeError, "out is bfloat16[8,64] on cpu; needed float32, which is the dtype of y here: make it with torch.empty_like(x, dtype=torch.float32)"),
     "out on another device": (lambda: rms_norm(X, W, out=out(8, 64).to("meta")), ValueError, "out is on meta but x is on cpu; make it with device=x.device"),
     "out is expanded": (lambda: rms_norm(X, W, out=out(64).expand(8, 64)), ValueError, "out is bfloat16[8,64] on cpu with strides (0, 1), so several of its elements are one; needed memory of its own for each: pass a tensor that was not expanded"),
     "out is x shifted by a row": (lambda: rms_norm(FLAT[64:576].view(8, 64), W, out=FLAT[:512].view(8, 64)), ValueError, "out overlaps x without being x: rows would be written before they are read; pass out=x to work in place, or memory of its own"),

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pallas_norm_torch._out import takes_y
 from pallas_norm_torch._overlap import may_overlap, overlaps_itself
-from pallas_norm_torch._validate import takes_y
 
 MEMORY = np.zeros(4096, dtype=np.float32)
 

@@ -78,14 +78,12 @@ def _operands(program: Program, count: int) -> dict[str, Tensor]:
 
 def _results(program: Program, count: int, plan: Plan, device: torch.device) -> dict[str, Tensor]:
     """What the kernel writes: NaN before, so that nothing is right that was not written."""
-    dtypes, n = {name: _dtype(dtype) for name, dtype in program.dtypes}, program.n
-    y_dtype = torch.promote_types(dtypes["x"], dtypes.get("weight", dtypes["x"]))
+    n = program.n
     # Not more parts than are written: the sum wants a tile, whose filling torch spreads over threads, 5 ms where
     # other processes keep the cores.
     shapes = {"rstd": (count,), "dweight": (_parts(plan, count), n)}
-    found = {"y": y_dtype, "s": dtypes["x"], "dx": dtypes["x"], "rstd": torch.float32, "dweight": torch.float32}
     return {
-        name: torch.full(shapes.get(name, (count, n)), torch.nan, dtype=found[name]).to(device)
+        name: torch.full(shapes.get(name, (count, n)), torch.nan, dtype=_dtype(program.result_dtype(name))).to(device)
         for name in program.outputs
     }
 
@@ -108,10 +106,11 @@ def _same(found: Tensor, expected: Tensor) -> bool:
 
 
 def _scale(operands: Arrays, program: Program) -> Tensor | None:
-    weight, offset = operands.get("weight"), program.spec.weight_offset
-    if weight is None:
+    weight, offset, rounded = operands.get("weight"), program.spec.weight_offset, program.rounding.weight
+    if weight is None or rounded is None:
         return None
-    return weight.float() + offset if offset else weight.float()
+    wide = weight.to(_dtype(rounded.name)).float()
+    return wide + offset if offset else wide
 
 
 def _on_device(operands: Arrays, program: Program, plan: Plan, device: torch.device) -> dict[str, Tensor]:
@@ -139,16 +138,15 @@ def _forward(kernel: Kernel, program: Program, device: torch.device, stream: int
         numbers = arguments.strides(places, arrays)
     _launch(kernel, program, plan, stream, arrays, numbers)
 
+    dtype, unit_dtype = (_dtype(one.name) for one in (program.rounding.s, program.rounding.unit))
     s = operands["x"].float() + (operands["residual"].float() if "residual" in operands else 0.0)
     rstd = torch.rsqrt(s.square().sum(-1, keepdim=True) / n + spec.eps)
-    scale, dtype = _scale(operands, program), operands["x"].dtype
+    scale = _scale(operands, program)
     y, found = results["y"].cpu(), results["rstd"].cpu() if "rstd" in results else None
     left = torch.ones(count, dtype=torch.bool)  # rows that are not right for any rstd yet
     for ulp in sorted(range(-RSTD_ULP, RSTD_ULP + 1), key=abs):
         near = (rstd.view(torch.int32) + ulp).view(torch.float32)
-        unit = s * near
-        if spec.cast_before_scale:
-            unit = unit.to(dtype).float()
+        unit = (s * near).to(unit_dtype).float()
         expected = (unit if scale is None else unit * scale).to(y.dtype)
         right = (expected == y).all(-1)
         if found is not None:
@@ -163,24 +161,29 @@ def _forward(kernel: Kernel, program: Program, device: torch.device, stream: int
 
 
 def _gradients(kernel: Kernel, program: Program, device: torch.device, stream: int) -> Verdict:
-    plan, spec, n = program.plan, program.spec, program.n
+    plan, n = program.plan, program.n
     assert plan is not None
     count = _count(plan)
     operands, results = _operands(program, count), _results(program, count, plan, device)
     _launch(kernel, program, plan, stream, {**_on_device(operands, program, plan, device), **results}, {})
 
-    dtype = operands["x"].dtype
+    dtype, unit_dtype = operands["x"].dtype, _dtype(program.rounding.unit.name)
     rstd = operands["rstd"].double()[:, None]
     unit, scale = operands["x"].double() * rstd, _scale(operands, program)
     g = operands["dy"].float() if scale is None else operands["dy"].float() * scale
-    g = (g.to(dtype) if spec.cast_before_scale else g).double()
+    g = g.to(unit_dtype).double()
     products = g * unit
     dx = rstd * (g - unit * (products.sum(-1, keepdim=True) / n))
     spread = products.abs().sum(-1, keepdim=True) / n
     bound = 2.0**-24 * rstd * ((plan.depth + 16) * unit.abs() * spread + 8 * g.abs())
     ds = operands["ds"].double() if "ds" in operands else torch.zeros(())
     bound += ROUNDINGS[dtype] * ((dx + ds).abs() + bound + ds.abs())
-    verdict = {"dx": bool(((results["dx"].cpu().double() - (dx + ds)).abs() <= bound).all())}
+    verdict: Verdict = {}
+    for name in ("dx", "dresidual"):
+        if name in results:
+            narrowed = ROUNDINGS[results[name].dtype] * (dx.abs() + ds.abs() + bound)
+            allowed = bound if results[name].dtype == dtype else bound + narrowed
+            verdict[name] = bool(((results[name].cpu().double() - (dx + ds)).abs() <= allowed).all())
     if "dweight" in results:
         parts = results["dweight"][: _parts(plan, count)].cpu().double()
         verdict["dweight"] = torch.equal(parts.sum(0), (operands["dy"].double() * unit).sum(0))
