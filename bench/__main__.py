@@ -7,6 +7,7 @@ overhead    host time of one call, by the ways to call
 tune        candidates for the tables of plans
 parity      how far each way to compute a model's norms is from Hugging Face's rounding
 model       tokens per second of a Llama-3-8B-shaped model
+mixed       calls whose dtypes differ, and additions in place
 accuracy, training              outputs against exact statistics; a training step
 evidence    all of these but tune, and the GPU tests, of one commit and one device; continues where it stopped
 readme      fills README.md and docs/ from the committed files, and draws the pictures
@@ -37,7 +38,7 @@ from . import (
     tune,
 )
 
-OF_MODELS = {"parity": "parity", "model": "model_speed"}  # imported when asked for: they need torch
+OF_MODELS = {"parity": "parity", "model": "model_speed", "mixed": "mixed"}  # imported when asked for: they need torch
 README_FIGURES = {"accuracy": accuracy.run, "training": training.run}
 
 
@@ -88,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     proving.add_argument("--seconds", type=float, default=math.inf, help="begins nothing that would end later")
     proving.add_argument("--steps", help=f"comma-separated, of: {', '.join(step.kind for step in evidence.STEPS)}")
 
+    mixed = commands.add_parser("mixed", parents=[output], help="calls whose dtypes differ, and additions in place")
+    mixed.add_argument("--repetitions", type=int, default=31, help="samples of each call")
     for name in README_FIGURES:
         figures = commands.add_parser(name, parents=[common], help="for docs/")
         figures.add_argument("--folder", type=Path, default=results.FOLDER, help="where the result file goes")

@@ -69,20 +69,18 @@ class Functions:
             return y if y.dtype == form.result else y.to(form.result)
 
         def options(form: Form, self: Any) -> dict[str, Any]:
-            offset = form.offset if form.wide_offset else 0.0
-            return {"eps": eps_of(self), "cast_before_scale": form.cast_before_scale, "weight_offset": offset}
+            found = {"eps": eps_of(self), "cast_before_scale": form.cast_before_scale and not form.unrounded}
+            if form.wide_offset:
+                found["weight_offset"] = form.offset
+            return found if (dtype := form.out_dtype) is None else found | {"out_dtype": dtype}
 
         def forward(self: Any, x: Tensor) -> Tensor:
             form, weight, bias = operands(self, x)
-            if weight is None:
-                return finished(form, rms_norm(x.float() if form.wide else x, None, eps_of(self)), bias)
-            return finished(form, rms_norm(x, weight_of(form, weight), **options(form, self)), bias)
+            given = None if weight is None else weight_of(form, weight)
+            return finished(form, rms_norm(x, given, **options(form, self)), bias)
 
         def add(self: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
             form, weight, bias = operands(self, x)
-            if weight is None and form.wide:
-                s = x + residual
-                return forward(self, s), s
             given = None if weight is None else weight_of(form, weight)
             y, s = add_rms_norm(x, residual, given, **options(form, self))
             return finished(form, y, bias), s

@@ -57,8 +57,9 @@ class KernelNorm(torch.autograd.Function):
         ):
             options = _library.joined(_options.arguments(spec), wants_weight)
             rstd = rstd.view(x.shape[:-1])
-            dx, dweight = _library.Gradient.apply(x, weight, rstd, dy, ds, *options)
-            dx, dresidual = _library.passed_on(dx, ctx.passed_on, wanted)
+            total: Any
+            total, dweight = _library.Gradient.apply(x, weight, rstd, dy, ds, *options)
+            dx, dresidual = _library.passed_on(total, ctx.passed_on, wanted)
         else:
             dx, dresidual, dweight = _gradient(call, x, weight, rstd, dy, ds, ctx.passed_on, with_dweight=wants_weight)
         return dx if wants_x else None, dresidual if wants_residual else None, dweight if wants_weight else None, None

@@ -19,7 +19,8 @@ class Form:
     """y = result(weight' * [round](x * rstd)) [+ bias], for one dtype of x and one of the weight.
 
     weight' is the weight, converted to `weight_dtype` where that is not None, plus `offset`, which is added in float32
-    (`wide_offset`) or rounded to the weight's dtype; as float32 where y is float32 and the kernel's y would not be.
+    (`wide_offset`) or rounded to the weight's dtype. `wide`: what a bias is added to, or y, is float32, where x and
+    weight' are not.
     """
 
     weight: str | None
@@ -30,6 +31,16 @@ class Form:
     wide: bool
     result: torch.dtype
     bias: str | None = None
+
+    @property
+    def out_dtype(self) -> torch.dtype | None:
+        """Of `rms_norm`: y's, or that of what the bias is added to; None: what x and weight' promote to."""
+        return F32 if self.wide else self.result if self.bias is None else None
+
+    @property
+    def unrounded(self) -> bool:
+        """Whether unit is y, in float32."""
+        return self.weight is None and self.wide
 
 
 WEIGHTLESS = Form(None, None, 0.0, wide_offset=False, cast_before_scale=True, wide=False, result=F32)

@@ -2,7 +2,6 @@
 
 They have the bodies' parameter names, because callers may use them. What they compute beside rms_norm they compute with
 the body's own statements; x.float() is exact, and so is the norm of a float32 x without a weight: nothing rounds there.
-`.to` rounds where a float32 weight made the result float32, and does nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -33,28 +32,26 @@ def cpmant(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def gemma(self: Any, x: torch.Tensor) -> torch.Tensor:
-    return rms_norm(x, self.weight, self.eps, cast_before_scale=False, weight_offset=1.0).to(x.dtype)
+    return rms_norm(x, self.weight, self.eps, cast_before_scale=False, weight_offset=1.0, out_dtype=x.dtype)
 
 
 def olmo2(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    return rms_norm(hidden_states, self.weight, self.variance_epsilon, cast_before_scale=False).to(hidden_states.dtype)
+    options: Any = {"cast_before_scale": False, "out_dtype": hidden_states.dtype}
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon, **options)
 
 
 def moshi(self: Any, x: torch.Tensor) -> torch.Tensor:
-    return rms_norm(x, self.weight, self.eps, cast_before_scale=False).to(x.dtype)
+    return rms_norm(x, self.weight, self.eps, cast_before_scale=False, out_dtype=x.dtype)
 
 
 def t5(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    if self.weight.dtype == torch.float32:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon, cast_before_scale=False)
-    if self.weight.dtype == hidden_states.dtype:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
-    return self.weight * rms_norm(hidden_states.float(), None, self.variance_epsilon).to(self.weight.dtype)
+    dtype = self.weight.dtype
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon, unit_dtype=dtype, out_dtype=dtype)
 
 
 def gemma4(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     weight = self.weight if self.with_scale else None
-    return rms_norm(hidden_states, weight, self.eps, cast_before_scale=False).to(hidden_states.dtype)
+    return rms_norm(hidden_states, weight, self.eps, cast_before_scale=False, out_dtype=hidden_states.dtype)
 
 
 def weightless(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -66,7 +63,7 @@ def weightless_states(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def muse_centered(self: Any, x: torch.Tensor) -> torch.Tensor:
-    return rms_norm(x, 1.0 + self.weight, self.eps, cast_before_scale=False).to(x.dtype)
+    return rms_norm(x, 1.0 + self.weight, self.eps, cast_before_scale=False, out_dtype=x.dtype)
 
 
 def muse_scaled(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -139,13 +136,14 @@ def qwen3_next(self: Any, hidden_states: torch.Tensor, gate: torch.Tensor) -> to
 
 
 def kimi(self: Any, hidden_states: torch.Tensor, gate: Any = None) -> torch.Tensor:
-    y = rms_norm(hidden_states, self.weight.float(), self.variance_epsilon, cast_before_scale=False)
+    options: Any = {"cast_before_scale": False, "out_dtype": torch.float32}
+    y = rms_norm(hidden_states, self.weight, self.variance_epsilon, **options)
     return (y * _activation(self.activation)(gate.float())).to(hidden_states.dtype)
 
 
 def torch_rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
     eps = TORCH_EPS if self.eps is None else self.eps
-    return rms_norm(x, self.weight, eps, cast_before_scale=False).to(x.dtype)
+    return rms_norm(x, self.weight, eps, cast_before_scale=False, out_dtype=x.dtype)
 
 
 def _add_llama(self: Any, hidden_states: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,13 +151,13 @@ def _add_llama(self: Any, hidden_states: torch.Tensor, residual: torch.Tensor) -
 
 
 def _add_gemma(self: Any, hidden_states: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    y, s = add_rms_norm(hidden_states, residual, self.weight, self.eps, cast_before_scale=False, weight_offset=1.0)
-    return y.to(s.dtype), s
+    options: Any = {"cast_before_scale": False, "weight_offset": 1.0, "out_dtype": residual.dtype}
+    return add_rms_norm(hidden_states, residual, self.weight, self.eps, **options)
 
 
 def _add_olmo2(self: Any, hidden_states: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    y, s = add_rms_norm(hidden_states, residual, self.weight, self.variance_epsilon, cast_before_scale=False)
-    return y.to(s.dtype), s
+    options: Any = {"cast_before_scale": False, "out_dtype": residual.dtype}
+    return add_rms_norm(hidden_states, residual, self.weight, self.variance_epsilon, **options)
 
 
 RESIDUAL_FORMS: dict[Forward, AddNorm] = {llama: _add_llama, gemma: _add_gemma, olmo2: _add_olmo2}

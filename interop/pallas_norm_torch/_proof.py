@@ -18,7 +18,7 @@ def weight_of(form: Form, weight: Tensor) -> Tensor:
         weight = weight.to(form.weight_dtype)
     if form.offset and not form.wide_offset:
         weight = weight + form.offset
-    return weight.float() if form.wide else weight
+    return weight
 
 
 def formula(form: Form, x: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -31,7 +31,7 @@ def formula(form: Form, x: Tensor, rstd: Tensor, weight: Tensor | None, bias: Te
             unit = unit.to(x.dtype).float()
         given = weight_of(form, weight)
         factor = given.float() + form.offset if form.wide_offset else given.float()
-        y = (unit * factor).to(torch.promote_types(x.dtype, given.dtype))
+        y = (unit * factor).to(form.out_dtype or torch.promote_types(x.dtype, given.dtype))
     return (y if bias is None else y + bias).to(form.result)
 
 

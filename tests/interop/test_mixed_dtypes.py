@@ -77,12 +77,11 @@ def test_the_results_are_those_of_jax(rows: int, n: int, mix: Mix, device: str) 
 
 
 def _rstd_of(mix: Mix, given: dict[str, Any], found: Tensors, device: str) -> Tensors:
-    """The kernel's own, where one is launched."""
+    """The kernel's own, where one is launched: s is read in the same chunks, whatever it is the sum of."""
     if device == "cpu":
         return {}
-    s = found.get("s", found["y"].new_empty(0) if "x" not in given else tensors(given)["x"].to(device))
-    arguments = [None if "weight" not in given else tensors(given)["weight"].to(device), EPS, True, mix.weight_offset]
-    return {"rstd": torch.ops.pallas_norm.rms_norm(s, *arguments)[1].cpu()}
+    s = tensors(given)["x"].to(device) if mix.residual is None else found["s"]
+    return {"rstd": torch.ops.pallas_norm.rms_norm(s, None, EPS, *OPTIONS[1:])[1].cpu()}
 
 
 @pytest.mark.parametrize("mix", TRAINED, ids=str)
@@ -294,3 +293,28 @@ def test_out_and_s_out_under_compile() -> None:
     for own, right, place in zip(found, (y, s), (x, residual), strict=True):
         assert_same(own, right)
         assert_same(place, right)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("places", PLACES, ids=str)
+@pytest.mark.parametrize(("rows", "n"), [(64, 128), (65, 128), (4097, 4096), (33, 16384), (17, 32768), (9, 131072)])
+@pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32], ids=str)
+def test_a_kernel_in_place_has_the_bits_of_one_elsewhere(
+    stream: torch.dtype, rows: int, n: int, places: tuple[str | None, str | None]
+) -> None:
+    dtypes = {"x": BF16, "residual": stream}
+    if stream == F32 and (places[0] == "residual" or places[1] == "x"):
+        return  # of another dtype than y, or s
+    x, residual = (draw(rows, n, dtype=dtype, device="cuda", seed=i) for i, dtype in enumerate(dtypes.values()))
+    weight = draw(n, dtype=BF16, device="cuda", seed=2)
+    given: dict[str, Any] = {} if stream == BF16 else {"out_dtype": BF16, "unit_dtype": BF16}
+    y, s = add_rms_norm(x, residual, weight, **given)
+    for _ in range(5):
+        one, other = x.clone(), residual.clone()
+        own = [torch.empty_like(residual), torch.empty_like(x)]
+        at = {"x": one, "residual": other}
+        where = dict(zip(("out", "s_out"), places, strict=True))
+        where = {name: at.get(place, own[int(name == "out")]) for name, place in where.items() if place}
+        found = add_rms_norm(one, other, weight, **given, **where)
+        assert_same(found[0], y)
+        assert_same(found[1], s)
