@@ -1,4 +1,5 @@
-"""SGLang's rmsnorm_hf, by the same names: a drop-in without its limits on the hidden size."""
+"""SGLang's norms by the same names and signatures, those of 0.5.23: drop-ins without limits on the hidden size, and for
+what its layer leaves to torch. docs/dtypes.md has the table of flags and bits."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .ops import rms_norm
+from .ops import add_rms_norm, rms_norm
 
 Tensor = torch.Tensor
 
@@ -47,6 +48,77 @@ def rmsnorm_hf(input: Tensor, weight: Tensor, eps: float = 1e-6, out: Tensor | N
         return out
     with torch.no_grad():
         return rms_norm(input, weight, eps, out=out)
+
+
+def fused_add_rmsnorm(
+    input: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, cast_x_before_out_mul: bool = False
+) -> None:
+    """residual = round(input + residual); input = rms_norm(residual): in place, for inference.
+
+    The sum is rounded before it is normalised, as in Hugging Face's decoder layers. SGLang's own kernel stores the
+    rounded sum and normalises the unrounded one, with either flag.
+
+    Arguments:
+        input, residual: `[..., n]`, written to; any of the dtypes that `add_rms_norm` takes, for each its own.
+        weight: `[n]`.
+        eps: added to the mean of squares.
+        cast_x_before_out_mul: True rounds to the dtype of input before the weight multiplies, as Hugging Face does.
+
+    Raises: as `add_rms_norm` with out=input and s_out=residual.
+
+    Source: sglang.kernels.ops.layernorm.norm.fused_add_rmsnorm.
+    """
+    unit = input.dtype if cast_x_before_out_mul else torch.float32
+    with torch.no_grad():
+        places: Any = {"out": input, "s_out": residual}
+        add_rms_norm(input, residual, weight, eps, unit_dtype=unit, out_dtype=input.dtype, **places)
+
+
+def forward_cuda(
+    self: Any,
+    x: Tensor,
+    residual: Tensor | None = None,
+    post_residual_addition: Tensor | None = None,
+    quant_linear: Any = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """SGLang's RMSNorm layer as one kernel for whatever its flags say, in batch-invariant mode too:
+
+        sglang.srt.layers.layernorm.RMSNorm.forward_cuda = pallas_norm_torch.sglang.forward_cuda
+
+    Its own takes kernels only for some flags and sizes, and torch's statements, six launches, where there is a residual
+    in batch-invariant mode, a float32 weight beside a cast, `fp32_residual` or `override_orig_dtype`. A row's bits here
+    do not depend on the batch.
+
+    Arguments, and what it returns: those of the layer's forward. x and residual are not written to.
+        post_residual_addition: added to the residual first, as in the layer's own way with kernels.
+        quant_linear: not taken: y is what its quantisation expects, not yet quantised.
+
+    Rounding: as the layer's forward_native, to the bit for the same reciprocal root, where s is float32
+        (`fp32_residual`) or there is no residual. Else the sum is rounded before it is normalised, as in Hugging Face's
+        decoder layers; forward_native normalises the unrounded one.
+
+    Raises: what the layer raises for another hidden size; as `add_rms_norm`. A layer with variance_size_override, which
+        normalises part of a row, is left to its forward_native.
+
+    Source: sglang.srt.layers.layernorm.RMSNorm.
+    """
+    if self.variance_size_override is not None:
+        return self.forward_native(x, residual, post_residual_addition)
+    if x.shape[-1] != self.hidden_size:
+        raise ValueError(f"Expected hidden_size to be {self.hidden_size}, but found: {x.shape[-1]}")
+    if residual is not None and post_residual_addition is not None:
+        residual = residual + post_residual_addition
+    if x.numel() == 0:
+        return x if residual is None else (x, residual)
+    weight, eps = self.weight, self.variance_epsilon
+    dtype = self.override_orig_dtype or x.dtype
+    options: Any = {"unit_dtype": torch.float32, "out_dtype": dtype}
+    if self.cast_x_before_out_mul:
+        options = {"unit_dtype": dtype, "out_dtype": torch.promote_types(weight.dtype, dtype)}
+    if residual is None:
+        return rms_norm(x, weight, eps, **options)
+    s_dtype = torch.float32 if self.fp32_residual else dtype
+    return add_rms_norm(x, residual, weight, eps, s_dtype=s_dtype, **options)
 
 
 def _check(input: Any, weight: Any) -> None:

@@ -104,6 +104,19 @@ def test_a_prepared_call_launches_one_kernel_and_its_gradient_two(
     assert not any("rstd" in program.outputs for program in list(made)[-1:])
 
 
+def test_calls_that_differ_in_dtypes_alone_are_told_apart(made: dict[Program, FakeKernel]) -> None:  # noqa: F811
+    x, weight = draw(6, 128, dtype=BF16), draw(128, dtype=F32, seed=1)
+    residuals = [draw(6, 128, dtype=dtype, seed=2) for dtype in DTYPES]
+    for _ in range(2):
+        assert [rms_norm(x, weight, out_dtype=dtype).dtype for dtype in (None, *DTYPES)] == [F32, *DTYPES]
+        assert rms_norm(x, weight, round_weight=True).dtype == BF16
+        assert [add_rms_norm(x, residual, weight)[1].dtype for residual in residuals] == DTYPES
+        assert [add_rms_norm(x, residuals[0], weight, s_dtype=dtype)[1].dtype for dtype in DTYPES] == DTYPES
+        one, two = (rms_norm(x, weight, unit_dtype=dtype) for dtype in (BF16, F16))
+        assert not torch.equal(one, two)
+    assert made
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's export, of itself
 @pytest.mark.parametrize("mix", TRAINED, ids=str)
 def test_compiled_exported_and_decomposed_they_are_the_same(mix: Mix) -> None:
