@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -57,8 +57,8 @@ class KernelNorm(torch.autograd.Function):
         ):
             options = _library.joined(_options.arguments(spec), wants_weight)
             rstd = rstd.view(x.shape[:-1])
-            found: Any = _library.Gradient.apply(x, weight, rstd, dy, ds, *options)
-            (dx, dresidual), dweight = _library.passed_on(found[0], ctx.passed_on, wanted), found[1]
+            total, dweight = cast(tuple[Any, Any], _library.Gradient.apply(x, weight, rstd, dy, ds, *options))
+            dx, dresidual = _library.passed_on(total, ctx.passed_on, wanted)
         else:
             dx, dresidual, dweight = _gradient(call, x, weight, rstd, dy, ds, ctx.passed_on, with_dweight=wants_weight)
         return dx if wants_x else None, dresidual if wants_residual else None, dweight if wants_weight else None, None

@@ -1,4 +1,4 @@
-"""SGLang's fused addition and its layer, replaced: the bits of its own torch code, but for a sum that it rounds late."""
+"""SGLang's fused addition and its layer, replaced: the bits of its own code, but for a sum that it rounds late."""
 
 from __future__ import annotations
 
