@@ -199,7 +199,7 @@ def test_a_process_compiles_for_one_generation(monkeypatch: pytest.MonkeyPatch) 
 
 def test_each_gpu_has_a_program_of_its_own() -> None:
     """Its plan is fitted to it: an A100 has no bulk copies. Two of a kind share one."""
-    kernel = _kernels.Forward(32768, torch.bfloat16, torch.bfloat16, Spec(), residual=False, with_rstd=True)
+    kernel = _kernels.Forward(32768, torch.bfloat16, torch.bfloat16, Spec(), residual=None, with_rstd=True)
     ours, theirs = (_kernels.program_of(kernel, gpu) for gpu in (A100, H200))
     assert (ours.plan.source, theirs.plan.source) == (Source.REGISTERS, Source.PIPELINE)
     assert _kernels.program_of(kernel, Gpu(*A100)) is ours
