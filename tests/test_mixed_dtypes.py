@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pallas_norm import add_rms_norm, rms_norm
 from pallas_norm._spec import Spec
 from tests import oracle
 from tests.oracle import BF16, DTYPES, F32, Array
-from tests.strategies import flushes, weights
+from tests.strategies import backward_widths, examples, flushes, weights
 
 EPS, N, ROWS = 1e-5, 96, 7
 
@@ -174,6 +176,38 @@ def test_every_combination_of_dtypes_has_the_bits_of_the_replay(x: str, residual
 def test_what_people_train_with(implementation: str, n: int, mix: Mix) -> None:
     given = draw(mix, 21, n)
     check(mix, given, jax.jit(functools.partial(call, mix, implementation=implementation))(given), implementation)
+
+
+@st.composite
+def mixes(draw: st.DrawFn) -> Mix:
+    """Any that is allowed, also what is left to the rule."""
+    kinds = st.sampled_from((None, *DTYPES))
+    residual, weight = draw(kinds), draw(kinds)
+    return Mix(
+        draw(st.sampled_from(tuple(DTYPES))),
+        residual,
+        weight,
+        unit_dtype=draw(kinds),
+        round_weight=weight is not None and draw(st.booleans()),
+        out_dtype=draw(kinds),
+        s_dtype=draw(kinds) if residual else None,
+        weight_offset=draw(st.sampled_from((0.0, 1.0))) if weight else 0.0,
+    )
+
+
+SHARE = {"xla": 0.2, "interpret": 0.05, "mosaic_gpu": 0.1}
+
+
+def test_any_mix_in_rows_of_any_length(implementation: str) -> None:
+    widths = backward_widths(implementation)
+
+    @examples(SHARE[implementation])
+    @given(mixes(), st.sampled_from(widths if implementation == "interpret" else widths[:20]), st.integers(1, 23))
+    def holds(mix: Mix, n: int, rows: int) -> None:
+        given = draw(mix, rows, n)
+        check(mix, given, jax.jit(functools.partial(call, mix, implementation=implementation))(given), implementation)
+
+    holds()
 
 
 def test_a_stream_of_float32_beside_a_bfloat16_x_in_kernels_whose_warps_share_a_row() -> None:
