@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _api
+from . import _api, _validate
 
 
 def rms_norm(
@@ -24,13 +24,17 @@ def rms_norm(
     eps: float = 1e-6,
     cast_before_scale: bool = True,
     weight_offset: float = 0.0,
+    out_dtype: str | None = None,
+    unit_dtype: str | None = None,
+    round_weight: bool = False,
 ) -> Any:
     """y = weight * round(x / sqrt(mean(x^2) + eps)): `pallas_norm.rms_norm` of arrays of any kind, y of the kind of x.
 
     Arguments:
         x: `[..., n]`, bfloat16, float16 or float32: anything with `__dlpack__`, on a CPU or a CUDA device.
         weight: `[n]`, of any kind too, on the device of x; or None.
-        eps, cast_before_scale, weight_offset: as in `pallas_norm.rms_norm`.
+        eps, cast_before_scale, weight_offset, out_dtype, unit_dtype, round_weight: as in `pallas_norm.rms_norm`; dtypes
+            by their names, which all frameworks share: "bfloat16", "float16", "float32".
 
     Returns: y, of the kind of x: a NumPy array for a NumPy array, a torch tensor for a torch tensor; otherwise what the
         `from_dlpack` of the array's own namespace (`x.__array_namespace__()`, or the package that defines its type)
@@ -47,14 +51,20 @@ def rms_norm(
     Source: `pallas_norm.rms_norm`; the exchange is DLPack's, by the Python array API standard.
     """
     options: dict[str, Any] = {"eps": eps, "cast_before_scale": cast_before_scale, "weight_offset": weight_offset}
+    options |= {"round_weight": round_weight}
+    dtypes = {"out_dtype": out_dtype, "unit_dtype": unit_dtype}
+    names: dict[str, Any] = {name: _validate.rounding_dtype(name, dtype) for name, dtype in dtypes.items()}
     if _package(x) == "torch":
         import pallas_norm_torch  # torch is there already: its tensor is
+
+        torch = sys.modules["torch"]
+        options |= {name: None if dtype is None else getattr(torch, dtype) for name, dtype in names.items()}
 
         if weight is not None and _package(weight) != "torch":
             weight = pallas_norm_torch.to_torch(jnp.asarray(_to_jax("weight", weight)))
         return pallas_norm_torch.rms_norm(x, weight, **options)
     arrays = _to_jax("x", x), None if weight is None else _to_jax("weight", weight)
-    y = cast(jax.Array, _api.rms_norm(*arrays, **options))
+    y = cast(jax.Array, _api.rms_norm(*arrays, **options, **names))
     if isinstance(x, np.ndarray):
         return np.array(y)  # its own memory, which may be written to
     if isinstance(x, jax.Array):

@@ -56,6 +56,16 @@ def test_numpy_gets_numpy_that_it_may_write_to(dtype: np.dtype) -> None:
         oracle.assert_same(value, was)
 
 
+def test_the_dtypes_are_named() -> None:
+    x, weight = operands(BF16)
+    options = {"out_dtype": "float16", "unit_dtype": "float32", "round_weight": True}
+    y = dlpack.rms_norm(x, weight.astype(F32), **options)
+    oracle.assert_same(y, expected(x, weight.astype(F32), **options))
+    assert y.dtype == F16
+    with pytest.raises(TypeError, match=r"^out_dtype is float64; needed one of bfloat16, float16, float32$"):
+        dlpack.rms_norm(x, weight, out_dtype="float64")
+
+
 def test_the_options_and_no_weight() -> None:
     x, weight = operands(BF16)
     oracle.assert_same(dlpack.rms_norm(x), expected(x))

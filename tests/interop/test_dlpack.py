@@ -33,3 +33,9 @@ def test_a_numpy_array_is_the_weight_of_a_tensor() -> None:
     y = dlpack.rms_norm(x, weight.numpy())
     assert isinstance(y, torch.Tensor)
     assert_same(y, rms_norm(x, weight))
+
+
+def test_the_dtypes_are_named_for_torch_too() -> None:
+    x, weight = draw(3, 64, dtype=torch.bfloat16), draw(64, dtype=torch.float32, seed=1)
+    y = dlpack.rms_norm(x, weight, out_dtype="bfloat16", unit_dtype="float16", round_weight=True)
+    assert_same(y, rms_norm(x, weight, out_dtype=torch.bfloat16, unit_dtype=torch.float16, round_weight=True))
