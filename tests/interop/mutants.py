@@ -47,7 +47,7 @@ MUTANTS = {
     "dresidual launched as dx": Mutant("prepared", "None if residual in (None, x) else residual", "None", "test_mixed_dtypes.py::test_a_prepared_call"),
     "s launched in the dtype of x": Mutant("prepared", "self.s_dtype = None if self.to.s == kernel.x else self.to.s", "self.s_dtype = torch.float32", "test_mixed_dtypes.py::test_a_prepared_call"),
     "the second derivative rounds the weight's": Mutant("_formula", "return weight + (weight.to(dtype).float() - weight).detach()", "return weight.to(dtype).float()", "test_mixed_dtypes.py::test_the_second_derivative"),
-    "a call of other dtypes": Mutant("ops", ", rounding]", "]", "test_mixed_dtypes.py::test_calls_that_differ"),
+    "a call of other dtypes": Mutant("ops", "device, added, rounding]", "device, added, _options.AS_OPERANDS]", "test_mixed_dtypes.py::test_calls_that_differ"),
     # SGLang's
     "SGLang's sum normalised as it is": Mutant("sglang", "s_dtype = torch.float32 if self.fp32_residual else dtype", "s_dtype = torch.float32", "test_sglang.py::test_a_rounded_sum"),
     "SGLang's override forgotten": Mutant("sglang", "dtype = self.override_orig_dtype or x.dtype", "dtype = x.dtype", "test_sglang.py::test_the_layer"),
