@@ -164,6 +164,11 @@ def spans_devices(context: Any) -> bool:
     return getattr(axes, "num_devices", 1) > 1  # ShardingContext, or pmap's
 
 
+def is_exported(context: Any) -> bool:
+    """Whether what is lowered here goes to a file, for processes that may not know our partitioner."""
+    return bool(context.module_context.lowering_parameters.for_export)
+
+
 def mesh_around(context: Any) -> list[tuple[int, bool]]:
     """Of each axis of the mesh of a shard_map around: its size, and whether it is Manual. Empty outside of one."""
     axes = context.module_context.axis_context

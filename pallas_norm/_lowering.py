@@ -93,7 +93,7 @@ def _inlined(context: Any, values: Any, reference: Any) -> Any:
 
 def _on_cpu(context: Any, *values: Any, call: Any, reference: Any) -> Any:
     _check_not_forced(call)
-    if _is_divided(context):
+    if _is_divided(context) and not _compat.is_exported(context):
         return _partitioning.lowered(context, values, call, None, platform="cpu")
     return _inlined(context, values, reference)
 
