@@ -47,7 +47,7 @@ def _mantissa(bits: Any) -> Any:
 
 
 def _exponent(bits: Any) -> Any:
-    return lax.shift_right_logical(bits, 23)
+    return lax.shift_right_logical(bits, jnp.int32(23))
 
 
 def _root_corrected(value_bits: Any, root_bits: Any) -> Any:
