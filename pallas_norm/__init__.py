@@ -1,5 +1,6 @@
 """RMSNorm with Hugging Face's rounding, as Pallas GPU kernels for JAX programs."""
 
+from . import quantized_reference as quantized_reference
 from . import reference as reference
 from ._api import add_rms_norm as add_rms_norm
 from ._api import explain as explain
