@@ -5,6 +5,8 @@ from . import reference as reference
 from ._api import add_rms_norm as add_rms_norm
 from ._api import explain as explain
 from ._api import rms_norm as rms_norm
+from ._api_quantized import add_rms_norm_quantized as add_rms_norm_quantized
+from ._api_quantized import rms_norm_quantized as rms_norm_quantized
 from ._autodiff import RSTD as RSTD
 from ._dispatch import Explanation as Explanation
 from ._patching import Report as Report

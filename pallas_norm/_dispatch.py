@@ -235,4 +235,5 @@ def backward(
     return Call("backward", tuple(operands), spec, **options).run(operands)
 
 
-_partitioning.register(Call.decoded)
+for _operation in ("forward", "backward"):
+    _partitioning.register(_operation, Call.decoded)

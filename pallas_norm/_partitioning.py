@@ -26,21 +26,26 @@ import numpy as np
 from jax import lax
 
 from . import _compat, _spmd, _target, reference
-from ._sharding import COLUMNS, PER_ROW
+from ._sharding import COLUMNS, PER_ROW, SCALARS, needs_whole_rows
 from .plans.fitting import Misfit
 from .plans.hardware import Gpu
 
 TARGET = "pallas_norm"
+FACTORS = {"scales": "groups"}  # of the last axis, where it is not that of x
 SHARDS = "shards"  # the axis of all devices, in the order of their numbers in the program
 
-_decode: Callable[[str], Any] | None = None
+_decoders: dict[str, Callable[[str], Any]] = {}  # by operation
 
 
-def register(decode: Callable[[str], Any]) -> None:
+def register(operation: str, decode: Callable[[str], Any]) -> None:
     """On import: a program from a file or a cache may hold calls that this process never lowered."""
-    global _decode
-    _decode = decode
-    _spmd.register_partitioner(TARGET, _partition, _infer)
+    if not _decoders:
+        _spmd.register_partitioner(TARGET, _partition, _infer)
+    _decoders[operation] = decode
+
+
+def _decoded(text: str) -> Any:
+    return _decoders[json.loads(text)["operation"]](text)
 
 
 def lowered(context: Any, values: Sequence[Any], call: Any, gpu: Gpu | None, *, platform: str = "cuda") -> Any:
@@ -49,13 +54,17 @@ def lowered(context: Any, values: Sequence[Any], call: Any, gpu: Gpu | None, *, 
     batch = " ".join(f"b{axis}" for axis in range(rank - 1))
 
     def factors(name: str) -> str:
-        return "columns" if name in COLUMNS else batch if name in PER_ROW else f"{batch} n"
+        if name in SCALARS:
+            return ""
+        return "columns" if name in COLUMNS else batch if name in PER_ROW else f"{batch} {FACTORS.get(name, 'n')}"
 
     def side(names: Sequence[str]) -> str:
         return ", ".join(factors(name) for name in names)
 
     # The weight's factor is its own: a weight that lies split over the columns (FSDP) must not split the rows of x.
     replicated = ("columns",) if {*call.names, *call.results} & {*COLUMNS} else ()
+    if needs_whole_rows(call.results):
+        replicated += ("n", *(FACTORS[name] for name in call.results if name in FACTORS))
     return _spmd.partitioned_call(
         context,
         values,
@@ -70,7 +79,9 @@ def lowered(context: Any, values: Sequence[Any], call: Any, gpu: Gpu | None, *, 
 
 def _sharding(name: str, rows: Any) -> Any:
     """Of an operand or a result, from the tiling of x: (rows..., columns, replicas, manual)."""
-    if name in PER_ROW:
+    if name in SCALARS:
+        rows = rows.reshape(rows.size // rows.shape[-1], rows.shape[-1])
+    elif name in PER_ROW:
         *tiles, replicas, manual = rows.shape
         rows = rows.reshape(*tiles[:-1], tiles[-1] * replicas, manual)
     elif name in COLUMNS:
@@ -91,7 +102,11 @@ def _tiles(call: Any, arg_shapes: Sequence[Any], arg_shardings: Sequence[Any]) -
     at = call.names.index("x")
     given = [sharding for sharding in arg_shardings if sharding is not None and not sharding.is_replicated()]
     devices = max([math.prod(sharding.tile_assignment_dimensions()) for sharding in given], default=1)
-    return _spmd.tiling(arg_shardings[at], len(arg_shapes[at].dimensions()), devices)
+    tiling = _spmd.tiling(arg_shardings[at], len(arg_shapes[at].dimensions()), devices)
+    if not needs_whole_rows(call.results):
+        return tiling
+    *batch, columns, replicas, manual = tiling.shape
+    return tiling.reshape(*batch, 1, columns * replicas, manual)
 
 
 def _numbers(rows: Any, mesh: Sequence[tuple[int, bool]]) -> Any:
@@ -113,8 +128,8 @@ def _local(call: Any, rows: Any, gpu: Gpu | None) -> Callable[..., Any]:
     """What a device does with its operands; without a GPU that has a kernel, by the reference."""
     rank = rows.ndim - 2
     shared_out, split = (_groups(rows, axes) for axes in (range(rank - 1), range(rank - 1, rank)))
-    dtype = call.dweight_dtype
-    part = dataclasses.replace(call, dweight_dtype="float32") if len(shared_out[0]) > 1 else call
+    sums_dweight = len(shared_out[0]) > 1 and "dweight" in call.results
+    part = dataclasses.replace(call, dweight_dtype="float32") if sums_dweight else call
     is_split = len(split[0]) > 1
     if is_split:
         groups = tuple(map(tuple, split))
@@ -125,9 +140,9 @@ def _local(call: Any, rows: Any, gpu: Gpu | None) -> Callable[..., Any]:
     def run(*values: jax.Array) -> list[jax.Array]:
         operands = dict(zip(call.names, values, strict=True))
         results = part.by_reference(operands) if is_split or gpu is None else part.by_kernel(operands, gpu=gpu)
-        if len(shared_out[0]) > 1 and "dweight" in results:
+        if sums_dweight:
             total = lax.psum(results["dweight"], SHARDS, axis_index_groups=shared_out)
-            results["dweight"] = reference.round_to(total, jnp.dtype(dtype))
+            results["dweight"] = reference.round_to(total, jnp.dtype(call.dweight_dtype))
         return [results[name] for name in call.results]
 
     return run
@@ -156,9 +171,8 @@ def _partition(
 ) -> tuple[bytes, Sequence[Any], Any]:
     """The compiler's question: a program for one device, and how its operands and results lie."""
     del result_sharding
-    assert _decode is not None
     given = json.loads(config)
-    call = _decode(given["call"])
+    call = _decoded(given["call"])
     rows = _tiles(call, arg_shapes, arg_shardings)
     operands = [_sharding(name, rows) for name in call.names]
     structs = [
@@ -173,7 +187,6 @@ def _partition(
 
 
 def _infer(arg_shapes: Sequence[Any], arg_shardings: Sequence[Any], result_shape: Any, config: bytes) -> Any:
-    assert _decode is not None
-    call = _decode(json.loads(config)["call"])
+    call = _decoded(json.loads(config)["call"])
     rows = _tiles(call, arg_shapes, arg_shardings)
     return _spmd.tuple_of_shardings(result_shape, [_sharding(name, rows) for name in call.results])

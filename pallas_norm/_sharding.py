@@ -27,7 +27,13 @@ from ._spec import Spec
 Arrays = dict[str, jax.Array]
 
 COLUMNS = ("weight", "dweight")  # (n,)
-PER_ROW = ("rstd",)  # (...,); everything else is whole rows, (..., n)
+PER_ROW = ("rstd",)  # (...,)
+SCALARS = ("scale",)  # (); everything else is whole rows, (..., n), but for "scales", (..., groups)
+
+
+def needs_whole_rows(results: Iterable[str]) -> bool:
+    """Whether a last axis that is split is gathered first: of quantised results no part is computed from a part."""
+    return "q" in results
 
 
 def _explicit(mesh: Any) -> set[str]:
@@ -53,7 +59,7 @@ def _axes(entries: Iterable[Any]) -> tuple[str, ...]:
 
 def _rows(operands: Arrays) -> tuple[Any, ...]:
     """How the whole rows are split, (..., n), where the operands agree; JAX's own error where they do not."""
-    whole = [value for name, value in operands.items() if name not in COLUMNS + PER_ROW]
+    whole = [value for name, value in operands.items() if name not in COLUMNS + PER_ROW + SCALARS]
     specs = {_spec(value) for value in whole}
     if len(specs) == 1:
         return specs.pop()
@@ -71,6 +77,8 @@ def _rows(operands: Arrays) -> tuple[Any, ...]:
 
 def _of(name: str, rows: tuple[Any, ...], rank: int) -> PartitionSpec:
     """The spec of an operand or a result: columns have the axes of the last axis, and those of members lead."""
+    if name in SCALARS:
+        return PartitionSpec()
     if name in COLUMNS:
         return PartitionSpec(*rows[: rank - 1], rows[-1])
     return PartitionSpec(*(rows[:-1] if name in PER_ROW else rows))
@@ -91,6 +99,18 @@ def aligned(operands: Arrays) -> Arrays:
         return jax.sharding.reshard(value, NamedSharding(mesh, spec))
 
     return {name: placed(name, value) for name, value in operands.items()}
+
+
+def whole_rows(operands: Arrays) -> Arrays:
+    """Aligned operands on Explicit axes, the last axis gathered where it is split."""
+    mesh = _mesh(operands)
+    if mesh is None or not _axes((rows := _rows(operands))[-1:]):
+        return operands
+
+    def gathered(name: str, value: jax.Array) -> jax.Array:
+        return jax.sharding.reshard(value, NamedSharding(mesh, _of(name, (*rows[:-1], None), value.ndim)))
+
+    return {name: gathered(name, value) for name, value in operands.items()}
 
 
 def summed_over(operands: Arrays) -> tuple[str, ...]:

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 PUBLIC = {
-    "pallas_norm": ("rms_norm", "add_rms_norm", "explain", "plan_for", "patch", "unpatch"),
+    "pallas_norm": (
+        *("rms_norm", "add_rms_norm", "rms_norm_quantized", "add_rms_norm_quantized"),
+        *("explain", "plan_for", "patch", "unpatch"),
+    ),
     "pallas_norm.dlpack": ("rms_norm",),
     "pallas_norm.regimes": ("plan_for", "backward_plan_for"),
     "pallas_norm_torch": (
@@ -21,7 +24,17 @@ PUBLIC = {
     ),
     "pallas_norm_torch.hub_kernels": ("kernelize", "kernel_mapping"),
 }
-WITH_SOURCE = {"rms_norm", "add_rms_norm", "RMSNorm", "rmsnorm_hf", "patch", "kernelize", "to_jax", "to_torch"}
+QUANTIZED = {"rms_norm_quantized", "add_rms_norm_quantized"}
+WITH_SOURCE = QUANTIZED | {
+    "rms_norm",
+    "add_rms_norm",
+    "RMSNorm",
+    "rmsnorm_hf",
+    "patch",
+    "kernelize",
+    "to_jax",
+    "to_torch",
+}
 
 
 def member(module: str, name: str) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 
 from .._row_sum import neighbours_added
 from ..plans.plan import Plan
-from . import conversions, ieee, launch_arguments, layouts
+from . import conversions, groups, ieee, launch_arguments, layouts
 
 F32 = jnp.float32
 Chunks = list[jax.Array]  # the parts of a row that a CTA has, all of one shape
@@ -95,9 +95,28 @@ class Block:
         """Second half: waits for other CTAs, where they have parts of the row."""
         return begun
 
+    def row_max(self, magnitudes: Sequence[jax.Array], exchange: Any) -> jax.Array:
+        """The largest of each row of magnitudes, NaN where one is; `exchange` is one of its own, where workers share a
+        row.
+
+        As integers, which have the order of magnitudes, NaN above all: in an interpreter a maximum loses NaN, and on a
+        GPU a warp's is one instruction.
+        """
+        chunks = [lax.bitcast_convert_type(chunk, jnp.int32) for chunk in magnitudes]
+        largest = self._row_max(functools.reduce(jnp.maximum, chunks), exchange)
+        return lax.bitcast_convert_type(largest, F32)
+
+    def _row_max(self, bits: jax.Array, exchange: Any) -> jax.Array:
+        del exchange
+        return jnp.max(bits)
+
     def broadcast(self, per_row: jax.Array) -> jax.Array:
         """Per-row values in the shape of a chunk; a scalar broadcasts by itself."""
         return per_row
+
+    def filled(self, per_row: jax.Array) -> jax.Array:
+        """As broadcast, a scalar too."""
+        return self._cast(lax.broadcast_in_dim(per_row, self.shape, tuple(range(per_row.ndim))))
 
     def load_rows(self, ref: Any) -> jax.Array:
         """Per-row values of a (rows,) reference, in the form that the sum has."""
@@ -106,6 +125,14 @@ class Block:
     def store_rows(self, ref: Any, per_row: jax.Array) -> None:
         """The inverse of load_rows."""
         ref[self.row] = per_row
+
+    def store_groups(self, ref: Any, chunks: Sequence[jax.Array], group: int) -> None:
+        """To a (rows, n // group) reference, the value that each group of neighbouring elements has in common."""
+        for start, chunk in zip(self._starts(), chunks, strict=True):
+            rows = self.row if self.interpret else self._first_row()
+            groups.store(
+                ref, rows, start, chunk, self.layout, group, self.plan, one_row=self.one_row, interpret=self.interpret
+            )
 
     def store_columns(self, ref: Any, chunks: Sequence[jax.Array], reduction: ColumnReduction | None) -> None:
         """Per-column values to a (n,) reference: the chunks, where they have several rows added up."""
@@ -125,6 +152,11 @@ class Block:
     @property
     def layout(self) -> Any:
         return self._layout(self.plan.vec)
+
+    @property
+    def row_layout(self) -> Any:
+        """Of per-row values."""
+        return layouts.scalar()
 
     @property
     def one_row(self) -> bool:

@@ -111,6 +111,21 @@ class SharedRow(Block):
         ctas = range(self.plan.cluster)
         return _neighbours_added(mosaic.from_cta(self.exchange.total, "cluster", cta)[self.slot] for cta in ctas)
 
+    def _row_max(self, bits: jax.Array, exchange: Any) -> jax.Array:
+        """As a sum, through the partials of an exchange of its own: those of the sum may still be read."""
+        partials, slot = exchange.partials, self.slot
+        partials[slot, self._warpgroup()] = jnp.max(bits, axis=1)
+        mosaic.arrive_and_wait(exchange.barrier)
+        of_warps = [partials[slot, *divmod(i, WARPS)] for i in range(self.plan.warpgroups * WARPS)]
+        largest = functools.reduce(jnp.maximum, of_warps)
+        if self.plan.cluster == 1:
+            return largest
+        exchange.total[slot] = largest
+        mosaic.cluster_arrive()
+        mosaic.cluster_wait()
+        of_ctas = [mosaic.from_cta(exchange.total, "cluster", cta)[slot] for cta in range(self.plan.cluster)]
+        return functools.reduce(jnp.maximum, of_ctas)
+
     def store_rows(self, ref: Any, per_row: jax.Array) -> None:
         @pl.when(self._worker() == 0)
         def _() -> None:

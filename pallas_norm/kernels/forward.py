@@ -31,7 +31,10 @@ class Out(NamedTuple):
     rstd: Any
 
 
-def normalise(block: Block, rows: Rows[Chunks], weight: Weight, out: Out, *, dtypes: Dtypes, eps: float) -> None:
+def normalised(
+    block: Block, rows: Rows[Chunks], weight: Weight, *, dtypes: Dtypes, eps: float
+) -> tuple[Chunks, Chunks, jax.Array]:
+    """(y, the rows, rstd)."""
     x = rows.first(block)
     begun = block.begin_sum([block.product(chunk.astype(F32), chunk.astype(F32)) for chunk in x])
     rows.all_read(block)
@@ -42,7 +45,12 @@ def normalise(block: Block, rows: Rows[Chunks], weight: Weight, out: Out, *, dty
     for chunk, factor in zip(x, factors, strict=True):
         unit = chunk.astype(F32) * scale
         unit = unit.astype(dtypes.unit).astype(F32)  # Hugging Face rounds here, before the weight
-        y.append((unit if factor is None else unit * factor).astype(out.y.dtype))
+        y.append((unit if factor is None else unit * factor).astype(dtypes.y))
+    return y, x, rstd
+
+
+def normalise(block: Block, rows: Rows[Chunks], weight: Weight, out: Out, *, dtypes: Dtypes, eps: float) -> None:
+    y, x, rstd = normalised(block, rows, weight, dtypes=dtypes, eps=eps)
     block.store(out.y, y)
     if out.s is not None:
         block.store(out.s, x)

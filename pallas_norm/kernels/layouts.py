@@ -49,6 +49,11 @@ def row_across_warps(vec: int, *, split: bool) -> Any:
     return _tiled(((128 * vec,), (32 * vec,), (vec,)), (-3,), (-2,))
 
 
+def scalar() -> Any:
+    """The same number in every lane."""
+    return plgpu.Layout.WG_SPLAT(())
+
+
 def load(ref: Any, layout: Any, *, shape: tuple[int, ...], interpret: bool) -> jax.Array:
     """`ref` seen as `shape`, in registers, laid out as `layout`.
 

@@ -31,6 +31,10 @@ class WarpRows(Block):
         return self.layout.reduce(1)
 
     @property
+    def row_layout(self) -> Any:
+        return self.layout.reduce(1)
+
+    @property
     def one_row(self) -> bool:
         return False
 
@@ -58,6 +62,10 @@ class WarpRows(Block):
     def begin_sum(self, chunks: Sequence[jax.Array]) -> jax.Array:
         (columns,) = self._columns(chunks)
         return jnp.sum(self._lanes(columns), axis=1)
+
+    def _row_max(self, bits: jax.Array, exchange: Any) -> jax.Array:
+        del exchange
+        return jnp.max(bits, axis=1)
 
     def broadcast(self, per_row: jax.Array) -> jax.Array:
         return self._cast(lax.broadcast_in_dim(per_row, self.shape, (0,)))

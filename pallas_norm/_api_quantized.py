@@ -1,0 +1,196 @@
+"""The public functions with a result of 8 bits: validate, then call what can be batched and sharded."""
+
+# pyright: reportPrivateUsage=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from . import _compat, _quantized, _validate, quantized_reference
+from ._spec import Implementation, Spec
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+    from jaxtyping import Array, Float
+
+GROUP_SIZES = (128,)
+_jitted = jax.jit(_quantized.quantized, static_argnums=(1, 2))  # as _api's
+
+
+def rms_norm_quantized(
+    x: Float[Array, "*batch n"],
+    weight: Float[Array, " n"] | None = None,
+    *,
+    dtype: DTypeLike = jnp.float8_e4m3fn,
+    scale: float | Array | None = None,
+    group_size: int | None = None,
+    return_y: bool = False,
+    eps: float = 1e-6,
+    cast_before_scale: bool = True,
+    weight_offset: float = 0.0,
+    implementation: Implementation | None = None,
+) -> tuple[Array, ...]:
+    """q = cast(y / scale), y = rms_norm(x, weight): RMSNorm with Hugging Face's rounding and 8 bits a result.
+
+    y is rounded to its dtype first, as `rms_norm` returns it, so q is that of the two steps, in one kernel.
+
+    Arguments:
+        x, weight, eps, cast_before_scale, weight_offset, implementation: as for `rms_norm`.
+        dtype: of q, float8_e4m3fn or int8.
+        scale: None computes it. One positive number quantises with it (per tensor, static): a Python float, or a
+            float32 array of one element, which may be traced.
+        group_size: of a scale that is computed: None, one for each row (per token); 128, one for each 128 neighbouring
+            elements (per block of 1 x 128), which has to divide n.
+        return_y: also return y.
+
+    Returns: (q, scale), with return_y (q, scale, y). q is `[..., n]`, scale float32: `[..., 1]`, with group_size
+        `[..., n / 128]`, of one that was given `[]`. q * scale is about y.
+
+    Rounding: amax is the largest magnitude of a row or group of y; scale = amax / 448 (float8_e4m3fn) or amax / 127
+        (int8), one float32 division; q = y / scale, one float32 division, then to nearest even and at most the largest
+        number of the dtype (int8: -128 to 127). `pallas_norm.quantized_reference` has the statements.
+
+    Special values: of zeros the scale is 2^-23. A NaN in y makes scale and q of its row or group NaN, an infinity the
+        scale infinite, q NaN there and 0 elsewhere; int8 has 0 for NaN.
+
+    Sharding: rows shared out over any mesh axes need no communication; a last axis that is split is gathered first.
+
+    Differentiation: none. Rounding to 8 bits has the derivative 0 almost everywhere: NotImplementedError.
+
+    Raises:
+        TypeError: an operand is no array or of another dtype; dtype, scale or group_size is of another type.
+        ValueError: a shape or a value does not fit; scale and group_size are given both.
+        NotImplementedError: a derivative is asked for, or a forced implementation cannot run.
+
+    Example:
+        q, scale = rms_norm_quantized(x, weight)              # per token
+        q, scale = rms_norm_quantized(x, weight, scale=0.02)  # static
+
+    Source: vLLM's `dynamic_per_token_scaled_fp8_quant` and compressed-tensors' `calculate_qparams`; docs/quantized.md
+        tells where they differ.
+    """
+    return _norm(
+        x, None, weight, dtype, scale, group_size, return_y, eps, cast_before_scale, weight_offset, implementation
+    )
+
+
+def add_rms_norm_quantized(
+    x: Float[Array, "*batch n"],
+    residual: Float[Array, "*batch n"],
+    weight: Float[Array, " n"] | None = None,
+    *,
+    dtype: DTypeLike = jnp.float8_e4m3fn,
+    scale: float | Array | None = None,
+    group_size: int | None = None,
+    return_y: bool = False,
+    eps: float = 1e-6,
+    cast_before_scale: bool = True,
+    weight_offset: float = 0.0,
+    implementation: Implementation | None = None,
+) -> tuple[Array, ...]:
+    """s = round(x + residual); q = cast(y / scale), y = rms_norm(s): the residual form of `rms_norm_quantized`.
+
+    Arguments:
+        x: `[..., n]`, bfloat16, float16 or float32.
+        residual: `[..., n]`, of the dtype of x.
+        weight, dtype, scale, group_size, return_y, eps, cast_before_scale, weight_offset, implementation: as for
+            `rms_norm_quantized`.
+
+    Returns: (q, scale, s), with return_y (q, scale, s, y). s has the dtype of x and is rounded before it is normalised.
+
+    Raises: as `rms_norm_quantized`; TypeError also where residual is None.
+
+    Source: as `rms_norm_quantized`; `LlamaDecoderLayer` in Hugging Face's transformers for the addition.
+    """
+    _validate.given("residual", residual)
+    return _norm(
+        x, residual, weight, dtype, scale, group_size, return_y, eps, cast_before_scale, weight_offset, implementation
+    )
+
+
+def _norm(
+    x: Any,
+    residual: Any,
+    weight: Any,
+    dtype: Any,
+    scale: Any,
+    group_size: Any,
+    return_y: Any,
+    eps: Any,
+    cast_before_scale: Any,
+    weight_offset: Any,
+    implementation: Any,
+) -> tuple[Any, ...]:
+    operands = _validate.arrays(x, residual, weight)
+    n = operands["x"].shape[-1]
+    if scale is not None:
+        operands["scale"] = one_scale(scale)
+    form = _quantized.Form(
+        quantized_dtype(dtype), group_of(n, group_size, given=scale is not None), _validate.flag("return_y", return_y)
+    )
+    spec = Spec(
+        eps=_validate.eps(eps),
+        cast_before_scale=_validate.flag("cast_before_scale", cast_before_scale),
+        weight_offset=_validate.weight_offset(weight_offset, weight),
+        implementation=_validate.implementation(implementation),
+    )
+    given, operands = operands.get("scale"), _compat.vary_alike(operands)
+    traced = any(isinstance(operand, jax.core.Tracer) for operand in operands.values())
+    results = (_quantized.quantized if traced else _jitted)(operands, spec, form)
+    results |= {} if given is None else {"scales": given}
+    return tuple(results[name] for name in ("q", "scales", "s", "y") if name in results)
+
+
+def quantized_dtype(value: Any) -> str:
+    """ "float8_e4m3fn" or "int8"."""
+    try:
+        found = None if value is None or isinstance(value, jax.Array) else jnp.dtype(value).name
+    except Exception:  # NumPy asks an object for its dtype
+        found = None
+    if found not in quantized_reference.LARGEST:
+        shown = _validate.describe(value) if found is None else found
+        raise TypeError(f"dtype is {shown}; needed float8_e4m3fn or int8, the dtype of q")
+    return found
+
+
+def group_of(n: int, group_size: Any, *, given: bool) -> int:
+    """Elements that share a scale that is computed; 0 where one is given."""
+    if group_size is None:
+        return 0 if given else n
+    if not _validate.is_int(group_size):
+        raise TypeError(f"group_size is {_validate.describe(group_size)}; needed None or 128")
+    if given:
+        raise ValueError(
+            f"scale and group_size = {group_size} were given both; needed one: scale is that of the whole tensor, "
+            "group_size says for how many elements one is computed"
+        )
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size is {group_size}; needed 128, or None for one scale for each row")
+    if n % group_size:
+        raise ValueError(
+            f"group_size is {group_size} but the last axis of x has length {n}; needed a multiple of it: "
+            "pass group_size=None for one scale for each row"
+        )
+    return int(group_size)
+
+
+def one_scale(value: Any) -> jax.Array:
+    """A float32 scalar."""
+    if isinstance(value, (jax.Array, np.ndarray)):
+        if math.prod(value.shape) != 1 or value.ndim > 1:
+            raise ValueError(
+                f"scale is {_validate.describe(value)}; needed one number: pass scale=None to compute one for each row"
+            )
+        if value.dtype != jnp.float32:
+            raise TypeError(f"scale is {_validate.describe(value)}; needed float32: cast it with astype first")
+        return jnp.asarray(value).reshape(())
+    found = _validate.number("scale", value)
+    if not float(np.float32(found)) > 0:
+        raise ValueError(f"scale is {found}; needed a positive float32 number: y is divided by it")
+    return jnp.float32(found)

@@ -1,0 +1,166 @@
+"""The forward kernel with a result of 8 bits: q, and on request the scales, s and y.
+
+The kernels write the bits of q as int8, whatever its dtype: Mosaic GPU's own types of 8 bits differ between versions.
+"""
+
+# pyright: reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .. import quantized_reference
+from .._dtypes import Dtypes
+from .._spec import Spec
+from ..plans.hardware import WARPS
+from ..plans.plan import Plan, Source
+from . import eight_bits, launch, layouts, mosaic, weight
+from .block import Block, Chunks
+from .cta import Exchange
+from .eight_bits import Divisor
+from .forward import added, normalised
+from .grid import SLOTS, CtaBlocks
+from .pipeline import narrowest, staged
+from .rows import InRegisters, Reader, Rows, feed
+from .weight import Weight
+
+F32 = jnp.float32
+LANES = 32
+
+
+class Out(NamedTuple):
+    """References; None for a result that is not asked for."""
+
+    q: Any
+    scales: Any
+    s: Any
+    y: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantiser:
+    """Which scale the elements of a block have."""
+
+    dtype: str
+    group: int  # elements that share a scale; 0: the scale is given
+    scale: Any  # reference of the one that is given, or None
+    largest: Exchange | None  # where the largest of a row that workers share meet
+
+    def quantise(self, block: Block, y: Chunks, scales: Any) -> Chunks:
+        """q; the scales that were computed are stored."""
+        if not self.group:
+            return self._by_rows(block, y, self.scale[0])
+        magnitudes = [jnp.abs(chunk) for chunk in y]
+        if self.group == block.plan.n:
+            scale = self._scale_of(block.row_max(magnitudes, self.largest), block.row_layout, block)
+            block.store_rows(scales, scale)
+            return self._by_rows(block, y, scale)
+        found = [self._by_groups(block, *chunk) for chunk in zip(y, magnitudes, strict=True)]
+        block.store_groups(scales, [scale for _, scale in found], self.group)
+        return [q for q, _ in found]
+
+    def _by_groups(self, block: Block, y: jax.Array, magnitudes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(q, scale) of one chunk at a time: of all at once a row of 65536 spilled 344 bytes a lane."""
+        layout, interpret = block.layout, block.interpret
+        largest = eight_bits.group_max(magnitudes, self.group, layout, one_row=block.one_row, interpret=interpret)
+        scale = self._scale_of(largest, layout, block)
+        return self._rounded(block, y, scale, Divisor.of(scale, layout, interpret=interpret)), scale
+
+    def _scale_of(self, largest: jax.Array, layout: Any, block: Block) -> jax.Array:
+        limit = jnp.full_like(largest, quantized_reference.LARGEST[self.dtype])
+        scale = eight_bits.divided(largest, limit, layout, interpret=block.interpret)
+        return jnp.where(scale == 0, F32(quantized_reference.SCALE_OF_ZEROS), scale)
+
+    def _by_rows(self, block: Block, y: Chunks, scale: jax.Array) -> Chunks:
+        layout = block.row_layout if scale.ndim else layouts.scalar()
+        of_rows = Divisor.of(scale, layout, interpret=block.interpret)
+        filled, divisor = block.filled(scale), Divisor(*map(block.filled, of_rows))
+        return [self._rounded(block, chunk, filled, divisor) for chunk in y]
+
+    def _rounded(self, block: Block, y: jax.Array, scale: jax.Array, divisor: Divisor) -> jax.Array:
+        options = {"in_range": bool(self.group), "interpret": block.interpret}
+        return eight_bits.rounded(y, divisor, scale, self.dtype, block.layout, **options)
+
+
+def normalise_and_quantise(
+    block: Block, rows: Rows[Chunks], weight: Weight, quantiser: Quantiser, out: Out, *, dtypes: Dtypes, eps: float
+) -> None:
+    y, x, _ = normalised(block, rows, weight, dtypes=dtypes, eps=eps)
+    block.store(out.q, quantiser.quantise(block, [block.widened(chunk) for chunk in y], out.scales))
+    if out.s is not None:
+        block.store(out.s, x)
+    if out.y is not None:
+        block.store(out.y, y)
+
+
+def no_groups(plan: Plan, group: int) -> str | None:
+    """Why this plan's kernel cannot scale groups of `group` elements, or None."""
+    if group <= LANES * plan.vec:
+        return None
+    return f"in the kernel for n = {plan.n} a group of {group} elements does not lie in one warp"
+
+
+def quantized(
+    operands: dict[str, jax.Array],
+    *,
+    plan: Plan,
+    spec: Spec,
+    dtype: str,
+    group: int,
+    with_y: bool,
+    interpret: bool,
+) -> dict[str, jax.Array]:
+    """The bits of q, with a residual also s, on request y; of x (rows, n), and where given residual, weight and scale
+    (1,). Without a scale also scales, (rows,) or (rows, n // group). LaunchArguments as of `forward`."""
+    x = operands["x"]
+    given = {name: operands[name].dtype for name in ("x", "residual", "weight") if name in operands}
+    dtypes, names = spec.dtypes(**given), [name for name in given if name != "weight"]
+    if interpret:
+        plan = launch.interpretable(plan, narrowest(operands, names))
+    outputs = {"q": jax.ShapeDtypeStruct(x.shape, jnp.int8)}
+    if group:
+        shape = x.shape[:1] if group == plan.n else (x.shape[0], plan.n // group)
+        outputs["scales"] = jax.ShapeDtypeStruct(shape, F32)
+    if "residual" in operands:
+        outputs["s"] = jax.ShapeDtypeStruct(x.shape, dtypes.s)
+    if with_y:
+        outputs["y"] = jax.ShapeDtypeStruct(x.shape, dtypes.y)
+    inputs, scratch = staged(plan, operands, names)
+    exchange = _exchange(plan) if group == plan.n else {}
+    factors_of = functools.partial(weight.of, offset=spec.weight_offset, dtype=dtypes.weight)
+    work_on = functools.partial(normalise_and_quantise, dtypes=dtypes, eps=spec.eps)
+
+    def work(refs: dict[str, Any]) -> tuple[launch.Full, launch.LeftOver]:
+        reader = Reader({name: refs[name] for name in names}, functools.partial(added, dtype=dtypes.s))
+        out, weight_ref = Out(*(refs.get(name) for name in Out._fields)), refs.get("weight")
+        largest = Exchange(*(refs[name] for name in exchange)) if exchange else None
+        quantiser = Quantiser(dtype, group, refs.get("scale"), largest)
+        kept = plan.source is not Source.MEMORY
+
+        def full(blocks: CtaBlocks) -> None:
+            rows = feed(blocks, reader, refs)
+            factors = factors_of(blocks.first, weight_ref, kept=kept)  # before x, to arrive with it
+            rows.each(lambda block, rows, _: work_on(block, rows, factors, quantiser, out), None)
+
+        def left_over(block: Block, _: Any) -> None:
+            work_on(block, InRegisters(reader), factors_of(block, weight_ref, kept=True), quantiser, out)
+
+        return full, left_over
+
+    return launch.launch(work, plan, len(x), inputs, outputs, scratch=scratch | exchange, interpret=interpret)
+
+
+def _exchange(plan: Plan) -> dict[str, Any]:
+    """As launch's, in the order of Exchange's fields."""
+    if plan.workers == 1:
+        return {}
+    return {
+        "largest_partials": mosaic.smem((SLOTS, plan.warpgroups, WARPS), jnp.int32),
+        "largest_barrier": mosaic.barrier(plan.warpgroups),
+        "largest_total": mosaic.smem((SLOTS,), jnp.int32),
+    }
