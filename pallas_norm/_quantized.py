@@ -23,13 +23,12 @@ from ._sharding import COLUMNS, SCALARS
 from ._spec import Spec
 from .kernels import quantized as kernel
 from .plans.fitting import Misfit
-from .plans.hardware import H200, Gpu, named
+from .plans.hardware import H200, Gpu
 from .plans.plan import Plan
 
 Arrays = dict[str, jax.Array]
 
 OPERATION = "quantized"
-NEEDED_FOR_FLOAT8 = (8, 9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +76,9 @@ class Call:
 
     def plan_on(self, gpu: Gpu, operands: Mapping[str, Any]) -> Plan:
         """operands: arrays or their types. Raises Misfit."""
-        if self.form.dtype == "float8_e4m3fn" and gpu.capability < NEEDED_FOR_FLOAT8:
-            raise Misfit(
-                f"a GPU of compute capability {named(gpu.capability)} rounds to no float8_e4m3fn, which came with "
-                f"{named(NEEDED_FOR_FLOAT8)} (Ada)"
-            )
         norm = _dispatch.Call("forward", tuple(name for name in self.names if name not in SCALARS), self.spec)
         plan = norm.plan_on(gpu, operands)
-        if self.form.group not in (0, plan.n) and (reason := kernel.no_groups(plan, self.form.group)) is not None:
+        if (reason := kernel.misfit(plan, gpu, self.form.dtype, self.form.group)) is not None:
             raise Misfit(reason)
         return plan
 

@@ -22,13 +22,13 @@ def cast(wide: Array, dtype: str) -> Array:
 
 def by_scale(y: Array, scale: Array, dtype: str, *, flushes: bool = False) -> Array:
     """q, of a scale for each of the equal parts of a row."""
-    parts = flushed(y.astype(F32), flushes=flushes).reshape(*scale.shape, -1)
+    parts = flushed(y.astype(F32), flushes=flushes).reshape(*scale.shape, y.shape[-1] // scale.shape[-1])
     with np.errstate(all="ignore"):
         return cast(parts / scale[..., None], dtype).reshape(y.shape)
 
 
 def scale_of(y: Array, dtype: str, group: int, *, flushes: bool = False) -> Array:
-    parts = flushed(y.astype(F32), flushes=flushes).reshape(*y.shape[:-1], -1, group)
+    parts = flushed(y.astype(F32), flushes=flushes).reshape(*y.shape[:-1], y.shape[-1] // group, group)
     with np.errstate(all="ignore"):
         scale = flushed(np.max(np.abs(parts), axis=-1) / F32.type(LARGEST[dtype]), flushes=flushes)
     return np.where(scale == 0, F32.type(2.0**-23), scale)

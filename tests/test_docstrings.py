@@ -19,6 +19,7 @@ PUBLIC = {
     "pallas_norm.regimes": ("plan_for", "backward_plan_for"),
     "pallas_norm_torch": (
         *("rms_norm", "add_rms_norm", "RMSNorm", "explain"),
+        *("rms_norm_quantized", "add_rms_norm_quantized"),
         *("to_jax", "to_torch", "call_jax", "rmsnorm_hf"),
         *("patch", "patched", "unpatch"),
     ),

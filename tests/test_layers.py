@@ -70,6 +70,7 @@ def test_no_file_is_too_long_for_one_idea() -> None:
 
 # What pallas_norm_torch takes of pallas_norm beside its public names: a new name here is a new seam.
 SEAM = {
+    "_api_quantized": {"group_of"},
     "_autodiff": {"gradient", "norm"},
     "_compat": {"adopt", "cuda_capabilities", "mosaic_architecture"},
     "_dispatch": {"no_kernel_for"},
@@ -83,10 +84,12 @@ SEAM = {
     "kernels.dweight_sum": {"TILE", "column_sum"},
     "kernels.forward": {"forward"},
     "kernels.grid": {"COUNTS", "counts_of"},
+    "kernels.quantized": {"misfit", "quantized"},
     "kernels.launch_arguments": {"ALIGNMENT", "BYTES", "COUNT", "LaunchArguments"},
     "plans.fitting": {"Misfit", "backward_plan_on", "forward_plan_on"},
     "plans.hardware": {"Gpu", "H200", "generation", "named"},
     "plans.plan": {"BackwardPlan", "Plan", "Source", "from_memory"},
+    "quantized_reference": {"LARGEST", "SCALE_OF_ZEROS"},
     "regimes": {"plan_for"},
 }
 

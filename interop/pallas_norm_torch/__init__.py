@@ -13,6 +13,8 @@ try:
     from .module import RMSNorm as RMSNorm
     from .ops import add_rms_norm as add_rms_norm
     from .ops import rms_norm as rms_norm
+    from .quantized import add_rms_norm_quantized as add_rms_norm_quantized
+    from .quantized import rms_norm_quantized as rms_norm_quantized
     from .sglang import is_supported_rmsnorm_hf_hidden_size as is_supported_rmsnorm_hf_hidden_size
     from .sglang import rmsnorm_hf as rmsnorm_hf
 except (ImportError, AttributeError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,25 @@ class Forward(NamedTuple):
         dtypes = {"x": self.x, "residual": self.residual, "weight": self.weight}
         outputs = ("y", *(["s"] if self.residual is not None else []), *(["rstd"] if self.with_rstd else []))
         return Program("forward", self.n, _named(dtypes), outputs, self.spec, self.strided, gpu=gpu)
+
+
+class Quantized(NamedTuple):
+    n: int
+    x: torch.dtype
+    weight: torch.dtype | None
+    spec: Spec
+    residual: torch.dtype | None
+    q: torch.dtype
+    group: int  # elements that share a scale that is computed; 0: it is given
+    with_y: bool
+
+    def program(self, gpu: Gpu) -> Program:
+        scale = None if self.group else torch.float32
+        dtypes = {"x": self.x, "residual": self.residual, "weight": self.weight, "scale": scale}
+        asked = {"q": True, "scales": self.group, "s": self.residual, "y": self.with_y}
+        outputs = tuple(name for name, wanted in asked.items() if wanted)
+        form: Any = {"q_dtype": dtype_name(self.q), "group": self.group, "gpu": gpu}
+        return Program("quantized", self.n, _named(dtypes), outputs, self.spec, **form)
 
 
 class Backward(NamedTuple):
@@ -65,10 +84,12 @@ def _named(dtypes: dict[str, torch.dtype | None]) -> tuple[tuple[str, str], ...]
     return tuple((name, dtype_name(dtype)) for name, dtype in dtypes.items() if dtype is not None)
 
 
-_programs: dict[tuple[type, Forward | Backward | ColumnSum, Gpu], Program] = {}  # tuples of two types may be equal
+AnyKernel = Forward | Quantized | Backward | ColumnSum
+
+_programs: dict[tuple[type, AnyKernel, Gpu], Program] = {}  # tuples of two types may be equal
 
 
-def program_of(kernel: Forward | Backward | ColumnSum, gpu: Gpu) -> Program:
+def program_of(kernel: AnyKernel, gpu: Gpu) -> Program:
     """The one for each, also where threads race for it."""
     key = type(kernel), kernel, gpu
     if (found := _programs.get(key)) is not None:

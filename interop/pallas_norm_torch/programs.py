@@ -15,6 +15,7 @@ from pallas_norm._spec import Spec
 from pallas_norm.kernels import backward as backward_kernel
 from pallas_norm.kernels import dweight_sum
 from pallas_norm.kernels import forward as forward_kernel
+from pallas_norm.kernels import quantized as quantized_kernel
 from pallas_norm.kernels.launch_arguments import COUNT, LaunchArguments
 from pallas_norm.plans.fitting import backward_plan_on, forward_plan_on
 from pallas_norm.plans.hardware import H200, Gpu
@@ -23,7 +24,7 @@ from pallas_norm.plans.plan import BackwardPlan, Plan, from_memory
 # The shape with which a kernel is traced; it bounds nothing. A multiple of every block; below 2^31 CTAs with clusters.
 NOMINAL_ROWS = 1 << 24
 
-Kind = Literal["forward", "backward", "column_sum"]
+Kind = Literal["forward", "quantized", "backward", "column_sum"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,12 +46,14 @@ class Program:
     dweight_dtype: str = "float32"  # of column_sum
     dx_dtypes: GradientDtypes = AS_S  # of backward
     gpu: Gpu = H200
+    q_dtype: str = "int8"  # of quantized
+    group: int = 0  # of quantized: elements that share a scale that is computed; 0: it is given
 
     @functools.cached_property
     def plan(self) -> Plan | None:
         """Raises Misfit where the GPU has no kernel for these rows."""
         dtypes = dict(self.dtypes)
-        if self.kind == "forward":
+        if self.kind in ("forward", "quantized"):
             read = tuple(dtypes[name] for name in ("x", "residual") if name in dtypes)
             plan = forward_plan_on(self.gpu, self.n, self.rounding.s, residual="residual" in dtypes, read=read)
             return from_memory(plan) if self.strided else plan
@@ -85,7 +88,7 @@ class Program:
 
     @property
     def structs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        shapes = {"weight": (self.n,), "rstd": (NOMINAL_ROWS,)}
+        shapes = {"weight": (self.n,), "rstd": (NOMINAL_ROWS,), "scale": (1,)}
         arrays = [jax.ShapeDtypeStruct(shapes.get(name, (NOMINAL_ROWS, self.n)), dtype) for name, dtype in self.dtypes]
         return (*arrays, *(jax.ShapeDtypeStruct((1,), jnp.int32) for _ in self.numbers))
 
@@ -99,6 +102,17 @@ class Program:
                 assert plan is not None
                 results = forward_kernel.forward(
                     operands, plan=plan, spec=self.spec, with_rstd="rstd" in self.outputs, interpret=False
+                )
+            elif self.kind == "quantized":
+                assert plan is not None
+                results = quantized_kernel.quantized(
+                    operands,
+                    plan=plan,
+                    spec=self.spec,
+                    dtype=self.q_dtype,
+                    group=self.group,
+                    with_y="y" in self.outputs,
+                    interpret=False,
                 )
             else:
                 assert isinstance(plan, BackwardPlan)

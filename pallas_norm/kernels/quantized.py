@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from .. import quantized_reference
 from .._dtypes import Dtypes
 from .._spec import Spec
-from ..plans.hardware import WARPS
+from ..plans.hardware import WARPS, Gpu, named
 from ..plans.plan import Plan, Source
 from . import eight_bits, launch, layouts, mosaic, weight
 from .block import Block, Chunks
@@ -31,6 +31,7 @@ from .weight import Weight
 
 F32 = jnp.float32
 LANES = 32
+SINCE_FLOAT8 = (8, 9)
 
 
 class Out(NamedTuple):
@@ -98,9 +99,14 @@ def normalise_and_quantise(
         block.store(out.y, y)
 
 
-def no_groups(plan: Plan, group: int) -> str | None:
-    """Why this plan's kernel cannot scale groups of `group` elements, or None."""
-    if group <= LANES * plan.vec:
+def misfit(plan: Plan, gpu: Gpu, dtype: str, group: int) -> str | None:
+    """Why that GPU has no kernel with such results where it has the norm's, or None."""
+    if dtype == "float8_e4m3fn" and gpu.capability < SINCE_FLOAT8:
+        return (
+            f"a GPU of compute capability {named(gpu.capability)} rounds to no float8_e4m3fn, which came with "
+            f"{named(SINCE_FLOAT8)} (Ada)"
+        )
+    if group in (0, plan.n) or group <= LANES * plan.vec:
         return None
     return f"in the kernel for n = {plan.n} a group of {group} elements does not lie in one warp"
 

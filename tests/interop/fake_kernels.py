@@ -24,6 +24,8 @@ from pallas_norm_torch import (
     ops,
     prepared,
     prepared_gradient,
+    prepared_quantized,
+    quantized_statements,
     rows,
     statements,
 )
@@ -58,7 +60,8 @@ class FakeKernel:
         program = self.program
         named = dict(zip((*program.inputs, *program.outputs), values, strict=True))
         self.launches.append((stream, grid, named))
-        {"forward": self._forward, "backward": self._backward, "column_sum": self._sum}[program.kind](grid, named)
+        run = {"forward": self._forward, "quantized": self._quantized, "backward": self._backward}
+        run.get(program.kind, self._sum)(grid, named)
 
     def _rows(self, grid: int, named: dict[str, int]) -> int:
         plan = self.program.plan
@@ -69,8 +72,11 @@ class FakeKernel:
 
     def _seen(self, name: str, dtype: torch.dtype, count: int, named: dict[str, int]) -> Tensor:
         n = self.program.n
-        if name in ("weight", "rstd"):
-            return at(named[name], dtype, n if name == "weight" else count)
+        if name in ("weight", "rstd", "scale"):
+            return at(named[name], dtype, {"weight": n, "rstd": count, "scale": 1}[name])
+        if name == "scales":
+            groups = n // self.program.group
+            return at(named[name], dtype, count * groups).view(count, groups)
         if f"{name}_outer" not in named:
             return at(named[name], dtype, count * n).view(count, n)
         group = named["group"] // COUNT
@@ -102,6 +108,18 @@ class FakeKernel:
         y, s, rstd = statements.forward(x, residual, weight, self.program.spec, with_rstd=True)
         results = {"y": y + self.off if self.off else y, "s": s, "rstd": rstd}  # -0.0 + 0.0 is 0.0
         for name in self.program.outputs:
+            value = results[name]
+            assert value is not None
+            self._write(name, value, count, named)
+
+    def _quantized(self, grid: int, named: dict[str, int]) -> None:
+        program, count = self.program, self._rows(grid, named)
+        given = {name: self._read(name, dtype, count, named) for name, dtype in program.dtypes}
+        dtype = getattr(torch, program.q_dtype)
+        operands = given["x"], given.get("residual"), given.get("weight"), given.get("scale")
+        q, scales, s, y = quantized_statements.forward(*operands, program.spec, dtype, program.group)
+        results = {"q": q.view(torch.int8) + int(self.off), "scales": scales, "s": s, "y": y}
+        for name in program.outputs:
             value = results[name]
             assert value is not None
             self._write(name, value, count, named)
@@ -149,10 +167,11 @@ def made(monkeypatch: pytest.MonkeyPatch) -> dict[Program, FakeKernel]:
     for module in (prepared, prepared_gradient, rows, _out):
         monkeypatch.setattr(module, "ALIGNMENT", ALIGNMENT)
     monkeypatch.setattr(prepared, "_forward", {})
-    monkeypatch.setattr(prepared_gradient, "_calls", {})
+    for module in (prepared_gradient, prepared_quantized):
+        monkeypatch.setattr(module, "_calls", {})
     for module, name in ((ops, "_prepared"), (direct, "calls")):
         monkeypatch.setattr(module, name, calls)
     monkeypatch.setattr(direct, "_refused", {})
-    for module in (prepared, prepared_gradient):
+    for module in (prepared, prepared_gradient, prepared_quantized):
         monkeypatch.setattr(module, "_stream", lambda device: 99)
     return kernels

@@ -18,7 +18,7 @@ from pallas_norm.kernels import backward as backward_kernel
 from pallas_norm.kernels.dweight_sum import TILE
 from pallas_norm.plans.plan import BackwardPlan, Plan
 
-from .. import rows
+from .. import quantized_statements, rows
 from ..programs import Program
 from . import arguments
 from .driver import Unavailable
@@ -35,7 +35,8 @@ def prove(kernel: Kernel, program: Program) -> None:
     """Raises Unavailable where the kernel does not compute what it should. Waits for its own stream only."""
     device = torch.device("cuda", kernel.device)
     check: Callable[[Kernel, Program, torch.device, int], Verdict]
-    check = {"forward": _forward, "backward": _gradients, "column_sum": _column_sum}[program.kind]
+    checks = {"forward": _forward, "quantized": _quantized, "backward": _gradients, "column_sum": _column_sum}
+    check = checks[program.kind]
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream), torch.no_grad():
         try:
@@ -72,8 +73,15 @@ def _operands(program: Program, count: int) -> dict[str, Tensor]:
         "ds": lambda: (row + column) % 4 - 1,
         "rstd": lambda: 0.5 + 0.5 * (row[:, 0] % 2),
         "weight": lambda: 1 + (column[0] % 4) / 4,
+        "scale": lambda: torch.full((1,), 0.0625),
     }
     return {name: values[name]().to(_dtype(dtype)) for name, dtype in program.dtypes}
+
+
+def _y(s: Tensor, rstd: Tensor, scale: Tensor | None, program: Program) -> Tensor:
+    """For that rstd."""
+    unit = (s * rstd).to(_dtype(program.rounding.unit.name)).float()
+    return (unit if scale is None else unit * scale).to(_dtype(program.rounding.y.name))
 
 
 def _results(program: Program, count: int, plan: Plan, device: torch.device) -> dict[str, Tensor]:
@@ -157,6 +165,41 @@ def _forward(kernel: Kernel, program: Program, device: torch.device, stream: int
     verdict = {"y": not left.any()}
     if "s" in results:
         verdict["s"] = _same(results["s"].cpu(), s.to(dtype))
+    return verdict
+
+
+def _quantized(kernel: Kernel, program: Program, device: torch.device, stream: int) -> Verdict:
+    """q and scales, of y for an rstd that is near. Nothing of -128 was written."""
+    plan, spec, n = program.plan, program.spec, program.n
+    assert plan is not None
+    count, dtype = _count(plan), _dtype(program.q_dtype)
+    operands = _operands(program, count)
+    shapes = {"scales": (count, n // (program.group or n))}
+    kinds = {
+        "q": torch.int8,
+        "scales": torch.float32,
+        **{name: _dtype(getattr(program.rounding, name).name) for name in ("s", "y")},
+    }
+    results = {
+        name: torch.full(shapes.get(name, (count, n)), -128, dtype=kinds[name]).to(device) for name in program.outputs
+    }
+    _launch(kernel, program, plan, stream, {**_on_device(operands, program, plan, device), **results}, {})
+
+    found = {name: value.cpu() for name, value in results.items()}
+    s = operands["x"].float() + (operands["residual"].float() if "residual" in operands else 0.0)
+    rstd, scale = torch.rsqrt(s.square().sum(-1, keepdim=True) / n + spec.eps), _scale(operands, program)
+    left = torch.ones(count, dtype=torch.bool)
+    for ulp in sorted(range(-RSTD_ULP, RSTD_ULP + 1), key=abs):
+        y = _y(s, (rstd.view(torch.int32) + ulp).view(torch.float32), scale, program)
+        scales = quantized_statements.scale_of(y, dtype, program.group) if program.group else operands["scale"][0]
+        expected = {"q": quantized_statements.by_scale(y, scales, dtype).view(torch.int8), "scales": scales, "y": y}
+        right = [(found[name] == expected[name]).all(-1) for name in ("q", "scales", "y") if name in found]
+        left &= ~torch.stack(right).all(0)
+        if not left.any():
+            break
+    verdict = {"q": not left.any()}
+    if "s" in found:
+        verdict["s"] = _same(found["s"], s.to(found["s"].dtype))
     return verdict
 
 
