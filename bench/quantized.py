@@ -112,9 +112,9 @@ def variants(shape: tuple[int, int], form: str, kind: str, *, residual: bool) ->
         y, *s = found if residual else (found,)
         return (*plain(y, kind, form, scale), *s)
 
-    # The bytes: of x, residual and s two for each element, of q one.
-    part = jnp.zeros((x.size // 2,), jnp.bfloat16)
-    inputs, outputs = ([part] * 4, 3) if residual else ([part] * 2, 1)
+    # The bytes: of x, residual and s two for each element, of q one. Arrays of their own, or the reads hit in L2.
+    inputs = [jnp.full((x.size // 2,), i, jnp.bfloat16) for i in range(4 if residual else 2)]
+    outputs = 3 if residual else 1
     kernel = jax.jit(functools.partial(function, **static))
     by_xla = jax.jit(functools.partial(function, **static, implementation="xla"))
     copy, steps = jax.jit(functools.partial(copy_kernel.copy, outputs=outputs)), jax.jit(unfused)

@@ -34,6 +34,9 @@ def rms_norm_quantized(
     eps: float = 1e-6,
     cast_before_scale: bool = True,
     weight_offset: float = 0.0,
+    out_dtype: DTypeLike | None = None,
+    unit_dtype: DTypeLike | None = None,
+    round_weight: bool = False,
     implementation: Implementation | None = None,
 ) -> tuple[Array, ...]:
     """q = cast(y / scale), y = rms_norm(x, weight): RMSNorm with Hugging Face's rounding and 8 bits a result.
@@ -41,7 +44,8 @@ def rms_norm_quantized(
     y is rounded to its dtype first, as `rms_norm` returns it, so q is that of the two steps, in one kernel.
 
     Arguments:
-        x, weight, eps, cast_before_scale, weight_offset, implementation: as for `rms_norm`.
+        x, weight, eps, cast_before_scale, weight_offset, unit_dtype, round_weight, implementation: as for `rms_norm`.
+        out_dtype: that of y, as for `rms_norm`: what y is rounded to before it is quantised, returned or not.
         dtype: of q, float8_e4m3fn or int8.
         scale: None computes it. One positive number quantises with it (per tensor, static): a Python float, or a
             float32 array of one element, which may be traced.
@@ -76,7 +80,14 @@ def rms_norm_quantized(
         tells where they differ.
     """
     return _norm(
-        x, None, weight, dtype, scale, group_size, return_y, eps, cast_before_scale, weight_offset, implementation
+        (x, None, weight),
+        (dtype, scale, group_size, return_y),
+        eps=eps,
+        cast_before_scale=cast_before_scale,
+        weight_offset=weight_offset,
+        dtypes={"out_dtype": out_dtype, "unit_dtype": unit_dtype},
+        round_weight=round_weight,
+        implementation=implementation,
     )
 
 
@@ -92,17 +103,21 @@ def add_rms_norm_quantized(
     eps: float = 1e-6,
     cast_before_scale: bool = True,
     weight_offset: float = 0.0,
+    out_dtype: DTypeLike | None = None,
+    unit_dtype: DTypeLike | None = None,
+    round_weight: bool = False,
+    s_dtype: DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Array, ...]:
     """s = round(x + residual); q = cast(y / scale), y = rms_norm(s): the residual form of `rms_norm_quantized`.
 
     Arguments:
         x: `[..., n]`, bfloat16, float16 or float32.
-        residual: `[..., n]`, of the dtype of x.
-        weight, dtype, scale, group_size, return_y, eps, cast_before_scale, weight_offset, implementation: as for
-            `rms_norm_quantized`.
+        residual, s_dtype: as for `add_rms_norm`.
+        weight, dtype, scale, group_size, return_y, eps, cast_before_scale, weight_offset, out_dtype, unit_dtype,
+            round_weight, implementation: as for `rms_norm_quantized`.
 
-    Returns: (q, scale, s), with return_y (q, scale, s, y). s has the dtype of x and is rounded before it is normalised.
+    Returns: (q, scale, s), with return_y (q, scale, s, y). s is rounded before it is normalised.
 
     Raises: as `rms_norm_quantized`; TypeError also where residual is None.
 
@@ -110,35 +125,45 @@ def add_rms_norm_quantized(
     """
     _validate.given("residual", residual)
     return _norm(
-        x, residual, weight, dtype, scale, group_size, return_y, eps, cast_before_scale, weight_offset, implementation
+        (x, residual, weight),
+        (dtype, scale, group_size, return_y),
+        eps=eps,
+        cast_before_scale=cast_before_scale,
+        weight_offset=weight_offset,
+        dtypes={"out_dtype": out_dtype, "unit_dtype": unit_dtype, "s_dtype": s_dtype},
+        round_weight=round_weight,
+        implementation=implementation,
     )
 
 
 def _norm(
-    x: Any,
-    residual: Any,
-    weight: Any,
-    dtype: Any,
-    scale: Any,
-    group_size: Any,
-    return_y: Any,
+    rows: tuple[Any, Any, Any],
+    quantised: tuple[Any, Any, Any, Any],
+    *,
     eps: Any,
     cast_before_scale: Any,
     weight_offset: Any,
+    dtypes: dict[str, Any],
+    round_weight: Any,
     implementation: Any,
 ) -> tuple[Any, ...]:
-    operands = _validate.arrays(x, residual, weight)
-    n = operands["x"].shape[-1]
+    """rows: x, residual and weight. quantised: dtype, scale, group_size and return_y."""
+    (*_, weight), (dtype, scale, group_size, return_y) = rows, quantised
+    operands = _validate.arrays(*rows)
+    group = group_of(operands["x"].shape[-1], group_size, given=scale is not None)
     if scale is not None:
         operands["scale"] = one_scale(scale)
-    form = _quantized.Form(
-        quantized_dtype(dtype), group_of(n, group_size, given=scale is not None), _validate.flag("return_y", return_y)
-    )
+    form = _quantized.Form(quantized_dtype(dtype), group, _validate.flag("return_y", return_y))
+    cast_before_scale, unit_dtype = _validate.unit(cast_before_scale, dtypes["unit_dtype"])
     spec = Spec(
         eps=_validate.eps(eps),
-        cast_before_scale=_validate.flag("cast_before_scale", cast_before_scale),
+        cast_before_scale=cast_before_scale,
         weight_offset=_validate.weight_offset(weight_offset, weight),
+        unit_dtype=unit_dtype,
+        round_weight=_validate.round_weight(round_weight, weight),
         implementation=_validate.implementation(implementation),
+        out_dtype=_validate.rounding_dtype("out_dtype", dtypes["out_dtype"]),
+        s_dtype=_validate.rounding_dtype("s_dtype", dtypes.get("s_dtype")),
     )
     given, operands = operands.get("scale"), _compat.vary_alike(operands)
     traced = any(isinstance(operand, jax.core.Tracer) for operand in operands.values())

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_norm import quantized_reference, reference
+from pallas_norm import _quotient, quantized_reference, reference
 from tests import quantized_oracle as oracle
 from tests.oracle import BF16, F16, F32, Array
 from tests.quantized_oracle import E4M3
@@ -72,6 +72,37 @@ def test_the_divisions_are_divisions_in_every_program(dtype: str, shape: tuple[i
     ):
         q = jax.jit(lambda y, given=given: quantized_reference.by_scale(*given(y), dtype))(y)
         oracle.assert_quantized(y, np.asarray(q), scale, dtype, 0)
+
+
+def test_a_quotient_that_is_off_by_two_units_is_put_right() -> None:
+    """What a GPU's instruction and a product with the inverse may be off by; a millionth of the quotients is a power
+    of two, below which the units are half as large."""
+    rng = np.random.default_rng(6)
+    a, b = (np.ldexp(rng.standard_normal(200_000), rng.integers(-40, 40, 200_000)).astype(F32) for _ in range(2))
+    powers = np.ldexp(b[:1000], rng.integers(-8, 9, 1000)).astype(F32)
+    near = np.concatenate([powers, *(np.nextafter(powers, F32.type(side)) for side in (np.inf, -np.inf))])
+    a, b = np.concatenate([a, near]), np.concatenate([b, np.tile(b[:1000], 3)])
+    exact = a / b
+    correct = jax.jit(_quotient.corrected)
+    for off in range(-2, 3):
+        candidate = (exact.view(np.int32) + off).view(F32)
+        np.testing.assert_array_equal(np.asarray(correct(a, b, candidate)), exact)
+
+
+def test_quotients_of_every_magnitude() -> None:
+    rng = np.random.default_rng(7)
+    a, b = (np.ldexp(rng.uniform(1, 2, 100_000), rng.integers(-126, 127, 100_000)).astype(F32) for _ in range(2))
+    with np.errstate(all="ignore"):
+        exact = a / b
+    judged = (np.abs(exact) > 2.0**-20) & (np.abs(exact) < 2.0**20)  # beyond, 8 bits are 0 or the largest
+    found = np.asarray(jax.jit(_quotient.quotient)(a, b))
+    np.testing.assert_array_equal(found[judged], exact[judged])
+    assert np.all(np.abs(found[np.abs(exact) >= 2.0**20]) >= 2.0**20)
+    assert np.all(np.abs(found[np.abs(exact) <= 2.0**-20]) <= 2.0**-20)
+    special = np.array([0, -0.0, np.inf, -np.inf, np.nan, 1, -3], F32)
+    a, b = (value.reshape(-1) for value in np.meshgrid(special, special))
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(np.asarray(jax.jit(_quotient.quotient)(a, b)), a / b)
 
 
 def test_the_division_of_what_is_broadcast_is_one_too() -> None:
