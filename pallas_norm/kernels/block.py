@@ -95,15 +95,14 @@ class Block:
         """Second half: waits for other CTAs, where they have parts of the row."""
         return begun
 
-    def row_max(self, magnitudes: Sequence[jax.Array], exchange: Any) -> jax.Array:
-        """The largest of each row of magnitudes, NaN where one is; `exchange` is one of its own, where workers share a
-        row.
+    def row_max(self, magnitudes: jax.Array, exchange: Any) -> jax.Array:
+        """The largest of each row of a chunk of magnitudes, NaN where one is; `exchange` is one of its own, where
+        workers share a row.
 
         As integers, which have the order of magnitudes, NaN above all: in an interpreter a maximum loses NaN, and on a
         GPU a warp's is one instruction.
         """
-        chunks = [lax.bitcast_convert_type(chunk, jnp.int32) for chunk in magnitudes]
-        largest = self._row_max(functools.reduce(jnp.maximum, chunks), exchange)
+        largest = self._row_max(lax.bitcast_convert_type(magnitudes, jnp.int32), exchange)
         return lax.bitcast_convert_type(largest, F32)
 
     def _row_max(self, bits: jax.Array, exchange: Any) -> jax.Array:

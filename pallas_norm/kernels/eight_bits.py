@@ -32,9 +32,14 @@ QUOTIENT = """
 CORRECTED = "mov.f32 p, t;"
 # A quotient beyond all 8 bits may be infinite before it is corrected, and its remainder NaN.
 CORRECTED_IN_RANGE = "abs.f32 y, p; setp.lt.f32 q, y, 0f49800000; selp.f32 p, t, p, q;"  # below 2^20
-ROUND_PAIR = {
-    "float8_e4m3fn": "cvt.rn.satfinite.e4m3x2.f32 $0, p1, p0;",
-    "int8": "cvt.rni.sat.s8.f32 i0, p0; cvt.rni.sat.s8.f32 i1, p1; prmt.b32 i0, i0, i1, 0x3340; cvt.u16.u32 $0, i0;",
+# Of p0 to p3 to 32 bits, of p0 and p1 to 16.
+ROUND = {
+    ("float8_e4m3fn", 4): "cvt.rn.satfinite.e4m3x2.f32 l, p1, p0; cvt.rn.satfinite.e4m3x2.f32 h, p3, p2; "
+    "mov.b32 $0, {l, h};",
+    ("float8_e4m3fn", 2): "cvt.rn.satfinite.e4m3x2.f32 $0, p1, p0;",
+    ("int8", 4): "cvt.rni.sat.s8.f32 i, p0; cvt.rni.sat.s8.f32 j, p1; prmt.b32 i, i, j, 0x3340; "
+    "cvt.rni.sat.s8.f32 j, p2; cvt.rni.sat.s8.f32 k, p3; prmt.b32 j, j, k, 0x3340; prmt.b32 $0, i, j, 0x5410;",
+    ("int8", 2): "cvt.rni.sat.s8.f32 i, p0; cvt.rni.sat.s8.f32 j, p1; prmt.b32 i, i, j, 0x3340; cvt.u16.u32 $0, i;",
 }
 
 
@@ -89,24 +94,31 @@ def divided(a: jax.Array, b: jax.Array, layout: Any, *, interpret: bool) -> jax.
     return inline(a, b)
 
 
-def _instructions(dtype: str, *, in_range: bool) -> str:
+def _instructions(dtype: str, count: int, *, in_range: bool) -> str:
     corrected = CORRECTED if in_range else CORRECTED_IN_RANGE
     quotients = ""
-    for i in range(2):
-        names = {name: f"${1 + i + 2 * at}" for at, name in enumerate(("y", "k", "inverse", "divisor"))}
+    for i in range(count):
+        names = {name: f"${1 + 4 * i + at}" for at, name in enumerate(("y", "k", "inverse", "divisor"))}
         quotients += QUOTIENT.format(**names) + corrected + f"mov.f32 p{i}, p;\n"
-    return f"{{ .reg .f32 y, p, t, p0, p1; .reg .pred q; .reg .b32 i0, i1;\n{quotients}{ROUND_PAIR[dtype]} }}"
+    registers = ".reg .f32 y, p, t, p0, p1, p2, p3; .reg .pred q; .reg .b32 i, j, k; .reg .b16 l, h;"
+    return f"{{ {registers}\n{quotients}{ROUND[dtype, count]} }}"
 
 
-def _rounded(values: Sequence[Sequence[Any]], instructions: str) -> list[Any]:
-    """(Mosaic GPU code) Pairs of 8-bit results, as i16; `values` has y, k, inverse and divisor of each element."""
-    i16 = ir.IntegerType.get_signless(16)
-    padded = [*values, values[-1]] if len(values) % 2 else list(values)
-    found = []
-    for low, high in zip(padded[::2], padded[1::2], strict=True):
-        operands = [value for both in zip(low, high, strict=True) for value in both]
-        found.append(llvm.inline_asm(i16, operands, instructions, "=h,f,f,f,f,f,f,f,f"))
-    return found
+def _packed(values: Sequence[Sequence[Any]], dtype: str, *, in_range: bool) -> Any:
+    """(Mosaic GPU code) The results of a vector, as a vector of i8; `values` has y, k, inverse and divisor of each
+    element."""
+    i8, count = ir.IntegerType.get_signless(8), 4 if len(values) % 4 == 0 else 2
+    instructions, form = _instructions(dtype, count, in_range=in_range), "=r" if count == 4 else "=h"
+    word = ir.IntegerType.get_signless(8 * count)
+    padded = [*values, values[-1]] if len(values) == 1 else values
+    words = []
+    for start in range(0, len(padded), count):
+        operands = [value for element in padded[start : start + count] for value in element]
+        words.append(llvm.inline_asm(word, operands, instructions, form + ",f" * len(operands)))
+    if len(values) == 1:
+        return vector.from_elements(ir.VectorType.get((1,), i8), [arith.trunci(i8, words[0])])
+    packed = vector.from_elements(ir.VectorType.get((len(words),), word), words)
+    return vector.bitcast(ir.VectorType.get((len(values),), i8), packed)
 
 
 def rounded(
@@ -120,28 +132,70 @@ def rounded(
         return jax.lax.bitcast_convert_type(
             quantized_reference.cast(quantized_reference.quotient(value, scale), dtype), jnp.int8
         )
-    shape, instructions = value.shape, _instructions(dtype, in_range=in_range)
+    result = plgpu.ShapeDtypeStruct(value.shape, jnp.int8, layout=layout)
 
-    @plgpu.inline_mgpu(arg_types=(layout,) * 4, return_type=plgpu.ShapeDtypeStruct(shape, jnp.int8, layout=layout))
+    @plgpu.inline_mgpu(arg_types=(layout,) * 4, return_type=result)
     def inline(_: Any, *arrays: Any) -> Any:
-        i8, i16 = (ir.IntegerType.get_signless(width) for width in (8, 16))
         registers = np.empty_like(arrays[0].registers)
         for index in np.ndindex(*registers.shape):
-            elements = [_elements(array.registers[index]) for array in arrays]
-            pairs = _rounded(list(zip(*elements, strict=True)), instructions)
-            if len(elements[0]) == 1:
-                registers[index] = vector.from_elements(ir.VectorType.get((1,), i8), [arith.trunci(i8, pairs[0])])
-                continue
-            packed = vector.from_elements(ir.VectorType.get((len(pairs),), i16), pairs)
-            registers[index] = vector.bitcast(ir.VectorType.get((2 * len(pairs),), i8), packed)
+            elements = zip(*(_elements(array.registers[index]) for array in arrays), strict=True)
+            registers[index] = _packed(list(elements), dtype, in_range=in_range)
         return fragments.FragmentedArray(_registers=registers, _layout=arrays[0].layout, _is_signed=True)
 
     return inline(value, *divisor)
 
 
-def group_max(value: jax.Array, group: int, layout: Any, *, one_row: bool, interpret: bool) -> jax.Array:
-    """A float32 chunk in which every element is the largest of its group, NaN where one is. A group lies in
-    neighbouring lanes of a warp."""
+# $0 = the larger of $1 and the magnitudes of $2, of either half, NaN where one is; then the larger half, as float32.
+LARGER_PAIR = "{{ .reg .b32 t; abs.{0} t, $2; max.NaN.{0} $0, $1, t; }}"
+LARGER_HALF = {
+    "bfloat16": "{ .reg .b32 l, h; shl.b32 l, $1, 16; and.b32 h, $1, 0xffff0000; max.NaN.f32 $0, l, h; }",
+    "float16": "{ .reg .f32 f, g; .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 f, l; cvt.f32.f16 g, h; "
+    "max.NaN.f32 $0, f, g; }",
+}
+PAIRS = {"bfloat16": "bf16x2", "float16": "f16x2"}
+LARGER = "{ .reg .f32 t; abs.f32 t, $2; max.NaN.f32 $0, $1, t; }"
+
+
+def _largest(registers: Sequence[Any], dtype: Any, vec: int) -> Any:
+    """(Mosaic GPU code) The largest magnitude in these registers of a lane, as a float32."""
+    i32, f32, name = ir.IntegerType.get_signless(32), ir.F32Type.get(), jnp.dtype(dtype).name
+    if name in PAIRS and vec % 2 == 0:  # two at a time, and they need not be widened yet
+        words = [
+            word for one in registers for word in _elements(vector.bitcast(ir.VectorType.get((vec // 2,), i32), one))
+        ]
+        largest, instructions = arith.constant(i32, 0), LARGER_PAIR.format(PAIRS[name])
+        for word in words:
+            largest = llvm.inline_asm(i32, [largest, word], instructions, "=r,r,r")
+        return llvm.inline_asm(f32, [largest], LARGER_HALF[name], "=f,r")
+    largest = arith.constant(f32, 0.0)
+    for element in [element for register in registers for element in _elements(register)]:
+        wide = element if name == "float32" else arith.extf(f32, element)
+        largest = llvm.inline_asm(f32, [largest, wide], LARGER, "=f,f,f")
+    return largest
+
+
+def lane_max(chunks: Sequence[jax.Array], layout: Any, *, vec: int, interpret: bool) -> jax.Array:
+    """A float32 chunk with the largest magnitude that a lane has of these chunks, in each of its elements; NaN where
+    one is. An interpreter has no lanes: there each element is the largest of its place."""
+    shape, dtype = chunks[0].shape, chunks[0].dtype
+    if interpret:
+        return quantized_reference.largest(jnp.stack([jnp.abs(chunk.astype(F32)) for chunk in chunks], axis=-1))
+
+    @plgpu.inline_mgpu(arg_types=(layout,) * len(chunks), return_type=plgpu.ShapeDtypeStruct(shape, F32, layout=layout))
+    def inline(_: Any, *arrays: Any) -> Any:
+        registers = np.empty_like(arrays[0].registers)
+        kind = ir.VectorType.get((vec,), ir.F32Type.get())
+        for index in np.ndindex(*registers.shape):
+            found = _largest([array.registers[index] for array in arrays], dtype, vec)
+            registers[index] = vector.broadcast(kind, found)
+        return fragments.FragmentedArray(_registers=registers, _layout=arrays[0].layout, _is_signed=None)
+
+    return inline(*chunks)
+
+
+def group_max(value: jax.Array, group: int, layout: Any, *, vec: int, one_row: bool, interpret: bool) -> jax.Array:
+    """A float32 chunk in which every element is the largest magnitude of its group, NaN where one is. A group lies in
+    neighbouring lanes of a warp. `value` is what `lane_max` gives."""
     shape = value.shape
     if interpret:
         parts = value.reshape(-1, group) if one_row else value.reshape(shape[0], -1, group)
@@ -149,21 +203,13 @@ def group_max(value: jax.Array, group: int, layout: Any, *, one_row: bool, inter
 
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(shape, F32, layout=layout))
     def inline(_: Any, array: Any) -> Any:
-        f32 = ir.F32Type.get()
-
-        def larger(a: Any, b: Any) -> Any:
-            return llvm.inline_asm(f32, [a, b], "max.NaN.f32 $0, $1, $2;", "=f,f,f")
-
-        registers = np.empty_like(array.registers)
+        f32, registers = ir.F32Type.get(), np.empty_like(array.registers)
         for index, register in np.ndenumerate(array.registers):
-            first, *rest = elements = _elements(register)
-            largest = first
-            for element in rest:
-                largest = larger(largest, element)
-            for distance in (1 << step for step in range((group // len(elements)).bit_length() - 1)):
+            largest = _elements(register)[0]
+            for distance in (1 << step for step in range((group // vec).bit_length() - 1)):
                 instruction = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
                 other = llvm.inline_asm(f32, [largest], instruction, "=f,f", has_side_effects=True)
-                largest = larger(largest, other)
+                largest = llvm.inline_asm(f32, [largest, other], "max.NaN.f32 $0, $1, $2;", "=f,f,f")
             registers[index] = vector.broadcast(register.type, largest)
         return fragments.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
 

@@ -56,21 +56,23 @@ class Quantiser:
         """q; the scales that were computed are stored."""
         if not self.group:
             return self._by_rows(block, y, self.scale[0])
-        magnitudes = [jnp.abs(chunk) for chunk in y]
+        options = {"vec": block.plan.vec, "interpret": block.interpret}
         if self.group == block.plan.n:
-            scale = self._scale_of(block.row_max(magnitudes, self.largest), block.row_layout, block)
+            largest = eight_bits.lane_max(y, block.layout, **options)
+            scale = self._scale_of(block.row_max(largest, self.largest), block.row_layout, block)
             block.store_rows(scales, scale)
             return self._by_rows(block, y, scale)
-        found = [self._by_groups(block, *chunk) for chunk in zip(y, magnitudes, strict=True)]
+        found = [self._by_groups(block, chunk, options) for chunk in y]
         block.store_groups(scales, [scale for _, scale in found], self.group)
         return [q for q, _ in found]
 
-    def _by_groups(self, block: Block, y: jax.Array, magnitudes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _by_groups(self, block: Block, y: jax.Array, options: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
         """(q, scale) of one chunk at a time: of all at once a row of 65536 spilled 344 bytes a lane."""
-        layout, interpret = block.layout, block.interpret
-        largest = eight_bits.group_max(magnitudes, self.group, layout, one_row=block.one_row, interpret=interpret)
+        layout = block.layout
+        of_lanes = eight_bits.lane_max([y], layout, **options)
+        largest = eight_bits.group_max(of_lanes, self.group, layout, one_row=block.one_row, **options)
         scale = self._scale_of(largest, layout, block)
-        return self._rounded(block, y, scale, Divisor.of(scale, layout, interpret=interpret)), scale
+        return self._rounded(block, y, scale, Divisor.of(scale, layout, interpret=block.interpret)), scale
 
     def _scale_of(self, largest: jax.Array, layout: Any, block: Block) -> jax.Array:
         limit = jnp.full_like(largest, quantized_reference.LARGEST[self.dtype])
@@ -85,14 +87,14 @@ class Quantiser:
 
     def _rounded(self, block: Block, y: jax.Array, scale: jax.Array, divisor: Divisor) -> jax.Array:
         options = {"in_range": bool(self.group), "interpret": block.interpret}
-        return eight_bits.rounded(y, divisor, scale, self.dtype, block.layout, **options)
+        return eight_bits.rounded(block.widened(y), divisor, scale, self.dtype, block.layout, **options)
 
 
 def normalise_and_quantise(
     block: Block, rows: Rows[Chunks], weight: Weight, quantiser: Quantiser, out: Out, *, dtypes: Dtypes, eps: float
 ) -> None:
     y, x, _ = normalised(block, rows, weight, dtypes=dtypes, eps=eps)
-    block.store(out.q, quantiser.quantise(block, [block.widened(chunk) for chunk in y], out.scales))
+    block.store(out.q, quantiser.quantise(block, y, out.scales))
     if out.s is not None:
         block.store(out.s, x)
     if out.y is not None:
