@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 F32 = jnp.float32
 STEPS = 2  # units in the last place that a candidate may be off
-ONE = 1 << 23  # the mantissa of a power of two
+ONE = 1 << 23  # the leading one of a mantissa
 MAGNITUDE = 0x7FFFFFFF
 
 
@@ -44,12 +44,12 @@ def corrected(
     of_a, of_b, of_q = (lax.bitcast_convert_type(value, jnp.int32) for value in (a, b, q))
     divisor, bits = _mantissa(of_b), of_q
     for _ in range(STEPS):
-        # a - q * b, in units of the last places of q and b. q is nearest where twice that is less than b; below a power
-        # of two the places are half as wide. There is no tie: a quotient of two floats lies in the middle of none.
+        # a - q * b, in units of the last places of q and b: q is nearest where twice that is less than b. There is no
+        # tie, a quotient of two floats lies in the middle of none; nor any so near below a power of two that the places
+        # there, half as wide, would matter.
         shift = _exponent(of_a) - _exponent(bits) - _exponent(of_b) + 150
         distance = lax.shift_left(_mantissa(of_a), shift) - _mantissa(bits) * divisor
-        below = jnp.where(_mantissa(bits) == ONE, 4 * distance, 2 * distance)
-        bits = bits + (2 * distance > divisor).astype(jnp.int32) - (below < -divisor).astype(jnp.int32)
+        bits = bits + (2 * distance > divisor).astype(jnp.int32) - (2 * distance < -divisor).astype(jnp.int32)
     normal = _is_normal(of_a) & _is_normal(of_b) & _is_normal(of_q)
     return jnp.where(normal, lax.bitcast_convert_type(bits, F32), q)
 

@@ -128,12 +128,35 @@ REFERENCE: dict[str, Rewrite] = {
 }  # fmt: skip
 
 
+# Of results of 8 bits: in the kernels for rows of n, and in the specification.
+QUANTIZED: dict[str, Rewrite] = {
+    "scale of zeros": Rewrite("quantized", "F32(quantized_reference.SCALE_OF_ZEROS)", "F32(1)", n=384),
+    "scale divided by the other dtype's largest": Rewrite("quantized", "LARGEST[self.dtype]", 'LARGEST["int8"]', n=384),
+    "last chunk not in the largest": Rewrite("quantized", "lane_max(y, block", "lane_max(y[:1], block", n=384),
+    "a warp not in the largest": Rewrite("cta", "self.plan.warpgroups * WARPS)", "self.plan.warpgroups * WARPS - 1)", n=12288),  # noqa: E501
+    "rows of a block share the largest": Rewrite("warp", "jnp.max(bits, axis=1)", "jnp.full(bits.shape[:1], jnp.max(bits))", n=384),  # noqa: E501
+    "groups' scales in the first place": Rewrite("groups", "lax.div(jnp.int32(start), jnp.int32(group))", "0", n=384),
+    "a group's scale for all of a chunk": Rewrite("eight_bits", "value.reshape(-1, group) if one_row else value.reshape(shape[0], -1, group)", "value.reshape(1, -1)", n=1024),  # noqa: E501
+    "xla: the largest of y, not of its magnitude": Rewrite("quantized_reference", "jnp.abs(y.astype(F32))", "y.astype(F32)"),  # noqa: E501
+    "xla: scale of zeros": Rewrite("quantized_reference", "F32(SCALE_OF_ZEROS)", "F32(1)"),
+    "xla: amax times an inverse": Rewrite("quantized_reference", "quotient(amax, jnp.full(amax.shape, LARGEST[dtype], F32))", "amax * F32(1 / LARGEST[dtype])"),  # noqa: E501
+    "xla: y times an inverse": Rewrite("quantized_reference", "quotient(y.astype(F32).reshape(parts), divisor)", "y.astype(F32).reshape(parts) * (1 / divisor)"),  # noqa: E501
+    "xla: not saturated": Rewrite("quantized_reference", "jnp.clip(wide, -LARGEST[dtype], LARGEST[dtype])", "wide"),
+    "xla: int8 saturated at -127": Rewrite("quantized_reference", "-128, 127)", "-127, 127)"),
+    "xla: int8 rounded half away from zero": Rewrite("quantized_reference", "lax.RoundingMethod.TO_NEAREST_EVEN), -128", "lax.RoundingMethod.AWAY_FROM_ZERO), -128"),  # noqa: E501
+    "xla: int8 of 127.5": Rewrite("quantized_reference", '"int8": 127.0', '"int8": 127.5'),
+    "xla: e4m3 rounded by way of bfloat16": Rewrite("quantized_reference", "lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=3)", "lax.reduce_precision(lax.reduce_precision(wide, 8, 7), 8, 3)"),  # noqa: E501
+    "xla: subnormal e4m3 flushed": Rewrite("quantized_reference", "< 2.0**-6, subnormal, normal)", "< 2.0**-6, 0 * wide, normal)"),  # noqa: E501
+    "xla: quotients put right by one unit": Rewrite("_quotient", "STEPS = 2", "STEPS = 1"),
+}  # fmt: skip
+
+
 # Where dtypes are mixed: of test_mixed_dtypes.TRAINED, whose number `n` is.
 MIXED: dict[str, Rewrite] = {
     "weight not rounded": Rewrite("weight", "if dtype != ref.dtype:", "if False:", n=2),
     "s rounded to the dtype of x": Rewrite("forward", ".astype(dtype) for a, b", ".astype(a.dtype).astype(dtype) for a, b", n=4),  # noqa: E501
     "unit rounded to the dtype of s": Rewrite("forward", "unit.astype(dtypes.unit)", "unit.astype(dtypes.s)", n=4),
-    "y rounded to the dtype of s first": Rewrite("forward", ".astype(out.y.dtype))", ".astype(dtypes.s).astype(out.y.dtype))", n=7),  # noqa: E501
+    "y rounded to the dtype of s first": Rewrite("forward", ".astype(dtypes.y))", ".astype(dtypes.s).astype(dtypes.y))", n=7),  # noqa: E501
     "backward: g rounded to the dtype of s": Rewrite("backward", "factors, scale, dtypes.unit)", "factors, scale, dtypes.s)", n=4),  # noqa: E501
     "backward: dweight of a unit rounded to the dtype of s": Rewrite("backward", "block.rounded(unit, dtypes.unit)", "block.rounded(unit, dtypes.s)", n=5),  # noqa: E501
     "backward: rounded to the dtype of x before ds is added": Rewrite("backward", "(scale * (g - unit * mean)).astype(dtypes.s)", "(scale * (g - unit * mean)).astype(refs.dx.dtype).astype(dtypes.s)", n=4),  # noqa: E501

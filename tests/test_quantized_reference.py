@@ -35,6 +35,14 @@ def boundaries(dtype: str) -> Array:
     return found[np.abs(found) >= SMALLEST] if dtype == "int8" else np.where(np.abs(found) < SMALLEST, 0 * found, found)
 
 
+def beside_ties(dtype: str) -> tuple[Array, Array]:
+    """(y, scale) whose quotients lie within a unit of the middle between two numbers of the dtype, or there."""
+    numbers = np.arange(-128, 128) if dtype == "int8" else np.arange(1, 127, dtype=np.uint8).view(E4M3)
+    middles = ((numbers[1:].astype(np.float64) + numbers[:-1].astype(np.float64)) / 2)[None]
+    scale = np.exp(np.random.default_rng(8).uniform(-5, 5, (200, 1))).astype(F32)
+    return (middles * scale).astype(F32), scale
+
+
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
 @pytest.mark.parametrize("kind", [BF16, F16], ids=["bfloat16", "float16"])
 def test_every_16_bit_number_is_rounded_as_ml_dtypes_does(kind: Any, dtype: str) -> None:
@@ -103,6 +111,16 @@ def test_quotients_of_every_magnitude() -> None:
     a, b = (value.reshape(-1) for value in np.meshgrid(special, special))
     with np.errstate(all="ignore"):
         np.testing.assert_array_equal(np.asarray(jax.jit(_quotient.quotient)(a, b)), a / b)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_a_quotient_beside_a_tie_goes_to_its_side(dtype: str) -> None:
+    """Where a product with the inverse would go to the other."""
+    y, scale = beside_ties(dtype)
+    expected = oracle.by_scale(y, scale, dtype)
+    q = jax.jit(lambda y, scale: quantized_reference.by_scale(y, scale, dtype))(y, scale)
+    oracle.assert_same_q(np.asarray(q), expected)
+    assert np.any(oracle.cast(y * (1 / scale), dtype) != expected)
 
 
 def test_the_division_of_what_is_broadcast_is_one_too() -> None:
