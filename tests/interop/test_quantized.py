@@ -84,6 +84,8 @@ def test_special_values() -> None:
     for kind in KINDS:
         check(x, None, None, "row", kind)
         check(x, None, None, "tensor", kind)
+    for kind, most in ((torch.float8_e4m3fn, 448), (torch.int8, 127)):
+        assert (rms_norm_quantized(x[4], dtype=kind, scale=1e-4)[0].float() == most).all()
     q, scale = rms_norm_quantized(x)
     assert scale[0] == scale[1] == 2.0**-23
     assert scale[2].isnan()
