@@ -66,16 +66,20 @@ class Call:
         spec = Spec(**fields["spec"] | {"axis_name": tuple(fields["spec"]["axis_name"])})
         return Call(tuple(fields["names"]), spec, Form(**fields["form"]))
 
-    def by_reference(self, operands: Arrays) -> Arrays:
+    def in_any_order(self, operands: Arrays) -> Arrays:
+        """As by_reference, but for the order in which rows are added up, which is left to XLA."""
+        return self.by_reference(operands, ordered=False)
+
+    def by_reference(self, operands: Arrays, *, ordered: bool = True) -> Arrays:
         """Of operands with any leading axes."""
         x, weight, form = operands["x"], operands.get("weight"), self.form
         s = {"s": reference.add(x, operands["residual"], self.spec.s_dtype)} if "residual" in operands else {}
-        y, _ = reference.forward(s.get("s", x), weight, eps=self.spec.eps, **self.spec.rounding)
+        y, _ = reference.forward(s.get("s", x), weight, eps=self.spec.eps, ordered=ordered, **self.spec.rounding)
         found = quantize(y, form, operands.get("scale")) | s
         return found | {"y": y} if form.with_y else found
 
     def plan_on(self, gpu: Gpu, operands: Mapping[str, Any]) -> Plan:
-        """operands: arrays or their types. Raises Misfit."""
+        """operands: arrays or their types. Raises Misfit, or NoKernel where none is wanted or there is none for n."""
         norm = _dispatch.Call("forward", tuple(name for name in self.names if name not in SCALARS), self.spec)
         plan = norm.plan_on(gpu, operands)
         if (reason := kernel.misfit(plan, gpu, self.form.dtype, self.form.group)) is not None:
@@ -93,25 +97,17 @@ class Call:
         found["q"] = jax.lax.bitcast_convert_type(found["q"], form.dtype)
         return {name: value.reshape(*batch, value.size // math.prod(batch)) for name, value in found.items()}
 
-    def no_kernel(self, operands: Arrays) -> str | None:
-        """Why none can run, whatever the machine."""
-        if (reason := _dispatch.no_kernel_for(operands["x"].shape[-1])) is not None:
-            return reason
-        try:
-            self.plan_on(H200, operands)
-        except Misfit as found:
-            return str(found)
-        return None
-
     def run(self, operands: Arrays) -> Arrays:
-        x, forced = operands["x"], self.spec.implementation
-        reason = self.no_kernel(operands)
-        if forced in ("mosaic_gpu", "interpret") and reason is not None:
-            raise NotImplementedError(
-                f'implementation="{forced}" cannot run: {reason}; pass implementation=None to let XLA compile the '
-                "reference"
-            )
-        if forced == "xla" or reason is not None or math.prod(x.shape[:-1]) == 0:
+        forced = self.spec.implementation
+        if forced in ("mosaic_gpu", "interpret"):
+            try:
+                self.plan_on(H200, operands)
+            except Misfit as reason:
+                raise NotImplementedError(
+                    f'implementation="{forced}" cannot run: {reason}; pass implementation=None to let XLA compile the '
+                    "reference"
+                ) from None
+        if 0 in operands["x"].shape:
             return self.by_reference(operands)
         if forced == "interpret":
             return self.by_kernel(operands, interpret=True)

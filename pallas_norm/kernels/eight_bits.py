@@ -104,14 +104,14 @@ def _instructions(dtype: str, count: int, *, in_range: bool) -> str:
     return f"{{ {registers}\n{quotients}{ROUND[dtype, count]} }}"
 
 
-def _packed(values: Sequence[Sequence[Any]], dtype: str, *, in_range: bool) -> Any:
+def _packed(values: list[tuple[Any, ...]], dtype: str, *, in_range: bool) -> Any:
     """(Mosaic GPU code) The results of a vector, as a vector of i8; `values` has y, k, inverse and divisor of each
     element."""
     i8, count = ir.IntegerType.get_signless(8), 4 if len(values) % 4 == 0 else 2
     instructions, form = _instructions(dtype, count, in_range=in_range), "=r" if count == 4 else "=h"
     word = ir.IntegerType.get_signless(8 * count)
     padded = [*values, values[-1]] if len(values) == 1 else values
-    words = []
+    words: list[Any] = []
     for start in range(0, len(padded), count):
         operands = [value for element in padded[start : start + count] for value in element]
         words.append(llvm.inline_asm(word, operands, instructions, form + ",f" * len(operands)))

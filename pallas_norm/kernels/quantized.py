@@ -56,7 +56,7 @@ class Quantiser:
         """q; the scales that were computed are stored."""
         if not self.group:
             return self._by_rows(block, y, self.scale[0])
-        options = {"vec": block.plan.vec, "interpret": block.interpret}
+        options: dict[str, Any] = {"vec": block.plan.vec, "interpret": block.interpret}
         if self.group == block.plan.n:
             largest = eight_bits.lane_max(y, block.layout, **options)
             scale = self._scale_of(block.row_max(largest, self.largest), block.row_layout, block)
