@@ -65,6 +65,7 @@ def lowered(context: Any, values: Sequence[Any], call: Any, gpu: Gpu | None, *, 
     replicated = ("columns",) if {*call.names, *call.results} & {*COLUMNS} else ()
     if needs_whole_rows(call.results):
         replicated += ("n", *(FACTORS[name] for name in call.results if name in FACTORS))
+    rule = f"{side(call.names)} -> {side(call.results)}".replace(",", " ,")
     return _spmd.partitioned_call(
         context,
         values,
@@ -72,8 +73,8 @@ def lowered(context: Any, values: Sequence[Any], call: Any, gpu: Gpu | None, *, 
         config=json.dumps(
             {"call": call.encoded(), "mesh": _compat.mesh_around(context), "gpu": gpu, "platform": platform}
         ),
-        rule=f"{side(call.names)} -> {side(call.results)}",
-        replicated=replicated,
+        rule=rule,
+        replicated=tuple(sorted(replicated, key=rule.split().index)),  # as Shardy numbers them
     )
 
 

@@ -57,7 +57,7 @@ SOURCE: dict[str, Rewrite] = {
         "forward",
         "(a.astype(F32) + b.astype(F32)).astype(dtype)",
         "(a.astype(F32) + b.astype(F32))",
-        also=("block.store(out.s, x)", "block.store(out.s, [chunk.astype(out.s.dtype) for chunk in x])"),
+        also=("block.store(self.s, s)", "block.store(self.s, [chunk.astype(self.s.dtype) for chunk in s])"),
     ),
     "s truncated": Rewrite(
         "forward",

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,19 @@ class Out(NamedTuple):
     s: Any
     rstd: Any
 
+    def store(self, block: Block, y: Chunks, s: Chunks, rstd: jax.Array) -> None:
+        block.store(self.y, y)
+        if self.s is not None:
+            block.store(self.s, s)
+        if self.rstd is not None:
+            block.store_rows(self.rstd, rstd)
 
-def normalised(
-    block: Block, rows: Rows[Chunks], weight: Weight, *, dtypes: Dtypes, eps: float
-) -> tuple[Chunks, Chunks, jax.Array]:
-    """(y, the rows, rstd)."""
+
+class AnyOut(Protocol):
+    def store(self, block: Block, y: Chunks, s: Chunks, rstd: jax.Array) -> None: ...
+
+
+def normalise(block: Block, rows: Rows[Chunks], weight: Weight, out: AnyOut, *, dtypes: Dtypes, eps: float) -> None:
     x = rows.first(block)
     begun = block.begin_sum([block.product(chunk.astype(F32), chunk.astype(F32)) for chunk in x])
     rows.all_read(block)
@@ -46,16 +54,7 @@ def normalised(
         unit = chunk.astype(F32) * scale
         unit = unit.astype(dtypes.unit).astype(F32)  # Hugging Face rounds here, before the weight
         y.append((unit if factor is None else unit * factor).astype(dtypes.y))
-    return y, x, rstd
-
-
-def normalise(block: Block, rows: Rows[Chunks], weight: Weight, out: Out, *, dtypes: Dtypes, eps: float) -> None:
-    y, x, rstd = normalised(block, rows, weight, dtypes=dtypes, eps=eps)
-    block.store(out.y, y)
-    if out.s is not None:
-        block.store(out.s, x)
-    if out.rstd is not None:
-        block.store_rows(out.rstd, rstd)
+    out.store(block, y, x, rstd)
 
 
 def added(operands: dict[str, Chunks], dtype: Any) -> Chunks:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .. import quantized_reference
-from .._dtypes import Dtypes
 from .._spec import Spec
 from ..plans.hardware import WARPS, Gpu, named
 from ..plans.plan import Plan, Source
@@ -23,24 +22,14 @@ from . import eight_bits, launch, layouts, mosaic, weight
 from .block import Block, Chunks
 from .cta import Exchange
 from .eight_bits import Divisor
-from .forward import added, normalised
+from .forward import added, normalise
 from .grid import SLOTS, CtaBlocks
 from .pipeline import narrowest, staged
-from .rows import InRegisters, Reader, Rows, feed
-from .weight import Weight
+from .rows import InRegisters, Reader, feed
 
 F32 = jnp.float32
 LANES = 32
 SINCE_FLOAT8 = (8, 9)
-
-
-class Out(NamedTuple):
-    """References; None for a result that is not asked for."""
-
-    q: Any
-    scales: Any
-    s: Any
-    y: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,15 +79,23 @@ class Quantiser:
         return eight_bits.rounded(block.widened(y), divisor, scale, self.dtype, block.layout, **options)
 
 
-def normalise_and_quantise(
-    block: Block, rows: Rows[Chunks], weight: Weight, quantiser: Quantiser, out: Out, *, dtypes: Dtypes, eps: float
-) -> None:
-    y, x, _ = normalised(block, rows, weight, dtypes=dtypes, eps=eps)
-    block.store(out.q, quantiser.quantise(block, y, out.scales))
-    if out.s is not None:
-        block.store(out.s, x)
-    if out.y is not None:
-        block.store(out.y, y)
+@dataclasses.dataclass(frozen=True)
+class Out:
+    """References, None for a result that is not asked for; y is quantised on its way."""
+
+    quantiser: Quantiser
+    q: Any
+    scales: Any
+    s: Any
+    y: Any
+
+    def store(self, block: Block, y: Chunks, s: Chunks, rstd: jax.Array) -> None:
+        del rstd
+        block.store(self.q, self.quantiser.quantise(block, y, self.scales))
+        if self.s is not None:
+            block.store(self.s, s)
+        if self.y is not None:
+            block.store(self.y, y)
 
 
 def misfit(plan: Plan, gpu: Gpu, dtype: str, group: int) -> str | None:
@@ -141,22 +138,23 @@ def quantized(
     inputs, scratch = staged(plan, operands, names)
     exchange = _exchange(plan) if group == plan.n else {}
     factors_of = functools.partial(weight.of, offset=spec.weight_offset, dtype=dtypes.weight)
-    work_on = functools.partial(normalise_and_quantise, dtypes=dtypes, eps=spec.eps)
+    normal = functools.partial(normalise, dtypes=dtypes, eps=spec.eps)
 
     def work(refs: dict[str, Any]) -> tuple[launch.Full, launch.LeftOver]:
         reader = Reader({name: refs[name] for name in names}, functools.partial(added, dtype=dtypes.s))
-        out, weight_ref = Out(*(refs.get(name) for name in Out._fields)), refs.get("weight")
         largest = Exchange(*(refs[name] for name in exchange)) if exchange else None
         quantiser = Quantiser(dtype, group, refs.get("scale"), largest)
+        out = Out(quantiser, *(refs.get(name) for name in ("q", "scales", "s", "y")))
+        weight_ref = refs.get("weight")
         kept = plan.source is not Source.MEMORY
 
         def full(blocks: CtaBlocks) -> None:
             rows = feed(blocks, reader, refs)
             factors = factors_of(blocks.first, weight_ref, kept=kept)  # before x, to arrive with it
-            rows.each(lambda block, rows, _: work_on(block, rows, factors, quantiser, out), None)
+            rows.each(lambda block, rows, _: normal(block, rows, factors, out), None)
 
         def left_over(block: Block, _: Any) -> None:
-            work_on(block, InRegisters(reader), factors_of(block, weight_ref, kept=True), quantiser, out)
+            normal(block, InRegisters(reader), factors_of(block, weight_ref, kept=True), out)
 
         return full, left_over
 
