@@ -148,9 +148,8 @@ def test_a_trial_run_finds_a_wrong_kernel_and_only_that(form: str, residual: boo
     for n, weight in ((128, None), (1024, torch.bfloat16)):
         group = {"tensor": 0, "row": n, "group": 128}[form]
         for dtype in KINDS:
-            program = Quantized(
-                n, torch.bfloat16, weight, spec, torch.bfloat16 if residual else None, dtype, group, True
-            ).program(H200)  # noqa: FBT003
+            added = torch.bfloat16 if residual else None
+            program = Quantized(n, torch.bfloat16, weight, spec, added, dtype, group, with_y=True).program(H200)
             for off, right in ((0, True), (1, False)):
                 kernel: Any = FakeKernel(program, off=off)
                 verdict = proof._quantized(kernel, program, torch.device("cpu"), 0)
@@ -276,7 +275,9 @@ def test_on_a_gpu_the_launched_kernel_gives_the_oracles_bits(n: int) -> None:
         for kind in KINDS:
             check(x, None, weight, form, kind)
             check(x, residual, weight, form, kind)
-    kernel = Quantized(n, torch.bfloat16, torch.bfloat16, pallas_norm._spec.Spec(), torch.bfloat16, torch.int8, n, True)  # noqa: FBT003
+    kernel = Quantized(
+        n, torch.bfloat16, torch.bfloat16, pallas_norm._spec.Spec(), torch.bfloat16, torch.int8, n, with_y=True
+    )
     assert launch.kernel(kernel.program(launch.gpu_of(0)), 0) is not None  # not refused
 
 
