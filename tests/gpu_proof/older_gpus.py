@@ -74,7 +74,7 @@ def cases() -> Iterator[tuple[str, str, int, bool]]:
 def program_of(operation: str, dtype: str, n: int, *, residual: bool) -> Any:
     x = TORCH[dtype]
     if operation == "forward":
-        kernel: Any = _kernels.Forward(n, x, x, SPEC, residual, with_rstd=True)
+        kernel: Any = _kernels.Forward(n, x, x, SPEC, x if residual else None, with_rstd=True)
     else:
         kernel = _kernels.Backward(n, x, x, x, Spec(eps=0.0), residual, with_dweight=True)
     return _kernels.program_of(kernel, A100)
@@ -197,7 +197,8 @@ def run(log: TextIO | None, seconds: float) -> int:
     with assembler(PROCESSES) as assembled:
         for n in MODELS:
             for residual in (False, True):
-                kernel = _kernels.Forward(n, torch.bfloat16, torch.bfloat16, LLAMA, residual, with_rstd=False)
+                added = torch.bfloat16 if residual else None
+                kernel = _kernels.Forward(n, torch.bfloat16, torch.bfloat16, LLAMA, added, with_rstd=False)
                 assembled.ptx(_kernels.program_of(kernel, A100))
         for operation, dtype, n, residual in every:
             assembled.ptx(program_of(operation, dtype, n, residual=residual))
