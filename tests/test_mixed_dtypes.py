@@ -160,13 +160,14 @@ def test_the_dtypes_of_every_call_are_those_that_the_rule_gives() -> None:
     assert seen == 3 * 4**5 * 4
 
 
+@pytest.mark.parametrize("step", [17, pytest.param(1, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("residual", [None, *DTYPES], ids=str)
 @pytest.mark.parametrize("x", DTYPES)
-def test_every_combination_of_dtypes_has_the_bits_of_the_replay(x: str, residual: str | None) -> None:
-    """Operation by operation: as programs, 1,890 of them, they compile for minutes. What fusions do: the tests below,
-    and Hypothesis."""
+def test_every_combination_of_dtypes_has_the_bits_of_the_replay(x: str, residual: str | None, step: int) -> None:
+    """Operation by operation, every seventeenth of 1,890 before each push: one takes 0.4 s with the order of the row's
+    sum. All of them, before each push too: the rule above, and torch's statements."""
     with jax.disable_jit():
-        for mix in every(x, residual):
+        for mix in itertools.islice(every(x, residual), 0, None, step):
             given = draw(mix)
             check(mix, given, call(mix, given, "xla"), "xla")
 
