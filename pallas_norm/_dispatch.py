@@ -188,16 +188,14 @@ class Call:
             return (n,) if name in COLUMNS else leading if name in PER_ROW else (*leading, n)
 
         flat = {name: value.reshape(shape(name, rows)) for name, value in operands.items()}
-        found = self._by_kernel(flat, self.plan_on(gpu, operands), interpret=interpret)
-        return {name: value.reshape(shape(name, *batch)) for name, value in found.items()}
-
-    def _by_kernel(self, operands: Arrays, plan: Plan, *, interpret: bool) -> Arrays:
-        options: dict[str, Any] = {"spec": self.spec, "interpret": interpret}
+        plan, options = self.plan_on(gpu, operands), dict[str, Any](spec=self.spec, interpret=interpret)
         if self.operation == "forward":
-            return forward_kernel.forward(operands, plan=plan, with_rstd=self.with_rstd, **options)
-        assert isinstance(plan, BackwardPlan)
-        options |= {"with_dweight": self.with_dweight, "dweight_dtype": self.dweight_dtype}
-        return backward_kernel.backward(operands, plan=plan, dx_dtypes=self.dx_dtypes, **options)
+            found = forward_kernel.forward(flat, plan=plan, with_rstd=self.with_rstd, **options)
+        else:
+            assert isinstance(plan, BackwardPlan)
+            options |= {"with_dweight": self.with_dweight, "dweight_dtype": self.dweight_dtype}
+            found = backward_kernel.backward(flat, plan=plan, dx_dtypes=self.dx_dtypes, **options)
+        return {name: value.reshape(shape(name, *batch)) for name, value in found.items()}
 
     def run(self, operands: Arrays) -> Arrays:
         x, forced = operands["x"], self.spec.implementation
