@@ -16,7 +16,6 @@ from . import parity_report, record, results
 KINDS = ("run", "overhead", "accuracy", "parity", "model", "training")
 OLD = {
     "run": "run.json",
-    "overhead": "overhead_h200.json",
     "accuracy": "accuracy.json",
     "parity": "parity.json",
     "model": "model.json",

@@ -16,7 +16,6 @@ from bench.suite import ACCURACY, ACCURACY_ELEMENTS
 # (`make evidence`); none is added, and none is measured anew under the old name.
 OF_BEFORE = {
     "run": "55707e8",
-    "overhead": "264c120",
     "accuracy": "bbf3bad",
     "parity": "5956144",
     "model": "bbf3bad",
