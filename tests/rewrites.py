@@ -62,8 +62,8 @@ SOURCE: dict[str, Rewrite] = {
     "s truncated": Rewrite(
         "forward",
         "(a.astype(F32) + b.astype(F32)).astype(dtype)",
-        "lax.bitcast_convert_type(lax.bitcast_convert_type(a.astype(F32) + b.astype(F32), jnp.int32) & -65536, F32)"
-        ".astype(dtype)",
+        "jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(a.astype(F32) + b.astype(F32), jnp.int32) & -65536, "
+        "F32).astype(dtype)",
     ),
     "backward: dy * weight not rounded": Rewrite("backward", "block.widened(g.astype(dtype))", "g"),
     "backward: no projection": Rewrite("backward", "g - block.product(unit, mean)", "g"),
@@ -159,7 +159,7 @@ MIXED: dict[str, Rewrite] = {
     "y rounded to the dtype of s first": Rewrite("forward", ".astype(dtypes.y))", ".astype(dtypes.s).astype(dtypes.y))", n=7),  # noqa: E501
     "backward: g rounded to the dtype of s": Rewrite("backward", "factors, scale, dtypes.unit)", "factors, scale, dtypes.s)", n=4),  # noqa: E501
     "backward: dweight of a unit rounded to the dtype of s": Rewrite("backward", "block.rounded(unit, dtypes.unit)", "block.rounded(unit, dtypes.s)", n=5),  # noqa: E501
-    "backward: rounded to the dtype of x before ds is added": Rewrite("backward", "(scale * (g - unit * mean)).astype(dtypes.s)", "(scale * (g - unit * mean)).astype(refs.dx.dtype).astype(dtypes.s)", n=4),  # noqa: E501
+    "backward: rounded to the dtype of x before ds is added": Rewrite("backward", "mean), scale).astype(dtypes.s)", "mean), scale).astype(refs.dx.dtype).astype(dtypes.s)", n=4),  # noqa: E501
     "backward: dresidual is dx": Rewrite("backward", "dx if dx.dtype == ref.dtype else dx.astype(F32).astype(ref.dtype)", "dx.astype(refs.dx.dtype).astype(ref.dtype)", n=4),  # noqa: E501
     "xla: weight not rounded": Rewrite("reference", "return round_to(wide, dtype).astype(F32)", "return wide", n=2),
     "xla: s rounded to the dtype of x": Rewrite("reference", "residual.astype(F32), dtypes.s)", "residual.astype(F32), x.dtype).astype(dtypes.s)", n=4),  # noqa: E501

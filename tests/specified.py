@@ -37,9 +37,7 @@ def rstd(x: Array, eps: float, *, width: int = 0, flushes: bool = False) -> Arra
     width = width or forward_order(x.shape[-1], x.dtype).width
     with np.errstate(all="ignore"):
         wide = flushed(x.astype(F32), flushes=flushes)
-        mean = row_mean(
-            flushed(wide * wide, flushes=flushes), forward_order(x.shape[-1], x.dtype).width, flushes=flushes
-        )
+        mean = row_mean(flushed(wide * wide, flushes=flushes), width, flushes=flushes)
         return F32.type(1) / np.sqrt(flushed(mean + flushed(F32.type(eps), flushes=flushes), flushes=flushes))
 
 

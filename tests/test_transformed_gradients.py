@@ -210,11 +210,11 @@ WRONG = {
         "vmap",
     ),
     "a member takes another's weight": (
-        Rewrite("_transforms", "y = unit * _scale_of_members(weight", "y = unit * _scale_of_members(weight[::-1] * 3"),
+        Rewrite("_transforms", "_scale_of_members(weight, results", "_scale_of_members(weight[::-1] * 3, results"),
         "vmap, a weight each",
     ),
     "a split row divided by its own columns": (
-        Rewrite("reference", "F32(values.shape[-1] * add_up(1))", "F32(values.shape[-1])"),
+        Rewrite("_row_sum", "n * lax.psum(1, axis_name, axis_index_groups=axis_index_groups)", "n"),
         "columns on an explicit mesh",
     ),
     "the first shard's part of a row counted for all": (
