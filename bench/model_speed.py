@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -117,15 +118,17 @@ class Decode:
         self.places = torch.full((case.batch, 1), CONTEXT - 1, device=self.device)
         # Made here: transformers' own mask is a step's work too, but one that no norm changes.
         self.mask = torch.ones((case.batch, 1, 1, CONTEXT), dtype=torch.bool, device=self.device)
-        model(self.ids, past_key_values=self.cache, use_cache=True)  # allocates the cache
+        # past_key_values until transformers 5.23; later ones warn of that name.
+        named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self.cached = {named: self.cache, "use_cache": True}
+        model(self.ids, **self.cached)  # allocates the cache
 
     def prepare(self) -> None:
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(self.start)
 
     def step(self, call: Model) -> Any:
-        options = {"attention_mask": self.mask, "position_ids": self.places, "past_key_values": self.cache}
-        return call(self.ids, use_cache=True, **options).logits
+        return call(self.ids, attention_mask=self.mask, position_ids=self.places, **self.cached).logits
 
 
 def _captured(work: Decode | Prefill, call: Model) -> Callable[[], Any]:

@@ -151,7 +151,7 @@ COLUMN = "ref.at[self.row, pl.ds({}, self.plan.span)], chunk"
 # Pallas itself refuses a start outside that it knows, so this one depends on the program.
 UNKNOWN = 'start + 1 + 0 * lax.axis_index("program")'
 LEFT_OVER = "program - extent.first_left + extent.blocks * plan.block"
-ROW, WORKER = "return WarpgroupRow(plan, {}, interpret)", "(j * plan.workers + worker) * plan.span{} for"
+ROW, WORKER = "return WarpgroupRow(plan, {}, interpret)", "(first + part) * self.plan.span{} for"
 OUTSIDE = {
     "a column too far right": (
         Rewrite("block", COLUMN.format("start"), COLUMN.format(UNKNOWN)),
