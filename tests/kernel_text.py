@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -260,9 +261,12 @@ def main(words: list[str] | None = None) -> int:
             print(text(module, raw=given.raw))
         return 0
     if given.write:
-        with recorded().open("w") as file:
+        # Put in its place when it is whole: two at once had made one file of both.
+        begun = recorded().with_suffix(f".{os.getpid()}")
+        with begun.open("w") as file:
             for case in cases(kinds_only=given.kinds):
                 print(case, digest(case), file=file, flush=True)
+        begun.replace(recorded())
     before = expected()
     chosen = list(before)[:: given.every]
     differ = list(differing(chosen, before))
