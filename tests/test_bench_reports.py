@@ -146,6 +146,7 @@ def test_overhead_writes_a_row_for_every_way(tmp_path: Path, monkeypatch: pytest
 def test_a_peer_that_is_not_there_is_named_in_the_file_and_on_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch = pytest.importorskip("torch", reason="needs torch")
     monkeypatch.setattr(accuracy, "DTYPES", {"bfloat16": accuracy.DTYPES["bfloat16"]})
     monkeypatch.setattr(accuracy, "ACCURACY", (128,))
     monkeypatch.setattr(accuracy, "ACCURACY_ELEMENTS", 1280)
@@ -154,7 +155,7 @@ def test_a_peer_that_is_not_there_is_named_in_the_file_and_on_the_page(
         raise AbsentError("Quack cannot be imported: no")
 
     monkeypatch.setattr(accuracy, "PEERS", {"Quack": absent})
-    monkeypatch.setattr(accuracy, "_to_torch", lambda _: pytest.importorskip("torch").zeros(10, 128).bfloat16()[0])
+    monkeypatch.setattr(accuracy, "_to_torch", lambda _: torch.zeros(10, 128).bfloat16()[0])
     right = accuracy.providers
 
     def on_a_cpu(x: Any, weight: Any) -> Any:
