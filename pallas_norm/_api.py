@@ -179,8 +179,7 @@ def add_rms_norm(
             axis_name: as for `rms_norm`, of s in the place of x.
 
     Returns: (y, s), with return_rstd (y, s, rstd). s is the float32 sum, rounded before it is normalised, so the bits
-        are those of `s = x + residual; y = rms_norm(s, weight)`, forward, and backward in bfloat16 and float16. In
-        float32 the compiler fuses the last product of the backward pass with the addition of the gradient of s.
+        are those of `s = x + residual; y = rms_norm(s, weight)`, forward and backward.
 
     Differentiation: as `rms_norm`. The gradient of s is rounded to the dtype of s, and from there to that of x, and to
         that of the residual, where these are others.

@@ -215,7 +215,12 @@ def one_scale(value: Any) -> jax.Array:
         if value.dtype != jnp.float32:
             raise TypeError(f"scale is {_validate.describe(value)}; needed float32: cast it with astype first")
         return jnp.asarray(value).reshape(())
-    found = _validate.number("scale", value)
+    return jnp.float32(positive(value))
+
+
+def positive(scale: Any) -> float:
+    """A scale that is a number."""
+    found = _validate.number("scale", scale)
     if not float(np.float32(found)) > 0:
         raise ValueError(f"scale is {found}; needed a positive float32 number: y is divided by it")
-    return jnp.float32(found)
+    return found

@@ -30,7 +30,7 @@ DTYPES = (jnp.bfloat16, jnp.float16, F32)
 ARITHMETIC = frozenset({"add", "div", "dot_general", "integer_pow", "max", "mul", "pow", "sqrt", "square", "sub"})
 MOVES = frozenset({"broadcast_in_dim", "copy", "copy_p", "reshape", "squeeze", "transpose"})
 OPERATIONS = ARITHMETIC | MOVES | {"convert_element_type", "reduce_precision", "reduce_sum", "rsqrt"}
-CALLS = frozenset({"closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit", "remat2"})
+CALLS = frozenset({"custom_jvp_call", "custom_vjp_call", "jit", "pjit"})
 ROWS = 5
 RANKS = (1, 2, 3)  # of x, each proved; more axes are as three
 LARGEST = 5  # of the integers in a row: LARGEST^2 * 131072 elements are exact in float32
@@ -161,7 +161,7 @@ def _called(rebuilt: Callable[[Any], Any], x: Any, weight: Any) -> tuple[str, by
 
     try:
         closed = jax.make_jaxpr(call)(x, weight)
-    except (TypeError, ValueError):  # an einsum or a reshape for another rank
+    except Exception:  # anybody's: an einsum or a reshape for another rank, an assertion on it
         return None
     outputs = _evaluate(closed.jaxpr, closed.consts, [x, *jax.tree.leaves(weight)])
     if len(outputs) != 1 or outputs[0].shape != x.shape:

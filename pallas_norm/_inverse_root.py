@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._quotient import ONE, STEPS, exponent, mantissa
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 F32 = jnp.float32
-STEPS = 2  # units in the last place that a candidate may be off: the instructions XLA uses stay within two
-ONE = 1 << 23  # the mantissa of a power of two
 
 
 def as_compiled(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -41,24 +41,15 @@ def _float(bits: Any) -> Any:
     return lax.bitcast_convert_type(bits, F32)
 
 
-def _mantissa(bits: Any) -> Any:
-    """With its leading one, a whole number of 24 bits."""
-    return (bits & (ONE - 1)) | ONE
-
-
-def _exponent(bits: Any) -> Any:
-    return lax.shift_right_logical(bits, jnp.int32(23))
-
-
 def _root_corrected(value_bits: Any, root_bits: Any) -> Any:
     """`root_bits`, or a neighbour that is nearer to the root: of normal numbers.
 
     With s the root's mantissa and m the value's, in units of the root's last place squared, s is right where
     (2 s - 1)^2 < 4 m < (2 s + 1)^2. Below a power of two the places are half as wide.
     """
-    s = _mantissa(root_bits)
-    shift = _exponent(value_bits) - 2 * _exponent(root_bits) + 127 + 25
-    distance = lax.shift_left(_mantissa(value_bits), shift) - 4 * s * s
+    s = mantissa(root_bits)
+    shift = exponent(value_bits) - 2 * exponent(root_bits) + 127 + 25
+    distance = lax.shift_left(mantissa(value_bits), shift) - 4 * s * s
     below = jnp.where(s == ONE, 2 * s, 4 * s)
     return root_bits + (distance > 4 * s).astype(jnp.int32) - (distance <= -below).astype(jnp.int32)
 
@@ -66,7 +57,7 @@ def _root_corrected(value_bits: Any, root_bits: Any) -> Any:
 def _quotient_corrected(root_bits: Any, quotient_bits: Any) -> Any:
     """`quotient_bits`, or a neighbour that is nearer to 1 / root: of normal numbers. 1 is 2^47, or 2^46, in these
     units: both are 0 modulo 2^32."""
-    r, s = _mantissa(quotient_bits), _mantissa(root_bits)
+    r, s = mantissa(quotient_bits), mantissa(root_bits)
     distance = -(r * s)
     below = jnp.where(r == ONE, 4 * distance, 2 * distance)
     return quotient_bits + (2 * distance > s).astype(jnp.int32) - (below < -s).astype(jnp.int32)

@@ -19,22 +19,23 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 F32 = jnp.float32
-STEPS = 2  # units in the last place that a candidate may be off
-ONE = 1 << 23  # the leading one of a mantissa
+STEPS = 2  # units in the last place that a candidate may be off: the instructions XLA uses stay within two
+ONE = 1 << 23  # the leading one of a mantissa: all of that of a power of two
 MAGNITUDE = 0x7FFFFFFF
 
 
-def _mantissa(bits: Any) -> Any:
+def mantissa(bits: Any) -> Any:
     """With its leading one, a whole number of 24 bits."""
     return (bits & (ONE - 1)) | ONE
 
 
-def _exponent(bits: Any) -> Any:
+def exponent(bits: Any) -> Any:
+    """As it is stored, of a number of either sign."""
     return (bits & MAGNITUDE) >> 23
 
 
 def _is_normal(bits: Any) -> Any:
-    return (_exponent(bits) > 0) & (_exponent(bits) < 255)
+    return (exponent(bits) > 0) & (exponent(bits) < 255)
 
 
 def corrected(
@@ -42,13 +43,13 @@ def corrected(
 ) -> Float[Array, "*shape"]:
     """The quotient of normal numbers, from a q that is off by STEPS units at most; q itself of other numbers."""
     of_a, of_b, of_q = (lax.bitcast_convert_type(value, jnp.int32) for value in (a, b, q))
-    divisor, bits = _mantissa(of_b), of_q
+    divisor, bits = mantissa(of_b), of_q
     for _ in range(STEPS):
         # a - q * b, in units of the last places of q and b: q is nearest where twice that is less than b. There is no
         # tie, a quotient of two floats lies in the middle of none; nor any so near below a power of two that the places
         # there, half as wide, would matter.
-        shift = _exponent(of_a) - _exponent(bits) - _exponent(of_b) + 150
-        distance = lax.shift_left(_mantissa(of_a), shift) - _mantissa(bits) * divisor
+        shift = exponent(of_a) - exponent(bits) - exponent(of_b) + 150
+        distance = lax.shift_left(mantissa(of_a), shift) - mantissa(bits) * divisor
         bits = bits + (2 * distance > divisor).astype(jnp.int32) - (2 * distance < -divisor).astype(jnp.int32)
     normal = _is_normal(of_a) & _is_normal(of_b) & _is_normal(of_q)
     return jnp.where(normal, lax.bitcast_convert_type(bits, F32), q)

@@ -235,6 +235,29 @@ def two_results(self: Any, x: Any) -> Any:
     return llama(self, x), x
 
 
+def particular(self: Any, x: Any) -> Any:
+    assert x.shape == (3, 5), x.shape
+    return llama(self, x)
+
+
+def checkpointed(self: Any, x: Any) -> Any:
+    return jax.checkpoint(lambda x: llama(self, x))(x)
+
+
+def one_rank(self: Any, x: Any) -> Any:
+    assert x.ndim == 2
+    return llama(self, x)
+
+
+def test_a_norm_that_asserts_a_rank_is_ours_for_that_one() -> None:
+    """Whatever anybody's call raises for an x that it does not take, `patch` does not."""
+    patched, report = pallas_norm.patch(equinox_norm(one_rank))
+    assert report.replaced == {"PersonsRMSNorm": 1}
+    assert patched(draw(3, 96)).shape == (3, 96)
+    with pytest.raises(AssertionError):
+        patched(draw(2, 3, 96))
+
+
 NO_FORM = "its bits are those of no form of rms_norm"
 
 
@@ -244,6 +267,8 @@ NO_FORM = "its bits are those of no form of rms_norm"
         (eps_outside, NO_FORM),
         (bf16_statistics, NO_FORM),
         (fewer, NO_FORM),
+        (particular, NO_FORM),
+        (checkpointed, "it computes with "),
         (branches, "it computes with "),
         (noisy, "it computes with random_"),
         (two_results, "it gives 2 arrays; needed one of the shape of x"),

@@ -168,9 +168,8 @@ def add_rms_norm(
             `rms_norm`, of s in the place of x.
 
     Returns: (y, s). s is the float32 sum, rounded before it is normalised, so the bits are those of
-        `s = x + residual; y = rms_norm(s, weight)`; in float32 the compiler fuses the last product of the backward pass
-        with the addition of the gradient of s. The gradient of s is rounded to the dtype of s, and from there to that
-        of x, and to that of residual, where these are others.
+        `s = x + residual; y = rms_norm(s, weight)`. The gradient of s is rounded to the dtype of s, and from there to
+        that of x, and to that of residual, where these are others.
 
     Raises: as `rms_norm`.
 

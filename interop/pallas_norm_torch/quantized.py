@@ -12,7 +12,6 @@ import torch
 from torch.overrides import handle_torch_function
 
 from pallas_norm import _api_quantized
-from pallas_norm import _validate as _numbers
 from pallas_norm._spec import Spec
 
 from . import _options, _quantized_library, _torch_state, _validate, ops
@@ -147,10 +146,7 @@ def _norm(
 def one_scale(value: Any, x: Tensor) -> Tensor:
     """A float32 scalar on the device of x."""
     if not isinstance(value, Tensor):
-        found = _numbers.number("scale", value)
-        if not float(torch.tensor(found, dtype=torch.float32)) > 0:
-            raise ValueError(f"scale is {found}; needed a positive float32 number: y is divided by it")
-        return torch.full((), found, dtype=torch.float32, device=x.device)
+        return torch.full((), _api_quantized.positive(value), dtype=torch.float32, device=x.device)
     if math.prod(value.shape) != 1 or value.ndim > 1:
         raise ValueError(
             f"scale is {_validate.describe(value)}; needed one number: pass scale=None to compute one for each row"
