@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -84,12 +85,20 @@ def forward(
     if with_rstd:
         outputs["rstd"] = jax.ShapeDtypeStruct(x.shape[:1], F32)
     inputs, scratch = staged(plan, operands, names)
+    work = norm(plan, spec, dtypes, names, lambda refs: Out(refs["y"], refs.get("s"), refs.get("rstd")))
+    return launch.launch(work, plan, len(x), inputs, outputs, scratch=scratch, interpret=interpret)
+
+
+def norm(
+    plan: Plan, spec: Spec, dtypes: Dtypes, names: Sequence[str], out_of: Callable[[dict[str, Any]], AnyOut]
+) -> launch.Work:
+    """What a CTA does with its blocks and with a row that is left over. names: of the operands that are added up."""
     factors_of = functools.partial(weight.of, offset=spec.weight_offset, dtype=dtypes.weight)
     normal = functools.partial(normalise, dtypes=dtypes, eps=spec.eps)
 
     def work(refs: dict[str, Any]) -> tuple[launch.Full, launch.LeftOver]:
         reader = Reader({name: refs[name] for name in names}, functools.partial(added, dtype=dtypes.s))
-        out, weight_ref = Out(refs["y"], refs.get("s"), refs.get("rstd")), refs.get("weight")
+        out, weight_ref = out_of(refs), refs.get("weight")
         kept = plan.source is not Source.MEMORY
 
         def full(blocks: CtaBlocks) -> None:
@@ -102,4 +111,4 @@ def forward(
 
         return full, left_over
 
-    return launch.launch(work, plan, len(x), inputs, outputs, scratch=scratch, interpret=interpret)
+    return work

@@ -22,10 +22,11 @@ AnyPlan = TypeVar("AnyPlan", bound=Plan)
 
 Full = Callable[[grid.CtaBlocks], None]
 LeftOver = Callable[[Block, Any], None]
+Work = Callable[[dict[str, Any]], tuple[Full, LeftOver]]
 
 
 def launch(
-    work: Callable[[dict[str, Any]], tuple[Full, LeftOver]],
+    work: Work,
     plan: Plan,
     rows: int,
     inputs: Mapping[str, jax.Array],

@@ -8,7 +8,6 @@ The kernels write the bits of q as int8, whatever its dtype: Mosaic GPU's own ty
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -17,15 +16,14 @@ import jax.numpy as jnp
 from .. import quantized_reference
 from .._spec import Spec
 from ..plans.hardware import WARPS, Gpu, named
-from ..plans.plan import Plan, Source
-from . import eight_bits, launch, layouts, mosaic, weight
+from ..plans.plan import Plan
+from . import eight_bits, launch, layouts, mosaic
 from .block import Block, Chunks
 from .cta import Exchange
 from .eight_bits import Divisor
-from .forward import added, normalise
-from .grid import SLOTS, CtaBlocks
+from .forward import norm
+from .grid import SLOTS
 from .pipeline import narrowest, staged
-from .rows import InRegisters, Reader, feed
 
 F32 = jnp.float32
 LANES = 32
@@ -137,27 +135,13 @@ def quantized(
         outputs["y"] = jax.ShapeDtypeStruct(x.shape, dtypes.y)
     inputs, scratch = staged(plan, operands, names)
     exchange = _exchange(plan) if group == plan.n else {}
-    factors_of = functools.partial(weight.of, offset=spec.weight_offset, dtype=dtypes.weight)
-    normal = functools.partial(normalise, dtypes=dtypes, eps=spec.eps)
 
-    def work(refs: dict[str, Any]) -> tuple[launch.Full, launch.LeftOver]:
-        reader = Reader({name: refs[name] for name in names}, functools.partial(added, dtype=dtypes.s))
+    def out_of(refs: dict[str, Any]) -> Out:
         largest = Exchange(*(refs[name] for name in exchange)) if exchange else None
         quantiser = Quantiser(dtype, group, refs.get("scale"), largest)
-        out = Out(quantiser, *(refs.get(name) for name in ("q", "scales", "s", "y")))
-        weight_ref = refs.get("weight")
-        kept = plan.source is not Source.MEMORY
+        return Out(quantiser, *(refs.get(name) for name in ("q", "scales", "s", "y")))
 
-        def full(blocks: CtaBlocks) -> None:
-            rows = feed(blocks, reader, refs)
-            factors = factors_of(blocks.first, weight_ref, kept=kept)  # before x, to arrive with it
-            rows.each(lambda block, rows, _: normal(block, rows, factors, out), None)
-
-        def left_over(block: Block, _: Any) -> None:
-            normal(block, InRegisters(reader), factors_of(block, weight_ref, kept=True), out)
-
-        return full, left_over
-
+    work = norm(plan, spec, dtypes, names, out_of)
     return launch.launch(work, plan, len(x), inputs, outputs, scratch=scratch | exchange, interpret=interpret)
 
 
