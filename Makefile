@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 MINIMUM := 3.11
 TESTS := .venv/bin/python -m pytest -n 2 -m 'not gpu and not nightly and not slow' --profile quick
 ALL_TESTS := .venv/bin/python -m pytest -n 2 -m 'not gpu and not nightly'
+# Of every property one case: every case has run with the oldest JAX. make test-newest CASES='not gpu and not nightly' runs them all.
+CASES := not gpu and not nightly and not slow
 export PYTHON
 
 .PHONY: help demo test test-all coverage test-nightly test-gpu evidence test-gpus test-newest lint docs smoke install install-docs install-lint install-gpu clean
@@ -19,7 +21,7 @@ help:
 	@echo 'make test-gpu      the tests that need an NVIDIA GPU of compute capability 9.0 or newer'
 	@echo 'make test-gpus     the tests that need two of them in one host; under five minutes'
 	@echo 'make evidence      the result files that docs show, on a GPU, of this commit; under 25 minutes, again: goes on'
-	@echo 'make test-newest   the tests that need no torch, with the newest supported JAX (needs Python >= 3.12)'
+	@echo 'make test-newest   those of make test that need no torch, with the newest supported JAX (needs Python >= 3.12)'
 	@echo 'make lint          ruff and pyright'
 	@echo 'make docs          the pages of docs/ and of the API, in site/; a warning is an error'
 	@echo 'make smoke         the wheel and the sdist, each in an environment of its own'
@@ -60,7 +62,7 @@ test-newest:
 	@if reason=$$(scripts/find-python 3.12 --highest 2>&1 >/dev/null); then \
 		scripts/bootstrap .venv-newest 3.12 test --highest && \
 		.venv-newest/bin/python -c 'import jax, sys; print("Testing with jax", jax.__version__, "on Python", sys.version.split()[0])' && \
-		.venv-newest/bin/python -m pytest -n 2 -m 'not gpu and not nightly' --ignore=tests/interop --ignore=tests/test_demo.py; \
+		.venv-newest/bin/python -m pytest -n 2 -m '$(CASES)' --ignore=tests/interop --ignore=tests/test_demo.py; \
 	else \
 		printf 'make test-newest: skipped, because the newest JAX needs Python 3.12 or newer.\n%s\n' "$$reason"; \
 	fi

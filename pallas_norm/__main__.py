@@ -1,9 +1,9 @@
 """Says whether pallas-norm works on this machine; with the word `plans`, which kernel covers which rows, and why.
 
 Prints the versions, the devices, which path a call takes and why, and a self-check: the bits that each path gives
-against a replay of its roundings in NumPy, on a GPU one launch of each kind of kernel; from PyTorch too where it is
-installed. On a GPU of a kind on which no run has been reported yet, also a block to paste into an issue. Exits with 0
-if every check is right, and with 1 and the next step if one is not.
+against those that this version was released with, on a GPU one launch of each kind of kernel; from PyTorch too where it
+is installed. On a GPU of a kind on which no run has been reported yet, also a block to paste into an issue.
+Exits with 0 if every check is right, and with 1 and the next step if one is not.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import jax.core
 import numpy as np
 from jax import lax
 
-from . import _autodiff, _compat, _dispatch, _sharding, _validate
+from . import _autodiff, _compat, _dispatch, _validate
 from ._spec import Implementation, Spec
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class _NormOptions(TypedDict, total=False):
     out_dtype: DTypeLike | None
     unit_dtype: DTypeLike | None
     round_weight: bool
+    in_place: bool
     implementation: Implementation | None
     axis_name: str | tuple[str, ...] | None
 
@@ -66,6 +67,7 @@ def rms_norm(
     out_dtype: DTypeLike | None = None,
     unit_dtype: DTypeLike | None = None,
     round_weight: bool = False,
+    in_place: bool = False,
     implementation: Implementation | None = None,
     return_rstd: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
@@ -86,6 +88,9 @@ def rms_norm(
         round_weight: rounds the weight to unit_dtype in the kernel, before weight_offset is added: a float32 weight
             that is trained, in a model that computes in bfloat16. The bits are those of a weight that was cast, but
             dweight is that of the float32 weight, and was never rounded to bfloat16.
+        in_place: has the kernel write y to the memory of x, if that has the dtype of y. Values never change: XLA copies
+            an x first that is read later, as in a program that does not donate it, or under a gradient. Needs jax 0.11,
+            and rows that fill the kernel's blocks and are read once; otherwise y gets memory of its own.
         implementation: None takes the Mosaic GPU kernel where the program is lowered for an NVIDIA GPU of compute
             capability 8.0 or newer (9.0 with jax 0.10) and n has a kernel there, and lets XLA compile the reference
             elsewhere; `explain` tells which. "mosaic_gpu" or "xla" forces one. "interpret" runs the kernel in Pallas's
@@ -114,8 +119,12 @@ def rms_norm(
     Raises:
         TypeError: an operand is no array, or of another dtype, as an option is that names one; eps or weight_offset is
             traced or no real number.
-        ValueError: a shape or a value does not fit, or cast_before_scale=False and a unit_dtype contradict each other.
+        ValueError: a shape or a value does not fit, or cast_before_scale=False and a unit_dtype contradict each other,
+            or axis_name is no axis of a jax.shard_map around the call.
         NotImplementedError: a forced implementation cannot run.
+
+    Example:
+        y = rms_norm(x, weight, eps=1e-5)  # jit, grad and vmap as of any function
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; `LlamaRMSNorm` in Hugging Face's
         transformers.
@@ -127,6 +136,7 @@ def rms_norm(
         weight_offset=weight_offset,
         dtypes={"out_dtype": out_dtype, "unit_dtype": unit_dtype},
         round_weight=round_weight,
+        in_place=in_place,
         implementation=implementation,
         return_rstd=return_rstd,
         axis_name=axis_name,
@@ -164,10 +174,14 @@ def add_rms_norm(
     unit_dtype: DTypeLike | None = None,
     round_weight: bool = False,
     s_dtype: DTypeLike | None = None,
+    in_place: bool = False,
     implementation: Implementation | None = None,
     return_rstd: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
-) -> tuple[Float[Array, "*batch n"], ...]:
+) -> (
+    tuple[Float[Array, "*batch n"], Float[Array, "*batch n"]]
+    | tuple[Float[Array, "*batch n"], Float[Array, "*batch n"], Float[Array, "*batch"]]
+):
     """s = round(x + residual); y = rms_norm(s): the residual form of every decoder layer, in one kernel.
 
     Arguments:
@@ -175,6 +189,7 @@ def add_rms_norm(
         residual: `[..., n]`, bfloat16, float16 or float32: its dtype may differ from that of x, as that of a float32
             residual stream does.
         s_dtype: that of s, by default the residual's.
+        in_place: as for `rms_norm`; s goes to the memory of the residual in the same way.
         weight, eps, cast_before_scale, weight_offset, out_dtype, unit_dtype, round_weight, implementation, return_rstd,
             axis_name: as for `rms_norm`, of s in the place of x.
 
@@ -186,29 +201,25 @@ def add_rms_norm(
 
     Raises: as `rms_norm`; TypeError also where residual is None.
 
+    Example:
+        y, s = add_rms_norm(x, residual, weight)  # s is the residual of the next layer
+
     Source: `LlamaDecoderLayer` in Hugging Face's transformers, where the addition and the norm are two steps.
     """
     _validate.given("residual", residual)
-    return _norm(
+    y, s, *rstd = _norm(
         (x, residual, weight),
         eps=eps,
         cast_before_scale=cast_before_scale,
         weight_offset=weight_offset,
         dtypes={"out_dtype": out_dtype, "unit_dtype": unit_dtype, "s_dtype": s_dtype},
         round_weight=round_weight,
+        in_place=in_place,
         implementation=implementation,
         return_rstd=return_rstd,
         axis_name=axis_name,
     )
-
-
-def _aligned_norm(operands: dict[str, jax.Array], spec: Spec, with_rstd: bool) -> dict[str, jax.Array]:  # noqa: FBT001
-    return _autodiff.norm(_sharding.aligned(operands), spec, with_rstd)
-
-
-# A call outside any jit would trace its kernel, and compile for each platform, again every time (60 ms on a CPU).
-# Inside a transformation this would only hide rstd's name from checkpoint policies (jax 0.12).
-_jitted = jax.jit(_aligned_norm, static_argnums=(1, 2))
+    return (y, s, rstd[0]) if return_rstd else (y, s)
 
 
 def _norm(
@@ -219,6 +230,7 @@ def _norm(
     weight_offset: Any,
     dtypes: dict[str, Any],
     round_weight: Any,
+    in_place: Any,
     implementation: Any,
     return_rstd: Any,
     axis_name: Any,
@@ -237,10 +249,11 @@ def _norm(
         axis_name=_validate.axis_name(axis_name),
         out_dtype=_validate.rounding_dtype("out_dtype", dtypes["out_dtype"]),
         s_dtype=_validate.rounding_dtype("s_dtype", dtypes.get("s_dtype")),
+        in_place=_validate.flag("in_place", in_place),
     )
     with_rstd = _validate.flag("return_rstd", return_rstd)
     traced = any(isinstance(operand, jax.core.Tracer) for operand in operands.values())
-    results = (_aligned_norm if traced else _jitted)(operands, spec, with_rstd)
+    results = (_autodiff.norm if traced else _autodiff.jitted)(operands, spec, with_rstd)
     if with_rstd:
         results |= {"rstd": lax.stop_gradient(results["rstd"])}
     return tuple(results[name] for name in ("y", "s", "rstd") if name in results)
@@ -259,6 +272,9 @@ def explain(
         TypeError: x is no array, or of another dtype.
         ValueError: x has no last axis or an empty one, or implementation is none of the names.
         NotImplementedError: a forced implementation has no kernel for n, or none with this JAX.
+
+    Example:
+        print(explain(x))
     """
     _validate.rows("x", x)
     return _dispatch.explain(x.shape[-1], np.dtype(x.dtype), _validate.implementation(implementation))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 GROUP_SIZES = (128,)
-_jitted = jax.jit(_quantized.quantized, static_argnums=(1, 2))  # as _api's
+_jitted = jax.jit(_quantized.quantized, static_argnums=(1, 2))  # as _autodiff.jitted
 
 
 def rms_norm_quantized(
@@ -48,7 +48,7 @@ def rms_norm_quantized(
         out_dtype: that of y, as for `rms_norm`: what y is rounded to before it is quantised, returned or not.
         dtype: of q, float8_e4m3fn or int8.
         scale: None computes it. One positive number quantises with it (per tensor, static): a Python float, or a
-            float32 array of one element, which may be traced.
+            float32 array of one element, which may be traced; of an array of JAX's the value is not looked at.
         group_size: of a scale that is computed: None, one for each row (per token); 128, one for each 128 neighbouring
             elements (per block of 1 x 128), which has to divide n.
         return_y: also return y.
@@ -120,6 +120,9 @@ def add_rms_norm_quantized(
     Returns: (q, scale, s), with return_y (q, scale, s, y). s is rounded before it is normalised.
 
     Raises: as `rms_norm_quantized`; TypeError also where residual is None.
+
+    Example:
+        q, scale, s = add_rms_norm_quantized(x, residual, weight)
 
     Source: as `rms_norm_quantized`; `LlamaDecoderLayer` in Hugging Face's transformers for the addition.
     """
@@ -214,13 +217,18 @@ def one_scale(value: Any) -> jax.Array:
             )
         if value.dtype != jnp.float32:
             raise TypeError(f"scale is {_validate.describe(value)}; needed float32: cast it with astype first")
+        if isinstance(value, np.ndarray):  # one of JAX's would have to be waited for
+            positive(float(value.reshape(())))
         return jnp.asarray(value).reshape(())
     return jnp.float32(positive(value))
+
+
+BELOW = 2.0**-150  # and at it, float32 rounds to zero
 
 
 def positive(scale: Any) -> float:
     """A scale that is a number."""
     found = _validate.number("scale", scale)
-    if not float(np.float32(found)) > 0:
+    if found <= BELOW:
         raise ValueError(f"scale is {found}; needed a positive float32 number: y is divided by it")
     return found

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
@@ -31,13 +30,18 @@ Arrays = dict[str, jax.Array]
 RSTD = "pallas_norm_rstd"  # for jax.checkpoint_policies.save_only_these_names
 
 
-def _custom_vjp(*static: int) -> Callable[[Callable[..., Arrays]], Any]:
+def custom_vjp(*static: int) -> Callable[[Callable[..., Any]], Any]:
     return functools.partial(jax.custom_vjp, nondiff_argnums=static)
 
 
 def norm(operands: Arrays, spec: Spec, with_rstd: bool) -> Arrays:  # noqa: FBT001
     """y, with a residual also s, on request rstd, through which no gradient flows."""
-    return _norm(operands, spec, with_rstd, gradient_dtypes(operands, spec))
+    return _norm(_sharding.aligned(operands), spec, with_rstd, gradient_dtypes(operands, spec))
+
+
+# A call outside any jit would trace its kernel, and compile for each platform, again every time (60 ms on a CPU).
+# Inside a transformation this would only hide rstd's name from checkpoint policies (jax 0.12).
+jitted = jax.jit(norm, static_argnums=(1, 2))
 
 
 def gradient_dtypes(operands: Arrays, spec: Spec) -> GradientDtypes:
@@ -49,7 +53,7 @@ def gradient_dtypes(operands: Arrays, spec: Spec) -> GradientDtypes:
     return GradientDtypes(None if same else x.name, None if residual == x else residual.name)
 
 
-@_custom_vjp(1, 2, 3)
+@custom_vjp(1, 2, 3)
 def _norm(operands: Arrays, spec: Spec, with_rstd: bool, dx_dtypes: GradientDtypes) -> Arrays:  # noqa: FBT001 (custom_vjp knows no keywords)
     del dx_dtypes
     return _transforms.forward(operands, spec, with_rstd=with_rstd)
@@ -91,7 +95,7 @@ def _norm_backward(
 _norm.defvjp(_norm_forward, _norm_backward, symbolic_zeros=True)
 
 
-@_custom_vjp(1, 2)
+@custom_vjp(1, 2)
 def gradient(operands: Arrays, spec: Spec, dx_dtypes: GradientDtypes = AS_S) -> Arrays:
     """dx, where it has another dtype dresidual, with a weight also dweight in its dtype; of x, rstd, dy, and where
     given weight and ds."""
@@ -117,8 +121,7 @@ def _second(saved: Arrays, cotangents: Arrays, spec: Spec, dx_dtypes: GradientDt
         results = reference.passed_on(dx, dx_dtypes)
         if weight is not None:
             dweight = reference.weight_gradient(operands["x"], rstd, dy, **spec.unit)
-            total = lax.psum(dweight, over) if over else dweight
-            results["dweight"] = reference.round_to(total, weight.dtype)
+            results["dweight"] = _sharding.dweight_of_all(dweight, over, weight.dtype)
         return results
 
     _, pullback = jax.vjp(formula, {name: value for name, value in saved.items() if name != "rstd"})

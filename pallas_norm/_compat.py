@@ -1,12 +1,13 @@
-"""JAX's versions: which are tested, and what differs between them; the only file that looks at them.
+"""JAX's versions: which are tested, and what differs between them; in this package the only file but _spmd.py that
+asks for one.
 
-Tested: 0.10.2, 0.11.2, 0.12.0.1. kernels/layouts.py and kernels/mosaic.py use what Mosaic GPU has in all of these;
+Tested: 0.10.2, 0.11.2, 0.12.0.1. What Mosaic GPU has in all of these, files of kernels/ take from here;
 interop/pallas_norm_torch/launch/ keeps the launch's.
 """
 
 # pyright: reportMissingTypeStubs=false, reportPrivateImportUsage=false, reportPrivateUsage=false
 # pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false, reportUnusedImport=false
-# (layouts.py and mosaic.py take the imports from here.)
+# (Files of kernels/ take the imports from here.)
 
 from __future__ import annotations
 
@@ -135,13 +136,13 @@ def missing_axes(operand: jax.Array, like: jax.Array) -> tuple[str, ...]:
     return tuple(sorted(_varying(like) - _varying(operand)))
 
 
-def vary_alike(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Inside shard_map, rows that vary over the same mesh axes, those of the weight among them; the cast's transpose
+def vary_alike(operands: dict[str, jax.Array], *, weights: tuple[str, ...] = ("weight",)) -> dict[str, jax.Array]:
+    """Inside shard_map, rows that vary over the same mesh axes, those of the weights among them; the cast's transpose
     sums the gradient of replicated rows over the shards."""
     axes = frozenset[str]().union(*map(_varying, operands.values()))
 
     def cast(name: str, value: jax.Array) -> jax.Array:
-        missing = () if name == "weight" else tuple(sorted(axes - _varying(value)))
+        missing = () if name in weights else tuple(sorted(axes - _varying(value)))
         return lax.pcast(value, missing, to="varying") if missing else value
 
     return {name: cast(name, value) for name, value in operands.items()}
@@ -175,6 +176,12 @@ def mesh_around(context: Any) -> list[tuple[int, bool]]:
     if not getattr(axes, "manual_axes", None):
         return []
     return [(int(size), name in axes.manual_axes) for name, size in axes.mesh.shape.items()]
+
+
+def takes_references(operands: Iterable[jax.Array]) -> bool:
+    """Whether a kernel can be given these as references, to write to. Before 0.11 custom_vmap, which is around every
+    kernel of Mosaic GPU, took none; Pallas takes none whose type says that they vary over a mesh."""
+    return jax.__version_info__[:2] >= (0, 11) and not any(map(_varying, operands))
 
 
 def vary_like(result: jax.Array, operand: jax.Array) -> jax.Array:

@@ -12,11 +12,11 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
-from . import _compat, _lowering, _partitioning, _target, reference
+from . import _compat, _lowering, _partitioning, _sharding, _target, reference
 from ._dtypes import AS_S, GradientDtypes
 from ._spec import Spec
 from .kernels import backward as backward_kernel
@@ -24,7 +24,7 @@ from .kernels import forward as forward_kernel
 from .plans.fitting import Misfit, backward_plan_on, forward_plan_on
 from .plans.hardware import H200, Gpu, generation, named
 from .plans.lengths import LARGEST_N, SMALLEST_N
-from .plans.plan import BackwardPlan, Plan
+from .plans.plan import BackwardPlan, Plan, may_be_in_place
 from .regimes import plan_for
 
 Arrays = dict[str, jax.Array]
@@ -117,6 +117,9 @@ def _difference(gpu: Gpu, n: int, dtype: jax.typing.DTypeLike) -> str:
 class Call:
     """One pass over rows, as a value: what `_lowering` chooses a path for, and `_partitioning` writes into programs."""
 
+    is_partitioned: ClassVar[bool] = True
+    tensor: ClassVar[str] = "x"
+
     operation: str  # "forward" or "backward"
     names: tuple[str, ...]  # of the operands
     spec: Spec
@@ -135,7 +138,9 @@ class Call:
         return tuple(found)
 
     def encoded(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """For the partitioner, whose own lowering knows no references: nothing is in place there."""
+        apart = dataclasses.replace(self, spec=dataclasses.replace(self.spec, in_place=False))
+        return json.dumps(dataclasses.asdict(apart), sort_keys=True)
 
     @staticmethod
     def decoded(text: str) -> Call:
@@ -190,12 +195,23 @@ class Call:
         flat = {name: value.reshape(shape(name, rows)) for name, value in operands.items()}
         plan, options = self.plan_on(gpu, operands), dict[str, Any](spec=self.spec, interpret=interpret)
         if self.operation == "forward":
+            options["places"] = {} if interpret else self._places(plan, flat)
             found = forward_kernel.forward(flat, plan=plan, with_rstd=self.with_rstd, **options)
         else:
             assert isinstance(plan, BackwardPlan)
             options |= {"with_dweight": self.with_dweight, "dweight_dtype": self.dweight_dtype}
             found = backward_kernel.backward(flat, plan=plan, dx_dtypes=self.dx_dtypes, **options)
         return {name: value.reshape(shape(name, *batch)) for name, value in found.items()}
+
+    def _places(self, plan: Plan, rows: Arrays) -> dict[str, str]:
+        """For a result the operand whose memory takes it."""
+        if not (
+            self.spec.in_place and may_be_in_place(plan, len(rows["x"])) and _compat.takes_references(rows.values())
+        ):
+            return {}
+        dtypes = self.spec.dtypes(**{name: value.dtype for name, value in rows.items()})
+        wanted = (("y", dtypes.y, "x"), ("s", dtypes.s, "residual"))
+        return {result: of for result, dtype, of in wanted if of in rows and rows[of].dtype == dtype}
 
     def run(self, operands: Arrays) -> Arrays:
         x, forced = operands["x"], self.spec.implementation
@@ -213,24 +229,31 @@ class Call:
         return _lowering.chosen(self, operands)
 
 
-def forward(operands: Arrays, spec: Spec, *, with_rstd: bool) -> Arrays:
+def forward(operands: Arrays, spec: Spec, summed_over: tuple[str, ...] = (), *, with_rstd: bool) -> Arrays:
     """y, with a residual also s, on request rstd; of x (..., n), and where given residual and weight."""
+    del summed_over  # rows need no others
     return Call("forward", tuple(operands), spec, with_rstd=with_rstd).run(operands)
 
 
 def backward(
     operands: Arrays,
     spec: Spec,
+    summed_over: tuple[str, ...] = (),
     *,
-    with_dweight: bool,
-    dweight_dtype: Any = "float32",
+    dweight_dtype: Any = None,
     dx_dtypes: GradientDtypes = AS_S,
 ) -> Arrays:
-    """dx, where it has another dtype dresidual, on request dweight, rounded to dweight_dtype; of x (..., n), rstd, dy,
-    and where given weight and ds."""
-    name = jax.numpy.dtype(dweight_dtype).name
-    options: Any = {"with_dweight": with_dweight, "dweight_dtype": name, "dx_dtypes": dx_dtypes}
-    return Call("backward", tuple(operands), spec, **options).run(operands)
+    """dx, where it has another dtype dresidual, and dweight, where it is given a dtype; of x (..., n), rstd, dy, and
+    where given weight and ds. dweight is summed over the shards of these axes too."""
+    if dweight_dtype is None:
+        return Call("backward", tuple(operands), spec, dx_dtypes=dx_dtypes).run(operands)
+    dtype = jax.numpy.dtype(dweight_dtype).name
+    exact = "float32" if summed_over else dtype
+    call = Call("backward", tuple(operands), spec, with_dweight=True, dweight_dtype=exact, dx_dtypes=dx_dtypes)
+    results = call.run(operands)
+    if summed_over:
+        results |= {"dweight": _sharding.dweight_of_all(results["dweight"], summed_over, dtype)}
+    return results
 
 
 for _operation in ("forward", "backward"):

@@ -27,8 +27,7 @@ import numpy as np
 
 import pallas_norm
 
-from . import _compat, _selfcheck, _target
-from .plans.hardware import H200
+from . import _compat, _golden, _selfcheck, _target
 from .plans.lengths import LARGEST_N
 
 Device: TypeAlias = Any  # jax.Device is no type to a type checker
@@ -178,7 +177,7 @@ FORMS = (
 
 def results(form: Form, given: _selfcheck.Arrays) -> dict[str, Any]:
     """Of one jitted program, as a training step has it: the norm, its rstd, and its gradients."""
-    norm = functools.partial(getattr(pallas_norm, form.function), eps=_selfcheck.EPS, return_rstd=True)
+    norm = functools.partial(getattr(pallas_norm, form.function), eps=_golden.EPS, return_rstd=True)
 
     @jax.jit
     def step(operands: tuple[jax.Array, ...], cotangents: tuple[jax.Array, ...]) -> dict[str, Any]:
@@ -190,41 +189,42 @@ def results(form: Form, given: _selfcheck.Arrays) -> dict[str, Any]:
     return {name: np.asarray(value) for name, value in found.items()}
 
 
-def check_case(case: _selfcheck.Case, device: Device) -> list[str]:
+def has_specified_bits(device: Device) -> bool:  # elsewhere the root and the quotient are the platform's
+    return device.platform == "cpu" or _is_nvidia(device)
+
+
+def check_case(case: _golden.Case, device: Device) -> list[str]:
     """What is wrong with the norms on this device, in sentences."""
-    given = _selfcheck.operands(case)
-    by_kernel = path_on(device, case.n, case.dtype) == "mosaic_gpu"
-    gpu = _target.here().gpu if by_kernel else H200
+    given = _golden.operands(case)
     wrong: list[str] = []
     with jax.default_device(device):
         for form in FORMS:
-            found = results(form, given)
-            sentences = _selfcheck.check(given, found, by_kernel=by_kernel, gpu=gpu)
+            residual = "residual" in form.operands
+            bits = _golden.bits(case, residual=residual) if has_specified_bits(device) else {}
+            sentences = _selfcheck.check(given, found := results(form, given), bits=bits)
             wrong += [f"{form.function} and its gradients, {case}: {sentence}" for sentence in sentences]
-            if form.function == "rms_norm":
+            if not residual:
                 # A program of its own, because XLA fuses otherwise, and drops other roundings, where y is all it gives.
-                y = np.asarray(
-                    jax.jit(functools.partial(pallas_norm.rms_norm, eps=_selfcheck.EPS))(given["x"], given["weight"])
-                )
-                slack = 0 if by_kernel else _selfcheck.SLACK
-                sentences = _selfcheck.check_output("y", y, given["x"], given["weight"], found["rstd"], slack=slack)
+                alone = jax.jit(functools.partial(pallas_norm.rms_norm, eps=_golden.EPS))
+                y = np.asarray(alone(given["x"], given["weight"]))
+                sentences = _selfcheck.check_y(y, given["x"], given["weight"], found["rstd"], bits)
                 wrong += [f"rms_norm, {case}: {sentence}" for sentence in sentences]
     return wrong
 
 
 def check_cases(
     where: str,
-    cases: Iterable[_selfcheck.Case],
-    check: Callable[[_selfcheck.Case], list[str]],
-    what: Callable[[_selfcheck.Case], str],
+    cases: Iterable[_golden.Case],
+    check: Callable[[_golden.Case], list[str]],
+    what: Callable[[_golden.Case], str],
     next_step: str,
 ) -> Iterator[Line]:
     """A line for each row length and what computes it; a line for each sentence of `check`, or its exception."""
 
-    def key(case: _selfcheck.Case) -> tuple[int, str, str]:
+    def key(case: _golden.Case) -> tuple[int, str, str]:
         return case.n, f"{case.rows} x {case.n}" if case.rows > 1000 else f"n = {case.n}", what(case)
 
-    def wrong(case: _selfcheck.Case) -> Iterator[Line]:
+    def wrong(case: _golden.Case) -> Iterator[Line]:
         prefix = f"{where}, {what(case)}"
         return (Line("WRONG", f"{prefix}: {sentence}", next_step) for sentence in check(case))
 
@@ -242,12 +242,12 @@ def check_cases(
 def self_check(device: Device) -> Iterator[Line]:
     by_kernel = path_on(device, 4096, "bfloat16") == "mosaic_gpu"
 
-    def what(case: _selfcheck.Case) -> str:
+    def what(case: _golden.Case) -> str:
         if path_on(device, case.n, case.dtype) != "mosaic_gpu":
             return "XLA"
         return f"kernel ({_selfcheck.kind(pallas_norm.plan_for(case.n, case.dtype))})"
 
-    cases = _selfcheck.kernel_cases(_target.here().gpu) if by_kernel else _selfcheck.XLA_CASES
+    cases = _selfcheck.all_cases(_target.here().gpu) if by_kernel else _selfcheck.XLA_CASES
     step = (
         f'pass implementation="xla" meanwhile, and {REPORT}'
         if by_kernel

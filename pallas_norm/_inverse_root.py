@@ -1,4 +1,4 @@
-"""1 / sqrt(v), the root and the quotient each rounded to nearest, as IEEE prescribes, on every platform.
+"""1 / sqrt(v), the root and the quotient each rounded to nearest, as IEEE prescribes, on CPUs and NVIDIA GPUs.
 
 XLA's CPU code has both. On an H200 its root or its quotient was off in the last bit in half of the rows, so there what
 XLA gives is put right by whole numbers: a candidate's distance from the exact square, or from 1, is small, and so it

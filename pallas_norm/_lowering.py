@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.extend.core
@@ -21,7 +21,7 @@ from jax.interpreters import mlir
 
 from . import _compat, _partitioning, _target
 from .plans.fitting import Misfit
-from .plans.hardware import Gpu
+from .plans.hardware import H200, Gpu
 
 Arrays = dict[str, jax.Array]
 
@@ -31,7 +31,10 @@ class Call(Protocol):
 
     names: tuple[str, ...]
     spec: Any
+    is_partitioned: ClassVar[bool]  # whether `_partitioning` knows how its operands lie
 
+    @property
+    def tensor(self) -> str: ...  # what is normalised
     @property
     def results(self) -> tuple[str, ...]: ...
     def by_reference(self, operands: Arrays) -> Arrays: ...
@@ -49,6 +52,25 @@ def chosen(call: Any, operands: Arrays) -> Arrays:
     values = [operands[name] for name in call.names]
     reference = jax.make_jaxpr(functools.partial(_flat, call, call.by_reference))(*values)
     return dict(zip(call.results, _chosen.bind(*values, call=call, reference=reference), strict=True))
+
+
+def forced_or_chosen(call: Any, operands: Arrays, *, empty: bool) -> Arrays:
+    """By the path that call.spec forces, if it has a kernel for these, else by the one that is chosen; of no rows by
+    the reference."""
+    forced = call.spec.implementation
+    if forced in ("mosaic_gpu", "interpret"):
+        try:
+            call.plan_on(H200, operands)
+        except Misfit as reason:
+            raise NotImplementedError(
+                f'implementation="{forced}" cannot run: {reason}; pass implementation=None to let XLA compile the '
+                "reference"
+            ) from None
+    if empty:
+        return call.by_reference(operands)
+    if forced == "interpret":
+        return call.by_kernel(operands, interpret=True)
+    return chosen(call, operands)
 
 
 def _flat(call: Any, way: Callable[[Arrays], Arrays], *values: jax.Array) -> list[jax.Array]:
@@ -81,10 +103,10 @@ def _check_not_forced(call: Any) -> None:
         raise _cannot_run("this process has no CUDA device" if none else "the program is lowered for another platform")
 
 
-def _is_divided(context: Any) -> bool:
+def _is_divided(context: Any, call: Any) -> bool:
     """Whether the partitioner has to ask; it cannot where sizes are unknown yet, and then no program is divided."""
     sizes = (size for aval in context.avals_in for size in aval.shape)
-    return _compat.spans_devices(context) and all(isinstance(size, int) for size in sizes)
+    return call.is_partitioned and _compat.spans_devices(context) and all(isinstance(size, int) for size in sizes)
 
 
 def _inlined(context: Any, values: Any, reference: Any) -> Any:
@@ -93,20 +115,20 @@ def _inlined(context: Any, values: Any, reference: Any) -> Any:
 
 def _on_cpu(context: Any, *values: Any, call: Any, reference: Any) -> Any:
     _check_not_forced(call)
-    if _is_divided(context) and not _compat.is_exported(context):
+    if _is_divided(context, call) and not _compat.is_exported(context):
         return _partitioning.lowered(context, values, call, None, platform="cpu")
     return _inlined(context, values, reference)
 
 
 def _elsewhere(context: Any, *values: Any, call: Any, reference: Any) -> Any:
     _check_not_forced(call)
-    if _is_divided(context):
+    if _is_divided(context, call):
         return mlir.lower_fun(functools.partial(_flat, call, call.in_any_order))(context, *values)
     return _inlined(context, values, reference)
 
 
 def _by_kernel(context: Any, *values: Any, call: Any, reference: Any) -> Any:
-    x = context.avals_in[call.names.index("x")]
+    x = context.avals_in[call.names.index(call.tensor)]
     try:
         target = _target.of_program(context)
         call.plan_on(target.gpu, dict(zip(call.names, context.avals_in, strict=True)))
@@ -117,6 +139,10 @@ def _by_kernel(context: Any, *values: Any, call: Any, reference: Any) -> Any:
                 'rows; export one program for each number of rows, or pass implementation="xla"'
             )
         if _compat.spans_devices(context):
+            if not call.is_partitioned:
+                raise _target.NoKernel(
+                    "the program is divided over devices, and this kernel runs inside shard_map only"
+                )
             return _partitioning.lowered(context, values, call, target.gpu if target.device is not None else None)
         with _target.in_mosaic(target):
             kernel = functools.partial(_flat, call, functools.partial(call.by_kernel, gpu=target.gpu))
@@ -129,7 +155,7 @@ def _by_kernel(context: Any, *values: Any, call: Any, reference: Any) -> Any:
         reason = f"its plan for n = {x.shape[-1]} takes more shared memory than the GPU has ({error})"
     if call.spec.implementation == "mosaic_gpu":
         raise _cannot_run(reason)
-    if _is_divided(context):
+    if _is_divided(context, call):
         return _partitioning.lowered(context, values, call, None)
     return _inlined(context, values, reference)
 

@@ -31,7 +31,7 @@ from .plans.fitting import Misfit
 from .plans.hardware import Gpu
 
 TARGET = "pallas_norm"
-FACTORS = {"scales": "groups"}  # of the last axis, where it is not that of x
+FACTORS = {"scales": "groups", "rstds": "groups"}  # of the last axis, where it is not that of x
 SHARDS = "shards"  # the axis of all devices, in the order of their numbers in the program
 
 _decoders: dict[str, Callable[[str], Any]] = {}  # by operation
@@ -63,8 +63,8 @@ def lowered(context: Any, values: Sequence[Any], call: Any, gpu: Gpu | None, *, 
 
     # The weight's factor is its own: a weight that lies split over the columns (FSDP) must not split the rows of x.
     replicated = ("columns",) if {*call.names, *call.results} & {*COLUMNS} else ()
-    if needs_whole_rows(call.results):
-        replicated += ("n", *(FACTORS[name] for name in call.results if name in FACTORS))
+    if needs_whole_rows((*call.names, *call.results)):
+        replicated += ("n", *{FACTORS[name] for name in (*call.names, *call.results) if name in FACTORS})
     rule = f"{side(call.names)} -> {side(call.results)}".replace(",", " ,")
     return _spmd.partitioned_call(
         context,
@@ -104,7 +104,7 @@ def _tiles(call: Any, arg_shapes: Sequence[Any], arg_shardings: Sequence[Any]) -
     given = [sharding for sharding in arg_shardings if sharding is not None and not sharding.is_replicated()]
     devices = max([math.prod(sharding.tile_assignment_dimensions()) for sharding in given], default=1)
     tiling = _spmd.tiling(arg_shardings[at], len(arg_shapes[at].dimensions()), devices)
-    if not needs_whole_rows(call.results):
+    if not needs_whole_rows((*call.names, *call.results)):
         return tiling
     *batch, columns, replicas, manual = tiling.shape
     return tiling.reshape(*batch, 1, columns * replicas, manual)

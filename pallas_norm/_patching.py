@@ -11,18 +11,16 @@ what `rms_norm` does.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import operator
 import sys
-import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from . import _computing
-from ._api import rms_norm
+from . import _computing, _proved_class
+from ._proved_class import ORIGINAL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +52,6 @@ class Report:
         return "\n".join(lines) or "found no RMSNorm"
 
 
-ORIGINAL = "_pallas_norm_original"  # on a class made here: the class that it replaces
-
-
 def _is_norm(module: Any) -> bool:
     return "rmsnorm" in type(module).__name__.lower().replace("_", "")
 
@@ -66,7 +61,8 @@ class Framework(NamedTuple):
     ours: type[Any]
     objection: Callable[[Any], str | None]
     arrays: Callable[[Any], dict[str, Any]]  # of a module, by attribute
-    with_array: Callable[[Any, str, Any], Any]  # the module with another array in that attribute
+    with_array: Callable[[Any, str | None, Any], Any]  # a copy with another array in that attribute, if there is one
+    leaves: Callable[[Any], list[Any]]  # the arrays of a module and of all that it holds
 
 
 def _of_flax(module: Any) -> Framework | None:
@@ -77,15 +73,22 @@ def _of_flax(module: Any) -> Framework | None:
     from . import _flax
     from .nnx import RMSNorm
 
-    def arrays(norm: Any) -> dict[str, Any]:
-        return {name: value.get_value() for name, value in vars(norm).items() if isinstance(value, nnx.Variable)}
-
-    def with_array(norm: Any, name: str, array: Any) -> Any:
-        definition, state = nnx.split(norm)
-        return nnx.merge(definition, jax.tree.unflatten(jax.tree.structure(state), [array]))
-
-    known = Framework(nnx.RMSNorm, RMSNorm, _flax.objection, arrays, with_array)
+    known = Framework(nnx.RMSNorm, RMSNorm, _flax.objection, _flax.arrays, _flax.with_array, _flax.leaves)
     return known if isinstance(module, nnx.Module) else None
+
+
+def _equinox_arrays(norm: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(norm).items() if hasattr(value, "shape")}
+
+
+def _equinox_leaves(norm: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(norm) if hasattr(leaf, "shape")]
+
+
+def _with_equinox_array(norm: Any, name: str | None, array: Any) -> Any:
+    import equinox as eqx
+
+    return norm if name is None else eqx.tree_at(operator.attrgetter(name), norm, array)
 
 
 def _of_equinox(module: Any) -> Framework | None:
@@ -95,16 +98,11 @@ def _of_equinox(module: Any) -> Framework | None:
 
     from .equinox import RMSNorm
 
-    def arrays(norm: Any) -> dict[str, Any]:
-        return {name: value for name, value in vars(norm).items() if hasattr(value, "shape")}
-
-    def with_array(norm: Any, name: str, array: Any) -> Any:
-        return eqx.tree_at(operator.attrgetter(name), norm, array)
-
     def objection(norm: Any) -> None:
         del norm  # it can all that Equinox's can
 
-    known = Framework(eqx.nn.RMSNorm, RMSNorm, objection, arrays, with_array)
+    ways = objection, _equinox_arrays, _with_equinox_array, _equinox_leaves
+    known = Framework(eqx.nn.RMSNorm, RMSNorm, *ways)
     return known if isinstance(module, eqx.Module) else None
 
 
@@ -116,30 +114,15 @@ def _computed_class(module: Any, framework: Framework) -> type[Any]:
     arrays = framework.arrays(module)
     if len(arrays) > 1:
         raise _computing.RefusedError(f"it has {len(arrays)} arrays, {', '.join(arrays)}; needed a weight, or none")
-    name, weight = next(iter(arrays.items()), (None, None))
-
-    def rebuilt(weight: Any) -> Any:
-        return module if name is None else framework.with_array(module, name, weight)
-
-    return _subclass(type(module), name, _computing.computation_of(module, weight, rebuilt))
-
-
-@functools.cache
-def _subclass(owner: type[Any], weight: str | None, computation: _computing.Computation) -> type[Any]:
-    def call(self: Any, x: Any, *arguments: Any, **named: Any) -> Any:
-        array = None if weight is None else getattr(self, weight)[...]
-        form = computation.form(x, array) if isinstance(x, jax.Array) else None
-        if (
-            form is None
-            or any(one is not None for one in (*arguments, *named.values()))
-            or _computing.plain_attributes(self) != computation.read
-        ):
-            return owner.__call__(self, x, *arguments, **named)
-        return form.compute(rms_norm, x, array, getattr(self, computation.eps))
-
-    members = {"__module__": owner.__module__, "__qualname__": owner.__qualname__, ORIGINAL: owner}
-    call = functools.wraps(owner.__call__)(call)
-    return types.new_class(owner.__name__, (owner,), exec_body=lambda space: space.update(members, __call__=call))
+    # Those of a module inside it would be constants of the proof, and what is trained later is not seen.
+    if (count := len(framework.leaves(module))) != len(arrays):
+        raise _computing.RefusedError(
+            f"arrays: {count} in all, {len(arrays)} in attributes of its own; needed a weight in one, or none"
+        )
+    (name, weight), owner = next(iter(arrays.items()), (None, None)), type(module)
+    ways = framework.with_array, framework.leaves
+    computation = _computing.computation_of(module, weight, _proved_class.called(owner, module, name, *ways))
+    return _proved_class.subclass(owner, name, computation, *ways)
 
 
 # --- a model ----------------------------------------------------------------------------------------------------------
@@ -197,9 +180,18 @@ def _in_equinox(model: Any, change: _Change) -> Any:
         return isinstance(value, eqx.Module) and _is_norm(value)
 
     def converted(path: Any, value: Any) -> Any:
-        kind = change.wanted(jax.tree_util.keystr(path).lstrip("."), value) if is_leaf(value) else None
-        if kind is None:
+        if not is_leaf(value):
             return value
+        kind = change.wanted(jax.tree_util.keystr(path).lstrip("."), value)
+        if kind is None:  # a block may be named after its norm, which is inside
+
+            def inner(below: Any, one: Any) -> Any:
+                return converted((*path, *below), one)
+
+            def is_inner(one: Any) -> bool:
+                return one is not value and is_leaf(one)
+
+            return jax.tree_util.tree_map_with_path(inner, value, is_leaf=is_inner)
         made = object.__new__(kind)
         for field in dataclasses.fields(value):
             object.__setattr__(made, field.name, getattr(value, field.name))
@@ -234,8 +226,18 @@ def patch(model: Any) -> tuple[Any, Report]:
     Returns: (model, report). The report names what looks like an RMSNorm and stays as it is, with the reason.
 
     A module of another class whose name says RMSNorm is known by what it computes, MaxText's for example: traced, and
-        proved to give the bits of `rms_norm` for each dtype of x; with other arguments than x, and where its attributes
-        have changed since, its own `__call__` runs.
+        proved to give the bits of `rms_norm` for each dtype and rank of x, and n. Each call is traced too, outside
+        `jit` one of each shape: where that is not what was proved, as at another number of rows or where it finds a
+        mesh axis, its own `__call__` runs. So it does with other arguments than x, with weakly typed x, of more than 5
+        axes, with a weight that is not (n,) for rows of n, as one for each head (a weight of stacked layers is (n,)
+        inside the scan over them), and where its attributes have changed since. Seen of those are numbers, strings,
+        dtypes, enums, None, lists, tuples, sets and dicts of them, and modules and dataclasses; not what changes inside
+        another object, a function, a class or a global: after such a change, `unpatch` and `patch` again. Left is what
+        changes itself when it is called, constrains a sharding, or has a weight of another dtype than the three.
+
+    A model may be made and patched inside `jax.jit`. `nnx.jit` lets no argument change its class: patch before it.
+        pickle finds a class by its name, which is that of the replaced one: `unpatch` first. A state, or the leaves of
+        a tree, as checkpoints have them, are the same.
 
     Rounding: that of the replaced module, but for a last bit of Flax's and Equinox's own: see `pallas_norm.nnx.RMSNorm`
         and `pallas_norm.equinox.RMSNorm`.
@@ -243,11 +245,19 @@ def patch(model: Any) -> tuple[Any, Report]:
     Raises:
         TypeError: model is neither.
 
+    Example:
+        model, report = patch(model)
+        print(report)
+
     Source: flax.nnx.RMSNorm and equinox.nn.RMSNorm.
     """
     return _changed(model, back=False)
 
 
 def unpatch(model: Any) -> tuple[Any, Report]:
-    """The model with the classes that `patch` replaced, and a report. Arguments and Raises: as `patch`."""
+    """The model with the classes that `patch` replaced, and a report. Arguments and Raises: as `patch`.
+
+    Example:
+        model, report = unpatch(model)
+    """
     return _changed(model, back=True)

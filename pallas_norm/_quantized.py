@@ -12,7 +12,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,9 @@ def results_of(form: Form, *, residual: bool) -> tuple[str, ...]:
 @dataclasses.dataclass(frozen=True)
 class Call:
     """As _dispatch.Call, for `_lowering` and `_partitioning`."""
+
+    is_partitioned: ClassVar[bool] = True
+    tensor: ClassVar[str] = "x"
 
     names: tuple[str, ...]
     spec: Spec
@@ -98,20 +101,7 @@ class Call:
         return {name: value.reshape(*batch, value.size // math.prod(batch)) for name, value in found.items()}
 
     def run(self, operands: Arrays) -> Arrays:
-        forced = self.spec.implementation
-        if forced in ("mosaic_gpu", "interpret"):
-            try:
-                self.plan_on(H200, operands)
-            except Misfit as reason:
-                raise NotImplementedError(
-                    f'implementation="{forced}" cannot run: {reason}; pass implementation=None to let XLA compile the '
-                    "reference"
-                ) from None
-        if 0 in operands["x"].shape:
-            return self.by_reference(operands)
-        if forced == "interpret":
-            return self.by_kernel(operands, interpret=True)
-        return _lowering.chosen(self, operands)
+        return _lowering.forced_or_chosen(self, operands, empty=0 in operands["x"].shape)
 
 
 _partitioning.register(OPERATION, Call.decoded)
@@ -141,13 +131,7 @@ def _batched(operands: Arrays, spec: Spec, form: Form) -> Arrays:
     def rule(size: int, which: list[dict[str, bool]], operands: Arrays) -> tuple[Arrays, dict[str, bool]]:
         (is_batched,) = which
         shared = (*COLUMNS, *SCALARS)
-
-        def with_axis(name: str, value: jax.Array) -> jax.Array:
-            if is_batched[name] or name in shared:
-                return value
-            return jnp.broadcast_to(value[None], (size, *value.shape))
-
-        whole = {name: with_axis(name, value) for name, value in operands.items()}
+        whole = _sharding.of_members(operands, is_batched, size, shared)
         if not any(is_batched.get(name) for name in shared):
             results = _batched(_sharding.aligned(whole), spec, form)
         else:

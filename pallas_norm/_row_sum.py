@@ -24,7 +24,9 @@ F32 = jnp.float32
 AxisName = tuple[str, ...]
 AxisGroups = tuple[tuple[int, ...], ...] | None
 
-RADIX = 8  # neighbours that one pass adds up: each pass is a loop of XLA's
+# Neighbours that one pass adds up: each pass is a loop of XLA's. On a CPU, 128 x 4096 in float32 took 1.38 of the plain
+# formula's time with 8 and 1.19 with 4, 32 x 16384 1.52 and 1.40, 2048 x 128 1.45 and 1.37; in bfloat16 1.51 and 1.58.
+RADIX = 4
 
 
 def product(a: Float[Array, "*shape"], b: Any) -> Float[Array, "*shape"]:

@@ -1,55 +1,40 @@
-"""The self-check: what a call gave, against a replay of its roundings on the host.
+"""The self-check: what a call gave, against the bits that were recorded, or against a replay of its roundings.
 
-y and s have to have the bits of the replay from the call's own rstd. In rstd, dx and dweight is a float32 sum, whose
-order is not specified: they have to be within a derived bound of float64. NumPy and ml_dtypes only: XLA may drop the
-rounding that is being checked.
+On a path whose order of additions is specified rstd, y, s and dx have the recorded bits. Elsewhere y and s have to have
+the bits of the replay from the call's own rstd, and rstd and dx be within a derived bound of float64, as dweight is on
+every path. NumPy and ml_dtypes only: XLA may drop the rounding that is being checked.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
-import ml_dtypes
 import numpy as np
 
+from . import _golden
+from ._golden import DTYPES, EPS, Array, Case
 from .plans.fitting import Misfit, backward_plan_on, forward_plan_on
 from .plans.hardware import H200, Gpu
 from .plans.plan import Plan
 
-Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Arrays: TypeAlias = Mapping[str, Array]
+Bits: TypeAlias = Mapping[str, str]  # the digests of the results that have specified bits
 
-EPS = 1e-2  # larger than that of models, so that a result without it is not within the bounds
 U = 2.0**-24  # unit roundoff of float32
-F32 = np.dtype(np.float32)
-DTYPES: dict[str, np.dtype[Any]] = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "float32": F32,
-}
-
+F32 = DTYPES["float32"]
 FORMATS = {"bfloat16": (-126, 7), "float16": (-14, 10), "float32": (-126, 23)}  # smallest exponent, bits of mantissa
-# XLA adds up a row in another order in another program: rstd of one may be this many units in the last place from that
-# of the other. All of them change 0.3 % of 16-bit outputs; a missing rounding changes 25 %.
+# Where the order is not specified, rstd of one program may be this many units in the last place from that of another.
+# All of them change 0.3 % of 16-bit outputs; a missing rounding changes 25 %.
 SLACK = 32
+OTHER_BITS = (
+    "within the bounds of any order of additions, but with other bits than this version has: another order, or another "
+    "rounding of a product, a root or a quotient (docs/order.md)"
+)
 
 
 # --- what is checked --------------------------------------------------------------------------------------------------
-
-
-class Case(NamedTuple):
-    n: int
-    dtype: str
-    rows: int
-
-    def __str__(self) -> str:
-        return f"{self.rows} x {self.n} {self.dtype}"
-
-
-# Row lengths of models; one that its last chunk overlaps, one that is odd, and two that no bulk copy moves.
-LENGTHS = (128, 512, 1000, 4096, 12289, 16384, 32760, 32768, 65528, 65536, 131064, 131072)
 
 
 def kind(plan: Plan) -> str:
@@ -72,34 +57,24 @@ def kernel_cases(gpu: Gpu = H200) -> list[Case]:
     cases: list[Case] = []
     for dtype in DTYPES:
         seen: set[tuple[str, str, str]] = set()
-        for n in LENGTHS:
-            plans = list(_plans(gpu, n, dtype))
-            kinds = {(name, kind(plan), plan.source.value) for name, plan in plans}
+        for n in _golden.LENGTHS:
+            kinds = {(name, kind(plan), plan.source.value) for name, plan in _plans(gpu, n, dtype)}
             if not kinds <= seen:
-                # A block of each kernel, and rows that are left over.
-                cases.append(Case(n, dtype, max(plan.block for _, plan in plans) + 3))
+                cases.append(_golden.case(n, dtype))
                 seen |= kinds
     return cases
 
 
-# What XLA fuses, and with it which rounding it might drop, depends on the shape: on a CPU it kept that of the plain
-# formula in 512 x 1024 and dropped it in 4096 x 1024.
+def all_cases(gpu: Gpu) -> list[Case]:
+    """Also of the path of rows that no kernel takes."""
+    return [*_golden.WITHOUT_KERNEL, *kernel_cases(gpu)]
+
+
 XLA_CASES = (
-    *(Case(n, dtype, 5) for n in (128, 1000, 4096) for dtype in DTYPES),
-    Case(1024, "bfloat16", 4096),
+    *_golden.WITHOUT_KERNEL,
+    *(_golden.case(n, dtype) for n in (128, 1000, 4096) for dtype in DTYPES),
+    _golden.LARGE,
 )
-
-
-def operands(case: Case) -> dict[str, Array]:
-    """Ordinary numbers: none is subnormal, and no sum overflows."""
-    rng, dtype = np.random.default_rng(case.n), DTYPES[case.dtype]
-
-    def draw(*shape: int) -> Array:
-        return rng.standard_normal(shape, dtype=np.float32)
-
-    wide = {name: draw(case.rows, case.n) for name in ("x", "residual", "dy", "ds")}
-    wide |= {"x": 3 * wide["x"], "weight": 1 + np.float32(0.3) * draw(case.n)}
-    return {name: value.astype(dtype) for name, value in wide.items()}
 
 
 # --- the roundings, replayed ------------------------------------------------------------------------------------------
@@ -165,7 +140,7 @@ def check_output(name: str, y: Array, x: Array, weight: Array, rstd: Array, *, s
     return [wrong]
 
 
-# --- sums, in float64 -------------------------------------------------------------------------------------------------
+# --- sums, in float64: additions in any order -------------------------------------------------------------------------
 
 
 def _spacing(values: Array, dtype: np.dtype[Any]) -> Array:
@@ -187,21 +162,21 @@ def _within(name: str, found: Array, exact: Array, bound: Array, dtype: np.dtype
     )
 
 
-def check_rstd(rstd: Array, x: Array, additions: int) -> list[str]:
+def check_rstd(rstd: Array, x: Array) -> list[str]:
     """Squares do not cancel, so the sum's relative error is at most one U an addition, which the root halves; two units
     for division, eps and the root."""
     exact = 1 / np.sqrt(np.mean(np.square(x.astype(np.float64)), axis=-1) + np.float64(np.float32(EPS)))
-    wrong = _within("rstd", rstd, exact, (2 + additions / 2) * _spacing(exact, F32), F32)
+    wrong = _within("rstd", rstd, exact, (2 + x.shape[-1] / 2) * _spacing(exact, F32), F32)
     return [] if wrong is None else [wrong]
 
 
-def _input_gradient(given: Arrays, x: Array, rstd: Array, additions: int, *, residual: bool) -> tuple[Array, Array]:
+def _input_gradient(given: Arrays, x: Array, rstd: Array, *, residual: bool) -> tuple[Array, Array]:
     """(dx, the largest distance from it): before the last rounding only g is rounded to the dtype of x."""
     g = (given["dy"].astype(F32) * given["weight"].astype(F32)).astype(x.dtype).astype(np.float64)
     scale = rstd.astype(np.float64)[..., None]
     unit = x.astype(np.float64) * scale
     mean = np.mean(g * unit, axis=-1, keepdims=True)
-    of_sum = np.abs(unit) * (additions + 4) * U * np.mean(np.abs(g * unit), axis=-1, keepdims=True)
+    of_sum = np.abs(unit) * (x.shape[-1] + 4) * U * np.mean(np.abs(g * unit), axis=-1, keepdims=True)
     of_rest = 6 * U * (np.abs(g) + np.abs(unit * mean))
     dx, error = scale * (g - unit * mean), scale * (of_sum + of_rest)
     bound = error + _spacing(np.abs(dx) + error, x.dtype) / 2
@@ -223,31 +198,38 @@ def _weight_gradient(given: Arrays, x: Array, rstd: Array) -> tuple[Array, Array
 # --- the verdict ------------------------------------------------------------------------------------------------------
 
 
-def _additions(n: int, dtype: str, gpu: Gpu | None, *, residual: bool) -> tuple[int, int]:
-    """On the longest path of a row sum, forward and backward. Only a kernel fixes their order; XLA may choose any."""
-    if gpu is None:
-        return n, n
-    forward, backward = forward_plan_on(gpu, n, dtype, residual=residual).depth, n
-    with contextlib.suppress(Misfit):
-        backward = backward_plan_on(gpu, n, dtype, residual=residual).depth
-    return forward, backward
+def check_y(y: Array, x: Array, weight: Array, rstd: Array, bits: Bits) -> list[str]:
+    """What is wrong with y of a program of its own; rstd is that of another."""
+    if "y" not in bits:
+        return check_output("y", y, x, weight, rstd, slack=SLACK)
+    return _unless_recorded("y", y, bits, check_output("y", y, x, weight, rstd))
 
 
-def check(given: Arrays, found: Arrays, *, by_kernel: bool, gpu: Gpu = H200) -> list[str]:
+def _unless_recorded(name: str, found: Array, bits: Bits, wrong: list[str]) -> list[str]:
+    """`wrong` where no bits are recorded; else nothing, or what is wrong with other bits, in whatever words there
+    are."""
+    if name not in bits:
+        return wrong
+    return [] if _golden.digest(found) == bits[name] and not wrong else wrong or [f"{name}: {OTHER_BITS}"]
+
+
+def check(given: Arrays, found: Arrays, *, bits: Bits) -> list[str]:
     """What is wrong with the results `found` of the operands `given`: a sentence each, none where all is right.
 
-    found: y, rstd, dx and dweight, in the residual form s too. gpu: of the kernel, which may have none for the backward
-    pass.
+    found: y, rstd, dx and dweight, in the residual form s too. bits: of those of them whose bits the path promises.
     """
     x, weight, rstd = given["x"], given["weight"], found["rstd"]
     dtype, residual = x.dtype, "s" in found
-    forward, backward = _additions(x.shape[-1], dtype.name, gpu if by_kernel else None, residual=residual)
-    wrong: list[str | None] = []
+    wrong: list[str] = []
+
+    def judge(name: str, sentence: str | None) -> None:
+        wrong.extend(_unless_recorded(name, found[name], bits, [] if sentence is None else [sentence]))
+
     if residual:
-        wrong.append(_bits("s", found["s"], add(x, given["residual"])))
+        judge("s", _bits("s", found["s"], add(x, given["residual"])))
         x = found["s"]
-    wrong += check_rstd(rstd, x, forward)
-    wrong += check_output("y", found["y"], x, weight, rstd)
-    wrong.append(_within("dx", found["dx"], *_input_gradient(given, x, rstd, backward, residual=residual), dtype))
-    wrong.append(_within("dweight", found["dweight"], *_weight_gradient(given, x, rstd), dtype))
-    return [sentence for sentence in wrong if sentence is not None]
+    wrong += _unless_recorded("rstd", rstd, bits, check_rstd(rstd, x))
+    wrong += _unless_recorded("y", found["y"], bits, check_output("y", found["y"], x, weight, rstd))
+    judge("dx", _within("dx", found["dx"], *_input_gradient(given, x, rstd, residual=residual), dtype))
+    judge("dweight", _within("dweight", found["dweight"], *_weight_gradient(given, x, rstd), dtype))
+    return wrong

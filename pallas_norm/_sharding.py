@@ -14,26 +14,33 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from . import _compat
+from . import _compat, reference
 from ._spec import Spec
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
 
 Arrays = dict[str, jax.Array]
 
 COLUMNS = ("weight", "dweight")  # (n,)
 PER_ROW = ("rstd",)  # (...,)
-SCALARS = ("scale",)  # (); everything else is whole rows, (..., n), but for "scales", (..., groups)
+PER_GROUP = ("rstds",)  # (..., groups)
+SCALARS = ("scale",)  # (); everything else is whole rows, (..., n), but for "scales", a result, (..., groups)
 
 
-def needs_whole_rows(results: Iterable[str]) -> bool:
-    """Whether a last axis that is split is gathered first: of quantised results no part is computed from a part."""
-    return "q" in results
+def needs_whole_rows(names: Iterable[str]) -> bool:
+    """Whether a last axis that is split is gathered first: of quantised and of gated results no part is computed from a
+    part. names: of operands and results."""
+    return not {"q", "gate"}.isdisjoint(names)
 
 
 def _explicit(mesh: Any) -> set[str]:
@@ -59,7 +66,7 @@ def _axes(entries: Iterable[Any]) -> tuple[str, ...]:
 
 def _rows(operands: Arrays) -> tuple[Any, ...]:
     """How the whole rows are split, (..., n), where the operands agree; JAX's own error where they do not."""
-    whole = [value for name, value in operands.items() if name not in COLUMNS + PER_ROW + SCALARS]
+    whole = [value for name, value in operands.items() if name not in COLUMNS + PER_ROW + PER_GROUP + SCALARS]
     specs = {_spec(value) for value in whole}
     if len(specs) == 1:
         return specs.pop()
@@ -81,7 +88,19 @@ def _of(name: str, rows: tuple[Any, ...], rank: int) -> PartitionSpec:
         return PartitionSpec()
     if name in COLUMNS:
         return PartitionSpec(*rows[: rank - 1], rows[-1])
+    if name in PER_GROUP:
+        return PartitionSpec(*rows[:-1], None)
     return PartitionSpec(*(rows[:-1] if name in PER_ROW else rows))
+
+
+def of_members(
+    operands: Arrays, is_batched: Mapping[str, bool], size: int, shared: Collection[str] = COLUMNS
+) -> Arrays:
+    """With one more leading axis, of vmap's members; what is `shared` by them has none, unless each has its own."""
+    return {
+        name: value if is_batched[name] or name in shared else jnp.broadcast_to(value[None], (size, *value.shape))
+        for name, value in operands.items()
+    }
 
 
 def aligned(operands: Arrays) -> Arrays:
@@ -113,9 +132,30 @@ def whole_rows(operands: Arrays) -> Arrays:
     return {name: gathered(name, value) for name, value in operands.items()}
 
 
+def last_axis_whole(value: jax.Array) -> jax.Array:
+    """On Explicit axes, gathered where its last axis is split."""
+    sharding = jax.typeof(value).sharding
+    if not any(sharding.spec[value.ndim - 1 :]) or not _explicit(sharding.mesh):  # the first costs a call least
+        return value
+    return jax.sharding.reshard(value, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1], None)))
+
+
+def lying_as(value: jax.Array, like: jax.Array) -> jax.Array:
+    """On Explicit axes, split as `like` is."""
+    mesh = jax.typeof(like).sharding.mesh
+    if _spec(value) == _spec(like) or not _explicit(mesh):
+        return value
+    return jax.sharding.reshard(value, NamedSharding(mesh, PartitionSpec(*_spec(like))))
+
+
 def summed_over(operands: Arrays) -> tuple[str, ...]:
     """The axes of a shard_map around over whose shards dweight is to be summed: the weight is the same there."""
     return _compat.missing_axes(operands["weight"], operands["x"]) if "weight" in operands else ()
+
+
+def dweight_of_all(sums: jax.Array, over: tuple[str, ...], dtype: DTypeLike) -> jax.Array:
+    """dweight in `dtype`, of each shard's sums in float32 over its rows, which are added before the one rounding."""
+    return reference.round_to(lax.psum(sums, over) if over else sums, dtype)
 
 
 def by_shards(

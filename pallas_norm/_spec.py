@@ -27,6 +27,7 @@ class Spec:
     round_weight: bool = False
     out_dtype: str | None = None
     s_dtype: str | None = None
+    in_place: bool = False  # a kernel's y takes the memory of x, and s that of residual, of the same dtypes
 
     @property
     def rounding(self) -> dict[str, Any]:

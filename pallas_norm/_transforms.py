@@ -5,8 +5,7 @@ are normalised at once without a weight, and their weights multiply afterwards: 
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
-# (It takes _dispatch, from which __init__.py imports, for a private name of that file; jax.jit and lax.psum have few
-# types.)
+# (It takes _dispatch, from which __init__.py imports, for a private name of that file; jax.jit has few types.)
 
 from __future__ import annotations
 
@@ -22,7 +21,6 @@ from jax.custom_batching import custom_vmap
 
 from . import _dispatch, _sharding, reference
 from ._dtypes import AS_S, Dtypes, GradientDtypes, promoted
-from ._sharding import COLUMNS
 from ._spec import Spec
 
 Arrays = dict[str, jax.Array]
@@ -35,20 +33,13 @@ def _batched(call: Function, of_members: Function, with_own_weights: Function) -
     """`call` with its vmap rule. `of_members` computes what `call` does for all members at once, the weight being
     shared; `with_own_weights`, where each has a weight, (members, n)."""
 
-    @custom_vmap
-    def batched(operands: Arrays) -> Arrays:
-        return call(operands)
+    batched = custom_vmap(call)
 
     @batched.def_vmap
     def rule(size: int, which: list[dict[str, bool]], operands: Arrays) -> tuple[Arrays, dict[str, bool]]:
         (is_batched,) = which
 
-        def with_axis(name: str, value: jax.Array) -> jax.Array:
-            if is_batched[name] or name in COLUMNS:
-                return value
-            return jnp.broadcast_to(value[None], (size, *value.shape))
-
-        whole = _sharding.aligned({name: with_axis(name, value) for name, value in operands.items()})
+        whole = _sharding.aligned(_sharding.of_members(operands, is_batched, size))
         results = (with_own_weights if is_batched.get("weight") else of_members)(whole)
         return results, dict.fromkeys(results, True)
 
@@ -77,12 +68,9 @@ def _without(operands: Arrays, name: str) -> Arrays:
 def forward(operands: Arrays, spec: Spec, *, with_rstd: bool) -> Arrays:
     """y, with a residual also s, on request rstd; of x, and where given residual and weight. x is (..., n)."""
 
-    def local(operands: Arrays, spec: Spec, summed_over: tuple[str, ...]) -> Arrays:
-        del summed_over  # rows need no others
-        return _dispatch.forward(operands, spec=spec, with_rstd=with_rstd)
-
     def call(operands: Arrays) -> Arrays:
         results = ["y", *(["s"] if "residual" in operands else []), *(["rstd"] if with_rstd else [])]
+        local = functools.partial(_dispatch.forward, with_rstd=with_rstd)
         return _sharding.by_shards(local, operands, spec, results)
 
     def of_members(operands: Arrays) -> Arrays:
@@ -111,30 +99,19 @@ def backward(
     with_dweight = with_dweight and "weight" in operands
     own = ["dresidual"] if dx_dtypes.dresidual is not None else []
 
-    def local(operands: Arrays, spec: Spec, summed_over: tuple[str, ...]) -> Arrays:
-        run = functools.partial(_dispatch.backward, operands, spec=spec, dx_dtypes=dx_dtypes)
-        if not with_dweight:
-            return run(with_dweight=False)
-        dtype = operands["weight"].dtype
-        if not summed_over:
-            return run(with_dweight=True, dweight_dtype=dtype)
-        results = run(with_dweight=True)
-        # In float32, before the one rounding.
-        return results | {"dweight": reference.round_to(lax.psum(results["dweight"], summed_over), dtype)}
-
     def call(operands: Arrays) -> Arrays:
+        dtype = operands["weight"].dtype if with_dweight else None
+        local = functools.partial(_dispatch.backward, dweight_dtype=dtype, dx_dtypes=dx_dtypes)
         return _sharding.by_shards(local, operands, spec, ["dx", *own, *(["dweight"] if with_dweight else [])])
 
     def dweight_of_members(operands: Arrays, dtype: Any) -> Arrays:
         # Each member has a dweight of its own, so the kernel, which adds up all rows, cannot give it. The members may
         # be many and small (one row each where a program is written for one token), so they are not looped over either.
-        def dweight(x: jax.Array, rstd: jax.Array, dy: jax.Array) -> jax.Array:
-            return reference.round_to(reference.weight_gradient(x, rstd, dy, **spec.unit), dtype)
-
         if not with_dweight:
             return {}
         rows = operands["x"], operands["rstd"], operands["dy"]
-        return {"dweight": jax.vmap(dweight)(*rows)}
+        sums = jax.vmap(functools.partial(reference.weight_gradient, **spec.unit))(*rows)
+        return {"dweight": _sharding.dweight_of_all(sums, _sharding.summed_over(operands), dtype)}
 
     def of_members(operands: Arrays) -> Arrays:
         dx = backward(operands, spec, with_dweight=False, dx_dtypes=dx_dtypes)

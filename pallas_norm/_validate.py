@@ -90,7 +90,7 @@ def rows(name: str, value: Any) -> None:
         )
 
 
-def _array(name: str, value: Any) -> jax.Array:
+def array(name: str, value: Any) -> jax.Array:
     if not isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(
             f"{name} is a {type(value).__name__}; needed a JAX or NumPy array: wrap it with jnp.asarray "
@@ -102,32 +102,32 @@ def _array(name: str, value: Any) -> jax.Array:
     return jnp.asarray(value)
 
 
-def _settled(value: jax.Array, other: jax.Array) -> jax.Array:
+def settled(value: jax.Array, other: jax.Array) -> jax.Array:
     """JAX's own rule for x * weight: what was made of Python numbers alone (jnp.full(n, 0.7)) has a weak dtype, which
     gives way to that of the other operand."""
     return value.astype(other.dtype) if value.weak_type and not other.weak_type else value
 
 
-def given(name: str, value: Any) -> None:
+def given(name: str, value: Any, nothing: str = "nothing to add") -> None:
     if value is None:
-        raise TypeError(f"{name} is None; needed an array: call rms_norm where there is nothing to add")
+        raise TypeError(f"{name} is None; needed an array: call rms_norm where there is {nothing}")
 
 
-def arrays(x: Any, residual: Any, weight: Any) -> dict[str, jax.Array]:
-    """The operands that are there, by name."""
-    operands = {"x": _array("x", x)}
+def arrays(x: Any, residual: Any, weight: Any, *, beside: str = "residual") -> dict[str, jax.Array]:
+    """The operands that are there, by name. beside: what the second is called, which has the shape of x."""
+    operands = {"x": array("x", x)}
     x = operands["x"]
     rows("x", x)
     if residual is not None:
-        residual = _array("residual", residual)
-        x = operands["x"] = _settled(x, residual)
-        operands["residual"] = residual = _settled(residual, x)
+        residual = array(beside, residual)
+        x = operands["x"] = settled(x, residual)
+        operands[beside] = residual = settled(residual, x)
         if residual.shape != x.shape:
             raise ValueError(
-                f"residual is {describe(residual)} but x is {describe(x)}; needed the same shape: broadcast it first"
+                f"{beside} is {describe(residual)} but x is {describe(x)}; needed the same shape: broadcast it first"
             )
     if weight is not None:
-        operands["weight"] = weight = _settled(_array("weight", weight), x)
+        operands["weight"] = weight = settled(array("weight", weight), x)
         if weight.shape != x.shape[-1:]:
             raise ValueError(
                 f"weight has shape {weight.shape} but the last axis of x has length {x.shape[-1]} (x: {describe(x)}); "
@@ -202,6 +202,12 @@ def axis_name(value: Any) -> tuple[str, ...]:
     names: tuple[Any, ...] = () if value is None else value if isinstance(value, tuple) else (value,)  # pyright: ignore[reportUnknownVariableType]
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"axis_name is {_shown(value)}; needed the name of a mesh axis, or a tuple of names")
+    for name in names:
+        if name not in jax.sharding.get_abstract_mesh().manual_axes:
+            raise ValueError(
+                f"axis_name is {name!r}, which is no mesh axis of a jax.shard_map around this call; needed one, over "
+                "whose shards the rows are split: jax.vmap's axis_name has members, not shards"
+            )
     return names
 
 

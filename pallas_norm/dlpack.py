@@ -48,6 +48,9 @@ def rms_norm(
         one that JAX cannot take by DLPack: with gaps between its elements, read-only, or on a device that JAX does not
         see.
 
+    Example:
+        y = rms_norm(np.ones((2, 64), np.float32))  # a NumPy array
+
     Source: `pallas_norm.rms_norm`; the exchange is DLPack's, by the Python array API standard.
     """
     options: dict[str, Any] = {"eps": eps, "cast_before_scale": cast_before_scale, "weight_offset": weight_offset}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import dtypes
@@ -30,7 +31,13 @@ class RMSNorm(nn.RMSNorm):
         first, so a last bit may differ from Flax's.
 
     Raises:
-        NotImplementedError: statistics over other axes than the last, with a mask, or not in float32.
+        NotImplementedError: statistics over other axes than the last, with a mask, with axis_index_groups, or not in
+            float32.
+
+    Example:
+        norm = RMSNorm()
+        variables = norm.init(jax.random.key(0), x)
+        y = norm.apply(variables, x)
     """
 
     cast_before_scale: bool = False
@@ -42,7 +49,8 @@ class RMSNorm(nn.RMSNorm):
         _flax.no_mask(mask)
         scale = self.param("scale", self.scale_init, (x.shape[-1],), self.param_dtype) if self.use_scale else None
         given = [x] if scale is None else [x, scale]
-        dtype = dtypes.canonicalize_dtype(*given, dtype=self.dtype)
+        with jax.numpy_dtype_promotion("standard"):  # this promotion is Flax's, whatever the program around allows
+            dtype = dtypes.canonicalize_dtype(*given, dtype=self.dtype)
         y = rms_norm(
             x,
             scale,

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from flax import nnx
 
 from . import _flax
 from ._api import rms_norm
 from ._spec import Implementation
+from ._validate import DTYPES
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -28,7 +30,11 @@ class RMSNorm(nnx.RMSNorm):
         products are float32. Flax multiplies rstd by the scale first, so a last bit may differ from Flax's.
 
     Raises:
-        NotImplementedError: statistics over other axes than the last, or with a mask.
+        NotImplementedError: statistics over other axes than the last, with a mask or with axis_index_groups.
+
+    Example:
+        norm = RMSNorm(1024, rngs=nnx.Rngs(0))
+        y = norm(x)
     """
 
     def __init__(
@@ -45,10 +51,14 @@ class RMSNorm(nnx.RMSNorm):
         _flax.check(self)
 
     def __call__(self, x: Any, mask: Any = None) -> Any:
-        _flax.no_mask(mask)
+        patched = "cast_before_scale" not in vars(self)  # a module of Flax's, made without the arguments of this class
+        if not patched:
+            _flax.no_mask(mask)
         scale = None if self.scale is None else self.scale[...]
-        x, rounded = self.promote_dtype((x, scale), dtype=self.dtype)
-        # a module that `patch` replaced was made without these two
+        with jax.numpy_dtype_promotion("standard"):  # this promotion is Flax's, whatever the program around allows
+            x, rounded = self.promote_dtype((given := x, scale), dtype=self.dtype)
+        if patched and (mask is not None or x.dtype.name not in DTYPES or not _flax.is_of_a_mesh(self.axis_name)):
+            return super().__call__(given, mask=mask)
         cast_before_scale = getattr(self, "cast_before_scale", False)
         implementation = getattr(self, "implementation", None)
         return rms_norm(

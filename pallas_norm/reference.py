@@ -67,7 +67,7 @@ def round_to(wide: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*s
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _rounded_weight(wide: Float[Array, " n"], dtype: DTypeLike) -> Float[Array, " n"]:
+def _rounded_weight(wide: Float[Array, "*columns"], dtype: DTypeLike) -> Float[Array, "*columns"]:
     """Rounded to `dtype`, as float32. Its derivative is one: no gradient of a float32 weight is rounded on the way."""
     return round_to(wide, dtype).astype(F32)
 
@@ -77,9 +77,11 @@ def _(dtype: DTypeLike, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any,
     return _rounded_weight(*primals, dtype), *tangents
 
 
-def scale(weight: Float[Array, " n"], weight_offset: float, dtype: DTypeLike | None = None) -> Float[Array, " n"]:
-    """The float32 factor of each column, the weight rounded to `dtype` where that is not its own. Adding an offset of
-    0.0 would turn a weight of -0.0 into 0.0."""
+def scale(
+    weight: Float[Array, "*columns"], weight_offset: float, dtype: DTypeLike | None = None
+) -> Float[Array, "*columns"]:
+    """The float32 factor of each column, in the shape in which they come, the weight rounded to `dtype` where that is
+    not its own. Adding an offset of 0.0 would turn a weight of -0.0 into 0.0."""
     wide = weight.astype(F32) if dtype is None or dtype == weight.dtype else _rounded_weight(weight.astype(F32), dtype)
     return wide + F32(weight_offset) if weight_offset else wide
 

@@ -51,7 +51,7 @@ def missing() -> str | None:
     if shutil.which("ptxas") is None:
         return "compiling for a GPU needs ptxas on PATH (wheel nvidia-cuda-nvcc)"
     if os.environ.get("JAX_SKIP_CUDA_CONSTRAINTS_CHECK") != "1":
-        return "the CUDA plugin loads without cuDNN only where JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 is set (make test-aot)"
+        return "the CUDA plugin loads without cuDNN only where JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 is set"
     return None
 
 

@@ -1,4 +1,5 @@
-"""What the results must be: a bitwise host replay from the kernel's own rstd, and float64 with derived bounds.
+"""What the results must be: the roundings replayed on the host, and float64 with derived bounds, which judge the
+specification (specified.py), dweight, and what adds up in an order of its own.
 
 NumPy and ml_dtypes only. XLA is never the oracle: it may drop the rounding that is being tested.
 """
@@ -9,8 +10,6 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-
-from pallas_norm.regimes import backward_plan_for, plan_for
 
 Array = np.ndarray[Any, Any]
 
@@ -178,18 +177,6 @@ def mean_square64(x: Array, eps: float) -> Array:
 def rstd64(x: Array, eps: float) -> Array:
     with np.errstate(all="ignore"):
         return 1 / np.sqrt(mean_square64(x, eps))
-
-
-def depth(
-    n: int, dtype: Any, implementation: str, *, backward: bool = False, dy_dtype: Any = None, residual: bool = False
-) -> int:
-    """Additions on the longest path of a row sum. Only the compiled kernel fixes their order; XLA, which also runs the
-    interpreter's blocks, may choose any."""
-    if implementation != "mosaic_gpu":
-        return n
-    if backward:
-        return backward_plan_for(n, dtype, dy_dtype=dy_dtype, residual=residual).depth
-    return plan_for(n, dtype).depth
 
 
 def rstd_error(rstd: Array, x: Array, eps: float) -> Array:

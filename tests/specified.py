@@ -41,6 +41,14 @@ def rstd(x: Array, eps: float, *, width: int = 0, flushes: bool = False) -> Arra
         return F32.type(1) / np.sqrt(flushed(mean + flushed(F32.type(eps), flushes=flushes), flushes=flushes))
 
 
+def forward(
+    x: Array, weight: Array | None, eps: float, *, width: int = 0, flushes: bool = False, **rounding: Any
+) -> tuple[Array, Array]:
+    """(y, rstd); x is s in the residual form."""
+    of_rows = rstd(x, eps, width=width, flushes=flushes)
+    return replay(x, weight, of_rows, flushes=flushes, **rounding), of_rows
+
+
 def input_gradient(
     x: Array,
     weight: Array | None,
@@ -79,7 +87,6 @@ def results(given: dict[str, Array], eps: float, *, residual: bool = False, **ro
     found = {}
     if residual:
         found["s"] = x = add(x, given["residual"])
-    found["rstd"] = of_rows = rstd(x, eps)
-    found["y"] = replay(x, weight, of_rows, **rounding)
-    found["dx"] = input_gradient(x, weight, of_rows, given["dy"], given["ds"] if residual else None, **rounding)
+    found["y"], found["rstd"] = forward(x, weight, eps, **rounding)
+    found["dx"] = input_gradient(x, weight, found["rstd"], given["dy"], given["ds"] if residual else None, **rounding)
     return found

@@ -14,7 +14,9 @@ from pallas_norm._spec import Spec
 from pallas_norm.kernels import backward as backward_kernel
 from pallas_norm.kernels import forward as forward_kernel
 from pallas_norm.kernels import grid
-from pallas_norm.plans.hardware import SMS
+from pallas_norm.kernels import rope as rope_kernel
+from pallas_norm.plans.hardware import H200, SMS
+from pallas_norm.plans.rope import rope_plan_on
 from pallas_norm.regimes import backward_plan_for, plan_for
 from tests import aot
 
@@ -124,6 +126,22 @@ def test_an_sm_has_the_registers_for_its_programs(n: int, dtype: str, dy_dtype: 
 
 def test_the_forward_kernel_of_the_longest_row_in_one_pass_does_not_spill() -> None:
     assert compiled_forward(32768, "bfloat16", ("x", "weight")).spill_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("n", [64, 96, 128, 256, 512])
+def test_no_kernel_of_rotated_heads_spills(n: int, dtype: str) -> None:
+    """With the numbers of a launch, by which each lane divides."""
+    heads, angles, weight = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((1 << 20, 1, n), (1 << 20, n), (n,)))
+    operands = {"q": heads, "k": heads, "cos": angles, "sin": angles, "q_weight": weight, "k_weight": weight}
+    operands |= dict.fromkeys(rope_kernel.NUMBERS, jax.ShapeDtypeStruct((1,), jnp.int32))
+    plan, dtypes = rope_plan_on(H200, n, dtype), Spec().dtypes(dtype, weight=dtype)
+
+    def kernel(*values: jax.Array) -> dict[str, jax.Array]:
+        given = dict(zip(operands, values, strict=True))
+        return rope_kernel.rope(given, plan=plan, dtypes=dtypes, spec=Spec(), heads=None, interpret=False)
+
+    assert aot.compile_for_h200(kernel, *operands.values()).spill_bytes == 0
 
 
 def plain_formula(x: jax.Array, weight: jax.Array) -> jax.Array:

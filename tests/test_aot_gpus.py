@@ -12,9 +12,15 @@ from pallas_norm.plans.plan import Source
 from tests import aot_gpus, gpus
 
 compiles = pytest.mark.skipif(aot_gpus.missing() is not None, reason=str(aot_gpus.missing()))
-# Bytes, at most, of kernels that just fit: a row kept in registers with a residual, pipelines of 255 registers, and of
-# two stages in the place of three.
-SPILLS = {("forward+", 32768): 40, ("backward", 7168): 4, ("backward+", 7168): 4, ("backward", 8192): 4}
+# Bytes, at most, of kernels that just fit, with jax 0.11.2: a row kept in registers with a residual, pipelines of 255
+# registers and of two stages in the place of three, and before Hopper rows that are read again by 1024 threads.
+SPILLS = {
+    ("forward+", 32768): 24,
+    ("backward+", 7168): 12,
+    ("backward", 8192): 4,
+    ("backward", 16384): 12,
+    ("backward+", 16384): 4,
+}
 STATIC = 1024  # bytes of shared memory that the compiler may add, and that a CTA takes beside its own
 
 
@@ -32,7 +38,6 @@ def test_every_family_compiles_within_what_the_card_has(card: str) -> None:
         assert kernel.shared_bytes + STATIC <= gpus.CARDS[card].shared_bytes + 1024, kernel
         assert kernel.resident >= 1, kernel
     if not gpus.CARDS[card].gpu.clusters:
-        assert sum(kernel.spill_bytes for kernel in found) == 0
         assert Source.PIPELINE.value not in {kernel.source for kernel in found}
         assert max(kernel.shared_bytes for kernel in found) <= 8 << 10
 

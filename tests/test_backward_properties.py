@@ -1,5 +1,5 @@
-"""Backward: every bit of dx against the specification in NumPy, dx and dweight against float64, and relations that hold
-bit for bit."""
+"""Backward: every bit of dx against the specification in NumPy, dweight against float64, and relations that hold bit
+for bit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_norm.plans.backward import backward_order
 from pallas_norm.plans.forward import forward_order
 from tests import oracle, specified, strategies
 from tests.oracle import BF16, DTYPES, F16, F32, Array
@@ -42,8 +41,6 @@ def check(case: Case, implementation: str) -> None:
     oracle.assert_same(
         dx, specified.input_gradient(*given, **case.rounding, flushes=strategies.flushes(implementation))
     )
-    additions = backward_order(case.n, x.dtype, dy_dtype=dy.dtype).depth
-    oracle.assert_within(dx, *oracle.input_gradient64(*given, additions, **case.rounding))
     if weight is not None:
         assert dweight is not None
         assert dweight.dtype == weight.dtype
@@ -51,8 +48,9 @@ def check(case: Case, implementation: str) -> None:
         oracle.assert_within(dweight, *oracle.weight_gradient64(x, rstd, dy, weight.dtype, **options))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dx_is_that_of_the_specification_in_numpy_and_gradients_are_within_bounds(
+def test_dx_is_that_of_the_specification_in_numpy_and_dweight_is_within_its_bound(
     implementation: str, dtype: str
 ) -> None:
     """Property 23."""
@@ -75,6 +73,7 @@ def check_exact(case: Case, implementation: str) -> None:
     oracle.assert_same(dweight, exact.astype(weight.dtype))
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_exact_sums_are_right_to_the_last_roundings(implementation: str, dtype: str) -> None:
     """Property 23 without the slack of the additions, which at n = 4096 hides a mean taken over n + 1 elements; and
@@ -88,6 +87,7 @@ def test_gradients_of_exact_sums_are_right_to_the_last_roundings(implementation:
     holds()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("n", [128, 1024])
 def test_a_subnormal_float16_g_is_kept(implementation: str, n: int) -> None:
     """XLA's CPU code flushes subnormal float32 only, but a float16 rounding by reduce_precision would flush these."""
@@ -101,6 +101,7 @@ def test_a_subnormal_float16_g_is_kept(implementation: str, n: int) -> None:
     oracle.assert_same(dweight + 0, (np.sign(x).astype(F32) * dy.astype(F32)).sum(axis=0).astype(F16) + 0)
 
 
+@pytest.mark.sampled(2)
 def test_the_weight_times_its_gradient_is_y_times_its_own(implementation: str) -> None:
     """Property 27, Euler: y is linear in the weight, so sum(factor * dweight) = sum(y * dy), with factor = weight +
     weight_offset. Both passes have to use one `unit`.
@@ -126,6 +127,7 @@ def test_the_weight_times_its_gradient_is_y_times_its_own(implementation: str) -
     holds()
 
 
+@pytest.mark.sampled(2)
 def test_dweight_of_two_batches_is_the_sum_of_theirs(implementation: str) -> None:
     """Property 29. To the bit where the sums are exact, else within the three bounds."""
 
@@ -231,6 +233,7 @@ def test_dx_of_a_row_does_not_depend_on_its_position_or_its_neighbours(implement
     holds()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("n", [64, 1024])
 def test_a_nan_in_dy_reaches_only_its_column_of_dweight_and_one_in_x_all(implementation: str, n: int) -> None:
     rng = np.random.default_rng(n)
@@ -249,7 +252,7 @@ def test_a_nan_in_dy_reaches_only_its_column_of_dweight_and_one_in_x_all(impleme
     assert np.isnan(gradients(implementation, x, weight, dy)[1]).all()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("n", "dtype"), [(64, "bf16"), (200, "f16"), (513, "f32"), (1024, "bf16"), (1024, "f32")])
 def test_dweight_of_rows_whose_unit_is_one_is_the_exact_sum_of_integers(
     implementation: str, dtype: str, n: int
@@ -265,6 +268,7 @@ def test_dweight_of_rows_whose_unit_is_one_is_the_exact_sum_of_integers(
     oracle.assert_same(dweight, (x.astype(F32) * dy).sum(axis=0) + F32.type(0))
 
 
+@pytest.mark.sampled(2)
 def test_dx_is_radial_only_by_eps(implementation: str) -> None:
     """<x, dx> = eps * rstd^2 * <x, dy * weight> * rstd: nothing without eps, because y does not depend on the scale."""
     rng = np.random.default_rng(0)

@@ -192,6 +192,7 @@ BAD = (
     Bad("two units", lambda: rms_norm(X, W, cast_before_scale=False, unit_dtype="bfloat16"), ValueError, "unit_dtype is bfloat16 but cast_before_scale is False, which is unit_dtype float32 by another name; pass one of them"),  # noqa: E501
     Bad("no weight to round", lambda: rms_norm(X, round_weight=True), ValueError, "round_weight is True but weight is None: there is nothing to round; pass a weight"),  # noqa: E501
     Bad("round_weight a dtype", lambda: rms_norm(X, W, round_weight="bfloat16"), TypeError, "round_weight is str; needed True or False"),  # noqa: E501
+    Bad("in_place a dict", lambda: add_rms_norm(X, X, W, in_place={0: 0}), TypeError, "in_place is dict; needed True or False"),  # noqa: E501
     Bad("s_dtype without a residual", lambda: rms_norm(X, W, s_dtype="float32"), TypeError, f"rms_norm() got an unexpected keyword argument 's_dtype'{SUGGESTION}"),  # noqa: E501
     Bad("a plan for rows of int8", lambda: plan_for(64, "float32", read=("int8",)), TypeError, "read is int8; needed one of bfloat16, float16, float32"),  # noqa: E501
     # implementation

@@ -150,6 +150,7 @@ def found(of: str, name: str) -> str:
     return forward(FORWARD[name]) if of == "forward" else backward(BACKWARD[name])
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize(("of", "name"), EXPECTED)
 def test_every_barrier_is_between_the_accesses_that_it_orders(of: str, name: str) -> None:
     assert found(of, name) == EXPECTED[of, name]
@@ -194,6 +195,7 @@ WITHOUT: dict[str, tuple[Rewrite, str, str]] = {
 }
 
 
+@pytest.mark.sampled(17)
 @pytest.mark.parametrize("name", WITHOUT)
 def test_a_missing_barrier_is_missed(name: str) -> None:
     rewrite, of, kernel = WITHOUT[name]

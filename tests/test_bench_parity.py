@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("implicit_promotion_throughout")]
 
 torch = pytest.importorskip("torch", reason="parity compares torch models")
 pytest.importorskip("transformers", reason="parity compares models of transformers")

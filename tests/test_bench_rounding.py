@@ -15,7 +15,7 @@ from bench.operands import EPS, Operands
 from bench.suite import Case
 from pallas_norm import reference
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("implicit_promotion_throughout")]
 
 DTYPES = ("bfloat16", "float16")
 

@@ -16,7 +16,7 @@ from bench.suite import Case
 from pallas_norm import reference
 from pallas_norm.regimes import backward_plan_for, plan_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("implicit_promotion_throughout")]
 
 GB = 1 << 30
 

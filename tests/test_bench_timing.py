@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import time
 
-import jax
 import pytest
 
 from bench import timing
 from bench.progress import bar
 from bench.timing import Timing, split
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("implicit_promotion_throughout")]
 
 MARKS = frozenset({"flush"})
 
@@ -73,8 +72,17 @@ def test_host_time_is_that_of_one_call_and_slow_calls_make_short_batches() -> No
     assert made["fast"] == 2 + 2 * 10
 
 
-def test_waiting_knows_arrays_tuples_and_nothing() -> None:
-    timing.wait((jax.numpy.ones(3), None, "text"))
+def test_waiting_waits_for_the_arrays_of_a_tuple_and_for_nothing_else() -> None:
+    waited = []
+
+    class Array:
+        def block_until_ready(self) -> Array:
+            waited.append(self)
+            return self
+
+    arrays = Array(), Array()
+    timing.wait((arrays[0], None, "text", arrays[1]))
+    assert waited == list(arrays)
 
 
 def test_the_geometric_mean_of_a_ratio_and_its_inverse_is_one() -> None:

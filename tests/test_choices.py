@@ -32,6 +32,7 @@ def gradient(x: Any, weight: Any) -> Any:
     return jax.vjp(rms_norm, x, weight)[1](x)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dims", ["b", "b, t"])
 @pytest.mark.parametrize("function", [rms_norm, gradient])
 def test_a_symbolic_row_count_exports_for_a_cpu(function: Any, dims: str) -> None:
@@ -58,6 +59,7 @@ def test_a_symbolic_row_count_for_cuda_says_what_to_do() -> None:
 # --- a GPU with less shared memory ----------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("n", "dtype"), [(8192, "bfloat16"), (6144, "float32"), (20480, "bfloat16"), (1024, "bfloat16")]
 )

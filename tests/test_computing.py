@@ -11,17 +11,13 @@ import pytest
 from jax import lax
 
 import pallas_norm
-from pallas_norm import _computing, _patching
+from pallas_norm import _computing, _patching, _proof_rows
+from tests.people_s_norms import NO_FORM, WAY, counted, draw, equinox_norm, eqx, llama, nnx, unit
+
+# People's norms multiply a weight (n,), of another dtype at times, with rows; `patch` is given them as they are.
+pytestmark = pytest.mark.usefixtures("implicit_promotion")
 
 DTYPES = ["bfloat16", "float16", "float32"]
-
-
-def draw(*shape: int, seed: int = 0, dtype: str = "bfloat16") -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
-def nnx() -> Any:
-    return pytest.importorskip("flax.nnx", reason="needs flax (pip install flax)")
 
 
 def maxtext_norm(**changed: Any) -> Any:
@@ -45,6 +41,7 @@ def maxtext_norm(**changed: Any) -> Any:
     return RMSNorm()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("jitted", [False, True])
 def test_a_norm_of_maxtext_s_form(offset: float, *, jitted: bool) -> None:
@@ -68,18 +65,6 @@ def test_a_norm_of_maxtext_s_form(offset: float, *, jitted: bool) -> None:
     assert _patching.ORIGINAL not in vars(type(norm))
 
 
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    calls: list[Any] = []
-    own = _patching.rms_norm
-
-    def counting(*operands: Any, **options: Any) -> Any:
-        calls.append(operands)
-        return own(*operands, **options)
-
-    monkeypatch.setattr(_patching, "rms_norm", counting)
-    return calls
-
-
 def test_its_own_call_runs_where_the_form_was_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of integers, with other arguments, and with attributes that have changed."""
     calls, (norm, _) = counted(monkeypatch), pallas_norm.patch(maxtext_norm())
@@ -91,28 +76,6 @@ def test_its_own_call_runs_where_the_form_was_not_proved(monkeypatch: pytest.Mon
     norm.scale_offset = 1.0
     assert np.array_equal(norm(x), maxtext_norm(scale_offset=1.0)(x))
     assert len(calls) == 1
-
-
-def eqx() -> Any:
-    return pytest.importorskip("equinox", reason="needs equinox (pip install equinox)")
-
-
-def equinox_norm(body: Any, *, weight: Any = "float32", **attributes: Any) -> Any:
-    """A module with these attributes whose call is body(self, x)."""
-    fields: dict[str, Any] = {"eps": float, "weight": Any, **dict.fromkeys(attributes, Any)}
-    space = {"__annotations__": fields, "__call__": lambda self, x: body(self, x)}
-    kind = type(eqx().Module)("PersonsRMSNorm", (eqx().Module,), space)
-    array = None if weight is None else 1 + 0.3 * draw(96, dtype=weight)
-    return kind(eps=1e-5, weight=array, **attributes)
-
-
-def unit(self: Any, x: Any) -> Any:
-    wide = x.astype("float32")
-    return wide / jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-
-
-def llama(self: Any, x: Any) -> Any:
-    return self.weight * unit(self, x).astype(x.dtype)
 
 
 def cast_weight(self: Any, x: Any) -> Any:
@@ -132,6 +95,7 @@ def one_row(self: Any, x: Any) -> Any:
     return self.weight * (wide * lax.rsqrt(jnp.mean(wide**2) + self.eps)).astype(x.dtype)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("body", "weight", "dtypes"),
     [
@@ -170,11 +134,12 @@ def test_a_norm_of_one_row_is_ours_under_vmap_alone(monkeypatch: pytest.MonkeyPa
     assert len(calls) == 1
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("weight_dtype", _computing.DTYPES)
 @pytest.mark.parametrize("dtype", _computing.DTYPES)
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_the_proof_tells_any_two_forms_apart_that_can_differ(dtype: Any, weight_dtype: Any) -> None:
-    x, weight = _computing._rows(96, dtype), _computing._weight(96, weight_dtype)
+    x, weight = _proof_rows.rows(96, dtype, 1e-6), _proof_rows.weight(96, weight_dtype)
     name, own = jnp.dtype(dtype).name, jnp.dtype(weight_dtype).name
 
     def what_can_differ(form: _computing.Form) -> Any:
@@ -258,9 +223,7 @@ def test_a_norm_that_asserts_a_rank_is_ours_for_that_one() -> None:
         patched(draw(2, 3, 96))
 
 
-NO_FORM = "its bits are those of no form of rms_norm"
-
-
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
@@ -280,7 +243,7 @@ def test_what_is_wrong_by_a_step_is_left(body: Any, reason: str) -> None:
     assert type(same) is type(norm)
     (skipped,) = report.skipped
     assert skipped.reason.startswith(reason)
-    assert skipped.reason.endswith("; call pallas_norm.rms_norm in its __call__")
+    assert skipped.reason.endswith(WAY)
 
 
 def test_what_has_no_eps_or_two_weights_is_left() -> None:

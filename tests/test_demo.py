@@ -10,12 +10,15 @@ from demo import batch_size, bridge, compare, norms
 from demo.__main__ import main
 from demo.activations import CASES, activations
 
+pytestmark = pytest.mark.usefixtures("implicit_promotion_throughout")
+
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_size, "SHAPES", ((16, 1024), (32, 1024)))
 
 
+@pytest.mark.slow
 def test_every_claim_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--out", str(tmp_path), "--rows-divisor", "32"]) == 0
     output = capsys.readouterr().out
@@ -70,6 +73,7 @@ def test_ulps_counts_representable_numbers(dtype: torch.dtype) -> None:
     assert compare.ulps(values, values).tolist() == [0] * 5
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 def test_activations_are_finite_and_heavy_tailed(case) -> None:
     x, weight = activations(case)

@@ -40,12 +40,13 @@ class Item:
 def test_of_a_sampled_test_one_case_in_k_stays_whatever_the_period_of_its_parameters() -> None:
     sampled = pytest.mark.sampled(3)
     items: list[Any] = [Item(f"a.py::f[{n}-{dtype}]", sampled) for n in range(10) for dtype in ("bf16", "f16", "f32")]
-    items += [Item("a.py::f[gpu]", sampled, pytest.mark.gpu), Item("a.py::g[1]")]
+    elsewhere = [Item(f"a.py::f[{n}-night]", sampled, pytest.mark.nightly) for n in range(40)]
+    elsewhere += [Item("a.py::f[gpu]", sampled, pytest.mark.gpu), Item("a.py::g[1]")]
+    items += elsewhere  # they count for nothing: of four cases for the night among five, the fifth might be left out
     division.thin(items)
     kept = [item.nodeid for item in items if not item.slow]
-    assert kept[-2:] == ["a.py::f[gpu]", "a.py::g[1]"]
-    assert len(kept) == 10 + 2
-    assert {re.split(r"[-\]]", name)[1] for name in kept[:-2]} == {"bf16", "f16", "f32"}
+    assert kept[10:] == [item.nodeid for item in elsewhere]
+    assert {re.split(r"[-\]]", name)[1] for name in kept[:10]} == {"bf16", "f16", "f32"}
 
 
 def test_a_sampled_test_with_one_case_keeps_it() -> None:
@@ -62,6 +63,9 @@ def commands() -> dict[str, str]:
 def test_the_two_commands_leave_out_what_the_page_says() -> None:
     assert commands()["TESTS"].endswith("-m 'not gpu and not nightly and not slow' --profile quick")
     assert commands()["ALL_TESTS"].endswith("-m 'not gpu and not nightly'")
+    makefile = (ROOT / "Makefile").read_text()
+    assert "\nCASES := not gpu and not nightly and not slow\n" in makefile
+    assert makefile.count("-m '$(CASES)'") == 1
 
 
 def test_compiled_programs_are_kept_by_make_test_alone(pytestconfig: pytest.Config) -> None:
@@ -70,6 +74,19 @@ def test_compiled_programs_are_kept_by_make_test_alone(pytestconfig: pytest.Conf
         assert Path(folder).is_relative_to(ROOT / ".pytest_cache")
     else:
         assert folder == os.environ.get("JAX_COMPILATION_CACHE_DIR")
+
+
+def test_a_worker_finds_what_another_compiled_before(tmp_path: Path) -> None:
+    for worker, names in {"gw0": ("a", "both"), "gw1": ("b", "both"), "alone": ()}.items():
+        (tmp_path / worker).mkdir()
+        for name in names:
+            (tmp_path / worker / f"{name}-cache").write_text(f"{worker} {name}")
+    conftest.share_compiled(tmp_path)
+    for worker in ("alone", "gw0", "gw1"):
+        found = sorted(entry.name for entry in (tmp_path / worker).iterdir())
+        assert found == ["a-cache", "b-cache", "both-cache"]
+    assert (tmp_path / "gw0" / "b-cache").read_text() == "gw1 b"
+    assert (tmp_path / "gw0" / "both-cache").read_text() == "gw0 both"  # its own
 
 
 def test_the_quick_profile_draws_fewer_examples_of_the_same_and_the_same_every_time() -> None:

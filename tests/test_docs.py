@@ -48,11 +48,14 @@ def run(blocks: list[Example]) -> None:
 ALONE = [example for page in PAGES if page.stem not in CHAINED for example in examples(page)]
 
 
+@pytest.mark.usefixtures("implicit_promotion")  # as a reader has it
+@pytest.mark.sampled(13)
 @pytest.mark.parametrize("example", ALONE, ids=lambda example: f"{example.page}-{example.line}")
 def test_the_example_runs(example: Example) -> None:
     run([example])
 
 
+@pytest.mark.usefixtures("implicit_promotion")
 @pytest.mark.parametrize("page", CHAINED)
 @pytest.mark.filterwarnings("default")  # a library may warn of its own affairs
 def test_the_examples_of_the_page_run_in_order(page: str) -> None:

@@ -43,7 +43,7 @@ def round_trip(function: Callable[..., Any], *arguments: Any, platform: str) -> 
 KERNEL_ALLOWED = [export.DisabledSafetyCheck.custom_call(name) for name in ("mosaic_gpu", "mosaic_gpu_v2")]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(12)
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="runs what was exported for a CPU")
 @pytest.mark.parametrize("n", [31, 256, 1000, 4096])
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -57,7 +57,7 @@ def test_what_was_exported_for_a_cpu_gives_the_same_bits(function: Callable[...,
         assert np.array_equal(own, other)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("n", [128, 1000, 4096, 131072])
 @pytest.mark.parametrize(("function", "kernels"), [(forward, 1), (forward_with_rstd, 1), (gradient, 3)])
 def test_what_was_exported_for_cuda_has_the_kernels(function: Callable[..., Any], kernels: int, n: int) -> None:

@@ -70,6 +70,7 @@ def every_plan(gpu: Gpu) -> list[tuple[Plan, Plan, int, bool]]:
     return found
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("gpu", GPUS, ids=id_of)
 def test_every_gpu_adds_up_a_row_in_the_same_order_and_dweight_too(gpu: Gpu) -> None:
     plans = every_plan(gpu)
@@ -81,6 +82,7 @@ def test_every_gpu_adds_up_a_row_in_the_same_order_and_dweight_too(gpu: Gpu) -> 
             assert plan.programs == table.programs, plan
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("gpu", GPUS, ids=id_of)
 def test_every_plan_fits_its_gpu(gpu: Gpu) -> None:
     """A program's shared memory takes 1 KB more than it asks for, of an SM that has 1 KB more than a CTA may have."""
@@ -108,6 +110,7 @@ def test_an_h200_runs_the_plans_of_the_tables() -> None:
         assert plan is table or plan == table
 
 
+@pytest.mark.slow
 def test_no_grid_but_that_of_dweight_is_larger_or_smaller_than_its_gpu() -> None:
     seen: set[int] = set()
     for gpu in GPUS:

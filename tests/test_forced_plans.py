@@ -118,25 +118,22 @@ def on_device(operands: dict[str, Any]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(value) for name, value in operands.items()}
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize(("path", "n", "name"), parameters(forward_plans))
 def test_every_forward_plan_adds_in_its_order(path: str, n: int, name: str) -> None:
     plan = forward_plans(n, "bf16")[name]
     case = Case(n, plan.block + 2, "bf16", "bf16", "wide", seed=n)
     x, weight = case.x(), case.weight()
-    exact = np.arange(len(x)) % 2 == 0  # every second row is of integers
-    x[exact] = dataclasses.replace(case, values="integers").x()[exact]
     kernel = functools.partial(
         forward_kernel.forward, plan=plan, spec=Spec(eps=EPS), with_rstd=True, interpret=path == "interpret"
     )
     results = jax.jit(kernel)(on_device({"x": x, "weight": weight}))
-    y, rstd = np.asarray(results["y"]), np.asarray(results["rstd"])
-    oracle.assert_same(y, oracle.replay(x, weight, rstd))
-    oracle.assert_same(rstd, specified.rstd(x, EPS, width=plan.width))
-    oracle.assert_rstd(rstd[exact], x[exact], EPS, 0)
+    y, rstd = specified.forward(x, weight, EPS, width=plan.width)
+    oracle.assert_same(results["rstd"], rstd)
+    oracle.assert_same(results["y"], y)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("path", "n", "name"), parameters(backward_plans))
 def test_every_backward_plan_gives_gradients_within_its_bounds(path: str, n: int, name: str) -> None:
     plan = backward_plans(n, "bf16")[name]
@@ -152,7 +149,6 @@ def test_every_backward_plan_gives_gradients_within_its_bounds(path: str, n: int
         results = kernel(on_device({"x": x, "weight": weight, "dy": dy, "rstd": rstd}))
         dx, dweight = np.asarray(results["dx"]), np.asarray(results["dweight"])
         oracle.assert_same(dx, specified.input_gradient(x, weight, rstd, dy, width=plan.width))
-        oracle.assert_within(dx, *oracle.input_gradient64(x, weight, rstd, dy, 0 if exact else plan.depth))
         oracle.assert_within(dweight, *oracle.weight_gradient64(x, rstd, dy, F32))
         if exact:
             oracle.assert_same(dweight + 0, (x.astype(F32) * dy).sum(axis=0) + 0)
@@ -161,6 +157,7 @@ def test_every_backward_plan_gives_gradients_within_its_bounds(path: str, n: int
 # --- the plan never depends on the number of rows -------------------------------------------------------------------
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("n", [128, 1000, 2048, 65536])
 def test_every_number_of_rows_takes_the_same_plan(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     """The kernels' own arguments, of whole calls."""
@@ -209,7 +206,7 @@ def check_limit(implementation: str, n: int, dtype: str) -> None:
     test_backward_properties.check_exact(case, implementation)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(37)
 @pytest.mark.parametrize("n", NEAR)
 def test_around_every_limit_of_the_tables_the_compiled_specification_is_right(n: int) -> None:
     check_limit("xla", n, "bf16")
@@ -218,7 +215,7 @@ def test_around_every_limit_of_the_tables_the_compiled_specification_is_right(n:
 PUSHED_WIDTHS = (32, 33, 1023, 1024, 1025)  # both regimes; the interpreter takes long for long rows
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "n",
     [pytest.param(n, marks=[] if n in PUSHED_WIDTHS else pytest.mark.nightly) for n in WITH_KERNEL if n <= 32769],

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_norm import add_rms_norm, rms_norm
-from tests.test_meshes import collectives, padded
+from tests.meshes import collectives, padded
 
 pytestmark = pytest.mark.gpu
 ROWS, N = 1024, 4096

@@ -42,6 +42,7 @@ def test_the_summary_names_every_group_and_fails_with_one(tmp_path: Path) -> Non
     assert {
         *("kernels-bf16", "torch-launch", "others"),
         *("sanitizers", "stress", "memory", "reruns", "older-gpus", "as-ampere-jax", "as-ampere-torch"),
+        *("order", "roots", "sigmoids"),
     } <= set(groups)
     assert all(line[3:] == ["s", "3", "passed"] for line in lines)
 
@@ -51,10 +52,13 @@ def test_the_summary_names_every_group_and_fails_with_one(tmp_path: Path) -> Non
         "gpu_proof.growth",
         "gpu_proof.reruns",
         "gpu_proof.older_gpus",
+        "gpu_proof.order",
+        "gpu_proof.roots",
+        "gpu_proof.sigmoids",
     ):
         status, lines = run_gpu_tests(tmp_path / "proof", "proof", failing=part)
         assert status == 1
-        assert len(lines) == 7
+        assert len(lines) == 10
         assert [line[1] for line in lines].count("failed") == 1
     status, lines = run_gpu_tests(tmp_path / "tests", "tests", slow="test_gpu_xla")
     assert status == 1

@@ -106,7 +106,7 @@ def has_races(kernel: Callable[[], None], races_found: Callable[[], bool]) -> bo
     return races_found()
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_has_no_races(name: str) -> None:
     with race_detection() as races_found:
@@ -159,7 +159,7 @@ WITHOUT = {
 }
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("name", WITHOUT)
 def test_without_one_of_its_barriers_it_has(name: str) -> None:
     rewrite, kernel = WITHOUT[name]

@@ -12,7 +12,7 @@ import pytest
 from pallas_norm import add_rms_norm, explain, rms_norm
 from pallas_norm.plans.plan import Plan
 from pallas_norm.regimes import backward_plan_for, plan_for
-from tests.test_mixed_dtypes import TRAINED, Mix, call, draw
+from tests.mixed_dtypes import TRAINED, Mix, call, draw
 
 ROWS = 37  # fills no whole number of blocks
 KINDS = {  # one width at least for every kind of plan, forward and backward; the test below looks for more
@@ -112,7 +112,7 @@ def test_the_widths_below_reach_every_kind_of_plan(dtype: str) -> None:
         assert {kind(find(n, dtype)) for n in every} <= {kind(find(n, dtype)) for n in KINDS[dtype]}
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(55)
 @pytest.mark.parametrize(("dtype", "n"), [(dtype, n) for dtype, widths in KINDS.items() for n in widths])
 def test_forward_and_backward_lower_to_one_kernel_each_for_cuda_and_to_none_elsewhere(dtype: str, n: int) -> None:
     x, weight = array(ROWS, n, dtype=dtype), array(n, dtype=dtype)
@@ -120,7 +120,7 @@ def test_forward_and_backward_lower_to_one_kernel_each_for_cuda_and_to_none_else
     check(gradient, x, weight, x, kernels=3)  # forward, backward, and the sum of the parts of dweight
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("n", [33, 128, 1000, 1025, 4096, 16384, 40000, 131072])
 def test_the_residual_form_lowers_to_one_kernel_each_way(n: int) -> None:
     x, weight = array(ROWS, n, dtype="bfloat16"), array(n, dtype="bfloat16")
@@ -128,6 +128,7 @@ def test_the_residual_form_lowers_to_one_kernel_each_way(n: int) -> None:
     check(add_gradient, x, x, weight, x, kernels=3)
 
 
+@pytest.mark.sampled(18)
 @pytest.mark.parametrize("n", [*KINDS["bfloat16"][::3], *KINDS["float32"][::4], 32800])
 def test_a_float32_stream_beside_a_bfloat16_x_lowers_at_every_kind_of_plan(n: int) -> None:
     mix = TRAINED[5]
@@ -135,6 +136,7 @@ def test_a_float32_stream_beside_a_bfloat16_x_lowers_at_every_kind_of_plan(n: in
     check(functools.partial(call, mix, implementation=None), given, kernels=3)
 
 
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize("n", [200, 2048, 32768])
 @pytest.mark.parametrize("mix", TRAINED, ids=str)
 def test_what_people_train_with_lowers(mix: Mix, n: int) -> None:
@@ -142,6 +144,7 @@ def test_what_people_train_with_lowers(mix: Mix, n: int) -> None:
     check(functools.partial(call, mix, implementation=None), given, kernels=3 if mix.weight else 2)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("n", [1, 31, 131073])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_widths_without_a_kernel_take_the_reference_everywhere(n: int, dtype: str) -> None:
@@ -151,7 +154,7 @@ def test_widths_without_a_kernel_take_the_reference_everywhere(n: int, dtype: st
     check(gradient, x, weight, x, kernels=0)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(36)
 @pytest.mark.parametrize("n", [200, 2048, 32768])
 @pytest.mark.parametrize("weight_dtype", ["bfloat16", "float16", "float32", None])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -206,6 +209,7 @@ def test_a_forced_xla_path_has_no_kernel_on_cuda_either() -> None:
     check(lambda x, weight: rms_norm(x, weight, implementation="xla"), x, weight, kernels=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("n", [31, 32, 1023, 1024, 131072, 131073])
 def test_explain_tells_what_lowering_does(n: int) -> None:
     if jax.default_backend() == "gpu":

@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from collections.abc import Callable
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_norm._spec import Spec
-from pallas_norm.regimes import backward_plan_for, plan_for
-from tests import (
-    mutants,
-    oracle,
-    rewrites,
-    specified,
-    strategies,
-    test_backward_properties,
-    test_forward_properties,
-    test_mixed_dtypes,
-    test_order,
-    test_residual_gradients,
-)
-from tests.oracle import BF16, F16, F32, Array
+from tests import mutants, oracle, rewrites
+from tests.killers import ROWS, N, draw, killers, operands
+from tests.oracle import BF16, F16, F32
 from tests.strategies import Case
-
-N, ROWS = 41, 4  # odd, and no multiple of any vector or padding
-
-
-def draw(seed: int, dtype: Any, *shape: int, size: float = 3.0) -> Array:
-    return (size * np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)).astype(dtype)
-
 
 # --- forward --------------------------------------------------------------------------------------------------------
 
@@ -87,17 +64,8 @@ FORWARD: dict[str, Callable[[mutants.Forward], None]] = {
     "8 batch invariance": batch_invariance,
 }
 
+
 # --- backward -------------------------------------------------------------------------------------------------------
-
-
-def operands(rows: int = ROWS, n: int = N, dtype: Any = BF16) -> dict[str, Array]:
-    x = draw(9, dtype, rows, n)
-    return {
-        "x": x,
-        "weight": draw(10, dtype, n, size=1.0),
-        "rstd": oracle.rstd64(x, 1e-6).astype(F32),
-        "dy": draw(11, dtype, rows, n),
-    }
 
 
 def dx_bound(kernel: mutants.Backward) -> None:
@@ -167,82 +135,8 @@ BACKWARD: dict[str, Callable[[mutants.Backward], None]] = {
     "29 two batches": two_batches,
 }
 
-# --- the real kernels, in the interpreter ---------------------------------------------------------------------------
-
-
-def interpreted(n: int, rows: int) -> None:
-    """Forward with a residual, then backward with ds, of the kernel that n takes."""
-    o = operands(rows, n)
-    residual, ds = draw(13, BF16, rows, n), draw(14, BF16, rows, n)
-    names = {"x": o["x"], "residual": residual, "weight": o["weight"]}
-    plan, spec = plan_for(n, BF16), Spec(eps=0.5)
-    given = {name: jnp.asarray(value) for name, value in names.items()}
-    forward, backward = (sys.modules[f"pallas_norm.kernels.{name}"] for name in ("forward", "backward"))  # of a mutant
-    results = forward.forward(given, plan=plan, spec=spec, with_rstd=True, interpret=True)
-    y, s, rstd = (np.asarray(results[name]) for name in ("y", "s", "rstd"))
-    oracle.assert_same(s, oracle.add(o["x"], residual))
-    oracle.assert_same(y, oracle.replay(s, o["weight"], rstd))
-    oracle.assert_same(rstd, specified.rstd(s, 0.5))
-
-    given = {name: jnp.asarray(value) for name, value in (o | {"ds": ds}).items()}
-    # Two programs, so that each takes several steps.
-    plan = dataclasses.replace(backward_plan_for(n, BF16, residual=True), programs=2)
-    gradients = backward.backward(given, plan=plan, spec=spec, with_dweight=True, interpret=True)
-    alone = {name: value for name, value in given.items() if name != "ds"}
-    dx = backward.backward(alone, plan=plan, spec=spec, with_dweight=False, interpret=True)["dx"]
-    oracle.assert_same(
-        np.asarray(dx), specified.input_gradient(o["x"], o["weight"], o["rstd"], o["dy"], width=plan.width)
-    )
-    expected = oracle.round_to(np.asarray(dx).astype(F32) + ds.astype(F32), BF16)
-    oracle.assert_same(np.asarray(gradients["dx"]), expected)
-    exact, bound = oracle.weight_gradient64(o["x"], o["rstd"], o["dy"], F32)
-    oracle.assert_within(gradients["dweight"], exact, bound)
-
-
-# --- the XLA path ---------------------------------------------------------------------------------------------------
-
-
-def narrow(n: int) -> Case:
-    return Case(n, ROWS, "bf16", "bf16", "normal", seed=0)
-
-
-def mixed(n: int) -> Case:
-    return dataclasses.replace(narrow(n), weight_dtype="f32")
-
-
-BY_XLA: dict[str, Callable[[int], None]] = {  # properties of the suite itself; n is the length of the rows
-    "1 replay": lambda n: test_forward_properties.check(narrow(n), "xla"),
-    "1 replay, float32": lambda n: test_forward_properties.check(dataclasses.replace(narrow(n), dtype="f32"), "xla"),
-    "a product": lambda _: test_order.test_a_product_is_rounded_before_it_is_added((64, 1024)),
-    "2 rstd of integers": lambda n: test_forward_properties.check_integers(narrow(n), "xla"),
-    "23 gradients": lambda n: test_backward_properties.check(narrow(n), "xla"),
-    "23 gradients, another dtype of dy": lambda n: test_backward_properties.check(mixed(n), "xla"),
-    "23 exact sums": lambda n: test_backward_properties.check_exact(mixed(n), "xla"),
-    "23 subnormal g": lambda _: test_backward_properties.test_a_subnormal_float16_g_is_kept("xla", 128),
-    "residual form": lambda _: test_residual_gradients.test_a_gradient_of_the_sum_is_added_to_dx_after_dx_was_rounded(
-        "xla", "bf16"
-    ),
-}
-
-
-@pytest.fixture
-def no_compiled_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of earlier tests: a mutant's are its own."""
-    monkeypatch.setattr(strategies, "_norm", strategies._norm.__wrapped__)
-    monkeypatch.setattr(strategies, "_gradients", strategies._gradients.__wrapped__)
-
 
 # --- verdicts -------------------------------------------------------------------------------------------------------
-
-
-def killers(kernel: Any, properties: dict[str, Callable[[Any], None]]) -> list[str]:
-    found = []
-    for name, holds in properties.items():
-        try:
-            holds(kernel)
-        except AssertionError:
-            found.append(name)
-    return found
 
 
 @pytest.mark.parametrize("name", mutants.FORWARD)
@@ -259,60 +153,9 @@ def test_a_wrong_backward_kernel_is_killed(name: str) -> None:
     assert found, f"{name} survives"
 
 
-@pytest.mark.sampled(6)
-@pytest.mark.parametrize("name", rewrites.SOURCE)
-def test_a_rewritten_kernel_is_killed(name: str) -> None:
-    """By a wrong number: a rewrite that does not run would show nothing."""
-    rewrite = rewrites.SOURCE[name]
-    with rewrites.rewritten(rewrite), pytest.raises(AssertionError) as killed:
-        interpreted(rewrite.n, rewrite.rows)
-    print(f"\n{name:45} killed by {str(killed.value).splitlines()[0][:60]}")  # noqa: T201
-
-
-@pytest.mark.sampled(5)
-@pytest.mark.usefixtures("no_compiled_programs")
-@pytest.mark.parametrize("name", rewrites.REFERENCE)
-def test_a_rewritten_specification_is_killed(name: str) -> None:
-    rewrite = rewrites.REFERENCE[name]
-    with rewrites.rewritten(rewrite):
-        found = killers(rewrite.n, BY_XLA)
-    print(f"\n{name:45} killed by {', '.join(found)}")  # noqa: T201
-    assert found, f"{name} survives"
-
-
-def mixed_dtypes(rewrite: rewrites.Rewrite) -> None:
-    if rewrite.module == "_dtypes":
-        test_mixed_dtypes.test_the_dtypes_of_every_call_are_those_that_the_rule_gives()
-        return
-    mix, path = test_mixed_dtypes.TRAINED[rewrite.n], "xla" if rewrite.module == "reference" else "interpret"
-    given = test_mixed_dtypes.draw(mix, 5, 128)
-    test_mixed_dtypes.check(mix, given, test_mixed_dtypes.call(mix, given, path), path)
-
-
-@pytest.mark.parametrize("name", rewrites.MIXED)
-def test_a_rounding_to_another_dtype_is_killed(name: str) -> None:
-    rewrite = rewrites.MIXED[name]
-    mixed_dtypes(rewrite)
-    with rewrites.rewritten(rewrite), pytest.raises(AssertionError) as killed:
-        mixed_dtypes(rewrite)
-    print(f"\n{name:45} killed by {str(killed.value).splitlines()[0][:60]}")  # noqa: T201
-
-
-@pytest.mark.usefixtures("no_compiled_programs")
-@pytest.mark.parametrize("n", sorted({rewrite.n for rewrite in rewrites.REFERENCE.values()}))
-def test_the_specification_is_killed_by_nothing(n: int) -> None:
-    assert killers(n, BY_XLA) == []
-
-
 def test_the_right_kernels_are_killed_by_nothing() -> None:
     assert killers(mutants.forward, FORWARD) == []
     assert killers(mutants.backward, BACKWARD) == []
-
-
-@pytest.mark.sampled(3)
-@pytest.mark.parametrize(("n", "rows"), sorted({(r.n, r.rows) for r in rewrites.SOURCE.values()}))
-def test_the_real_kernels_are_killed_by_nothing(n: int, rows: int) -> None:
-    interpreted(n, rows)
 
 
 def test_there_are_at_least_forty_mutants() -> None:

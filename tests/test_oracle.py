@@ -7,6 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from pallas_norm.plans.backward import backward_order
+from pallas_norm.plans.forward import forward_order
 from pallas_norm.plans.hardware import WARPS
 from pallas_norm.plans.plan import Regime
 from pallas_norm.regimes import backward_plan_for, plan_for
@@ -106,7 +108,7 @@ WRONG_RSTD = {
 @pytest.mark.parametrize("name", WRONG_RSTD)
 def test_a_wrong_rstd_is_outside_its_bound(name: str) -> None:
     x, _, _, rstd = draw(1023)
-    bound = oracle.rstd_bound(oracle.depth(1023, x.dtype, "mosaic_gpu"))
+    bound = oracle.rstd_bound(forward_order(1023, x.dtype).depth)
     assert oracle.rstd_error(rstd, x, 1e-6).max() <= 1
     assert oracle.rstd_error(rstd * F32.type(WRONG_RSTD[name](x)), x, 1e-6).max() > bound
 
@@ -146,21 +148,6 @@ def test_rstd_of_rows_that_no_relative_bound_judges_is_judged_too() -> None:
                 oracle.assert_rstd(np.array([wrong], F32), x[row : row + 1], eps, 1)
 
 
-def test_the_depth_of_a_compiled_kernel_is_its_plans_and_that_of_xla_any_order() -> None:
-    """The backward plan depends on the dtype of dy and on ds too: both take shared memory."""
-    forms = [
-        {"dy_dtype": dy_dtype, "residual": residual} for dy_dtype in (None, BF16, F32) for residual in (False, True)
-    ]
-    of_forms = set()
-    for n in (33, 1000, 4096, 16384, 65536):
-        assert oracle.depth(n, BF16, "mosaic_gpu") == plan_for(n, BF16).depth
-        depths = [oracle.depth(n, BF16, "mosaic_gpu", backward=True, **form) for form in forms]
-        assert depths == [backward_plan_for(n, BF16, **form).depth for form in forms]
-        of_forms.add(len(set(depths)))
-        assert oracle.depth(n, BF16, "xla") == oracle.depth(n, BF16, "interpret", backward=True, dy_dtype=F32) == n
-    assert max(of_forms) > 1  # of some n, another dy has another depth
-
-
 def wrong_dx(name: str, x: Array, weight: Array, rstd: Array, dy: Array) -> Array:
     g = dy.astype(F32) * weight.astype(F32)
     if name != "g is not rounded":
@@ -190,7 +177,7 @@ def test_a_wrong_dx_is_outside_its_bound(name: str) -> None:
     x = (4 * x.astype(F32)).astype(x.dtype)
     dy = (x.astype(F32) / 2 + dy.astype(F32)).astype(x.dtype)  # a projection that matters
     rstd = oracle.rstd64(x, 1e-6).astype(F32)
-    additions = oracle.depth(1000, x.dtype, "mosaic_gpu", backward=True)
+    additions = backward_order(1000, x.dtype).depth
     bounds = oracle.input_gradient64(x, weight, rstd, dy, additions)
     oracle.assert_within(wrong_dx("right", x, weight, rstd, dy), *bounds)
     with pytest.raises(AssertionError, match="outside the bound"):

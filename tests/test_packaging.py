@@ -55,14 +55,26 @@ def test_the_citation_has_this_version_and_this_address() -> None:
     assert f"repo_url: {project()['urls']['Source']}\n" in (ROOT / "mkdocs.yml").read_text()
 
 
-def test_the_changelog_begins_with_this_version() -> None:
-    versions = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
-    assert pallas_norm.__version__ in versions[:2]  # the first may be Unreleased
+def test_the_changelog_begins_with_this_version_and_the_citation_s_date() -> None:
+    heads = re.findall(r"^## \[(.+?)\](?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    (released,) = re.findall(r"^date-released: (\d{4}-\d\d-\d\d)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert (pallas_norm.__version__, released) in heads[:2]  # the first may be Unreleased
 
 
 def test_the_tools_are_pinned() -> None:
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
     assert [tool for name in ("lint", "docs") for tool in groups[name] if "==" not in tool] == []
+
+
+def test_the_check_of_extras_asks_for_each_and_for_every_pair_of_the_page() -> None:
+    asked = re.findall(r"^ +for extra in '' (.+); do$", (ROOT / "scripts" / "resolve-extras").read_text(), re.MULTILINE)
+    pairs = set(asked[0].split())
+    assert set(project()["optional-dependencies"]) - {"test-torch"} <= pairs
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    table = set(re.findall(r"^\| `(cuda\S+)` \| jax", page, re.MULTILINE))
+    assert {"cuda12", "cuda13", "cuda13,hf"} <= table <= pairs
+    refused = set(re.findall(r"^\| `(cuda\S+)` \| does not resolve", page, re.MULTILINE))
+    assert refused == {pair for pair in pairs if pair.startswith("cuda12,")}
 
 
 def test_the_core_depends_on_neither_torch_nor_transformers() -> None:

@@ -66,6 +66,7 @@ def compiles() -> Any:
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", OUTSIDE_JIT)
 def test_a_call_outside_jit_compiles_the_first_time_only(name: str, compiles: list[str]) -> None:
     """custom_vjp and custom_vmap trace their rules anew in every transformation: 1.3 s and 4 MB a call, for ever."""
@@ -140,6 +141,7 @@ def test_a_deep_model_has_one_kernel_text_for_each_distinct_norm() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("implicit_promotion")  # the plain formula leaves it to JAX
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_a_deep_model_traces_and_lowers_about_as_fast_as_the_plain_formula(platform: str) -> None:
     """Processor time, in turns, the least of three each. On CUDA three kernels are lowered on top, once."""

@@ -13,15 +13,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_norm import add_rms_norm_quantized, rms_norm_quantized
+from tests.meshes import COLLECTIVE, mesh_of, on_eight
+from tests.meshes import KINDS as MESHES
 from tests.oracle import BF16
 from tests.test_lowering import KINDS, ROWS, array, check
-from tests.test_meshes import COLLECTIVE, mesh_of
-from tests.test_meshes import KINDS as MESHES
 
 FORMS: dict[str, dict[str, Any]] = {"tensor": {"scale": np.float32(0.02)}, "row": {}, "group": {"group_size": 128}}
 N = 256
 
 
+@pytest.mark.sampled(41)
 @pytest.mark.parametrize(
     ("dtype", "n"), [(dtype, n) for dtype, widths in KINDS.items() for n in widths[:: 1 if dtype == "bfloat16" else 3]]
 )
@@ -48,10 +49,6 @@ def call(x: Any, residual: Any, weight: Any, *, form: str) -> Any:
     return add_rms_norm_quantized(x, residual, weight, return_y=True, **FORMS[form])
 
 
-on_eight = pytest.mark.skipif(
-    jax.local_device_count("cpu") < 8 or jax.default_backend() != "cpu",
-    reason="needs 8 CPU devices (jax.config jax_num_cpu_devices) and no other backend",
-)
 PLACES = {
     "rows": P("data"),
     "both": P("data", "model"),
@@ -60,6 +57,7 @@ PLACES = {
 }
 
 
+@pytest.mark.sampled(16)
 @on_eight
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", MESHES)
@@ -79,6 +77,7 @@ def test_on_a_mesh_the_bits_are_those_of_one_device(kind: str, place: str) -> No
                 assert not COLLECTIVE.findall(text)
 
 
+@pytest.mark.sampled(2)
 @on_eight
 @pytest.mark.parametrize("kind", MESHES)
 def test_on_a_mesh_a_program_for_cuda_has_the_kernel_of_local_rows(kind: str) -> None:

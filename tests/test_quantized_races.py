@@ -36,12 +36,14 @@ KINDS = {"kept": {}, "pipeline": PIPELINE}
 MEET = Rewrite("cta", "mosaic.arrive_and_wait(exchange.barrier)", "pass")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_has_no_races(kind: str) -> None:
     with race_detection() as races_found:
         assert not has_races(lambda: kernel(**KINDS[kind]), races_found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_its_barrier_it_has(kind: str) -> None:
     with rewrites.rewritten(MEET), race_detection() as races_found:

@@ -14,7 +14,7 @@ from pallas_norm.kernels.block import Block
 from pallas_norm.kernels.cta import SharedRow, WarpgroupRow
 from pallas_norm.kernels.warp import WarpRows
 from pallas_norm.plans.backward import PIPELINES, SMALLEST_PIPELINE, WARP_PIPELINES
-from pallas_norm.plans.backward_warp import SHORT
+from pallas_norm.plans.backward_warp import HALVED, ROWS, SHORT
 from pallas_norm.plans.forward import ANY, TABLE
 from pallas_norm.plans.hardware import SMEM_BYTES, SMS, WARPS
 from pallas_norm.plans.lengths import LARGEST_N, SMALLEST_N
@@ -114,6 +114,7 @@ def check(plan: Plan, itemsize: int, context: object) -> None:
         assert plan.cluster in (1, 2, 4, 8), context
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", FORWARD)
 def test_forward_plans_count_every_column_once_with_aligned_vectors(dtype: str) -> None:
     for n in WIDTHS:
@@ -122,6 +123,7 @@ def test_forward_plans_count_every_column_once_with_aligned_vectors(dtype: str) 
         check(plan, np.dtype("uint16" if dtype == "bfloat16" else dtype).itemsize, n)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("form", BACKWARD, ids=str)
 def test_backward_plans_count_every_column_once_with_aligned_vectors(form: dict) -> None:
     for n in WIDTHS:
@@ -143,6 +145,7 @@ def test_the_plan_that_stands_in_for_a_cluster_counts_every_column_once() -> Non
         assert stand_in.order == plan.order, n
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("form", BACKWARD, ids=str)
 def test_backward_plans_fit_in_shared_memory(form: dict) -> None:
     names = ["dtype", "dy_dtype", *(["dtype"] if form["residual"] else [])]
@@ -165,6 +168,7 @@ def test_forward_plans_fit_in_shared_memory(dtype: str, *, residual: bool) -> No
         check_memory(plan, [itemsize] * (2 if residual else 1))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("read", [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")], ids=str)
 @pytest.mark.parametrize("dtype", FORWARD)
 def test_rows_of_other_dtypes_than_s_fit_and_are_read_in_the_chunks_of_s(dtype: str, read: tuple[str, str]) -> None:
@@ -259,7 +263,18 @@ def test_every_line_of_the_tables_is_some_rows_plan() -> None:
         if plan.source is Source.REGISTERS and plan.vec > 1:
             elements = plan.chunks * plan.vec * plan.block * plan.lanes // (WARPS * 32)
             found.add((next(row.largest for row in SHORT if elements <= row.largest), plan.programs // SMS))
-    assert found == {(row.largest, programs) for row in SHORT for programs in row.programs}
+    most = {row.most_programs for row in ROWS}
+    assert found == {(row.largest, min(per_sm, limit)) for row in SHORT for per_sm in row.programs for limit in most}
+
+
+def test_short_rows_with_many_elements_a_lane_are_shared_by_more_lanes_with_the_same_columns() -> None:
+    for form in BACKWARD:
+        short = [backward_plan_for(n, **form) for n in range(32, 257)]
+        assert not [plan for plan in short if plan.vec >= 4 and plan.chunks * plan.vec in HALVED]
+        assert [(plan.vec, plan.lanes, plan.width) for plan in short if plan.n in (80, 160)] == [
+            (2, 8, 16),
+            (2, 16, 32),
+        ]
 
 
 def test_rows_are_kept_in_warps_below_a_width_and_shared_above_it() -> None:

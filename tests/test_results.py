@@ -18,8 +18,6 @@ OF_BEFORE = {
     "run": "55707e8",
     "accuracy": "bbf3bad",
     "parity": "5956144",
-    "model": "bbf3bad",
-    "training": "dc34df5",
 }
 PICTURES = {"roofline": "run", "speedup": "run", "overhead": "overhead", "accuracy": "accuracy", "parity": "parity"}
 

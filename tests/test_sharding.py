@@ -91,6 +91,7 @@ def padded(sharding: Any, rank: int) -> tuple[Any, ...]:
     return (*sharding.spec, *[None] * rank)[:rank]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("spec", BY_ROWS.values(), ids=BY_ROWS)
 def test_sharded_rows_need_no_collective_forward(mesh: Mesh, spec: P) -> None:
     (y, s, rstd), collectives = run(forward, mesh, spec, X, RESIDUAL, WEIGHT)
@@ -101,6 +102,7 @@ def test_sharded_rows_need_no_collective_forward(mesh: Mesh, spec: P) -> None:
     assert padded(rstd.sharding, 2) == (*spec, None, None)[:2]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("spec", BY_ROWS.values(), ids=BY_ROWS)
 def test_sharded_rows_need_one_float32_sum_of_dweight_backward(mesh: Mesh, spec: P) -> None:
     (dx, dresidual, dweight), collectives = run(gradient, mesh, spec, X, RESIDUAL, WEIGHT, DY, DS)
@@ -123,6 +125,7 @@ def test_dweight_of_a_bfloat16_weight_is_summed_before_it_is_rounded(mesh: Mesh)
     assert np.max(np.abs(own - other)) <= 1
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("spec", BY_COLUMNS.values(), ids=BY_COLUMNS)
 def test_a_sharded_last_axis_is_not_gathered(mesh: Mesh, spec: P) -> None:
     """Each shard adds up its own columns; one number a row is all that the devices tell each other."""
@@ -140,6 +143,7 @@ def test_a_sharded_last_axis_is_not_gathered(mesh: Mesh, spec: P) -> None:
     assert np.all(np.abs(np.asarray(dweight) - np.asarray(expected[2])) <= DWEIGHT_BOUND)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_arrays_of_every_rank_can_be_sharded(mesh: Mesh, rank: int) -> None:
     x = X.reshape([(256 * ROWS,), (ROWS, 256), SHAPE, (2, 4, 16, 256)][rank - 1])
@@ -161,6 +165,7 @@ def test_rows_in_eight_places_are_the_rows_in_one(mesh: Mesh) -> None:
 MAPPED = [("xla", True), ("xla", False), (None, True), (None, False), ("interpret", False)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("path", "check_vma"), MAPPED)
 def test_shard_map_runs_on_local_rows(mesh: Mesh, path: Any, check_vma: bool) -> None:  # noqa: FBT001
     def local(x: Any, residual: Any, weight: Any) -> Any:
@@ -175,6 +180,7 @@ def test_shard_map_runs_on_local_rows(mesh: Mesh, path: Any, check_vma: bool) ->
 
 # Not interpreted: the interpreter's memory is one for all devices, and where several run a kernel that has barriers, as
 # the backward one has, JAX 0.12 fails with "Barrier remains allocated".
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("path", "check_vma"), [case for case in MAPPED if case[0] != "interpret"])
 def test_the_gradient_inside_shard_map_sums_dweight_over_the_shards(
     mesh: Mesh,

@@ -70,6 +70,7 @@ def moved(function: Any, *placed: Any) -> list[tuple[str, str]]:
     return [(name, shape) for shape, name in COLLECTIVE.findall(jax.jit(function).lower(*placed).compile().as_text())]
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
@@ -90,6 +91,7 @@ def test_forward_and_backward_reduce_one_number_a_row(kind: AxisType, spec: P, d
         assert all(size in (rows, N // 4) for size in sizes), shape
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("axis", ["model", ("data", "model")])
@@ -109,6 +111,7 @@ def test_shard_map_names_the_axis(axis: Any, dtype: str, check_vma: bool) -> Non
     assert {name for name, _ in moved(mapped, *placed)} == {"all-reduce"}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
 def test_second_derivatives_of_split_rows(kind: AxisType) -> None:
     x, _, weight, dy, ddx = operands("float32")
@@ -176,3 +179,19 @@ def test_an_axis_of_one_device_splits_nothing() -> None:
     assert np.array_equal(rms_norm(*placed), rms_norm(x, weight))
     text = jax.jit(rms_norm).trace(*placed).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_an_axis_that_no_shard_map_has_is_told(bound: bool) -> None:  # noqa: FBT001
+    """Under jax.vmap there was an AssertionError without words: its axis has members, not shards."""
+
+    def call(x: Any) -> Any:
+        return rms_norm(x, axis_name="model")
+
+    x = jnp.ones((4, 3, 64))
+    with pytest.raises(ValueError, match="axis_name") as raised:
+        jax.vmap(call, axis_name="model")(x) if bound else call(x)
+    assert str(raised.value) == (
+        "axis_name is 'model', which is no mesh axis of a jax.shard_map around this call; needed one, over whose "
+        "shards the rows are split: jax.vmap's axis_name has members, not shards"
+    )

@@ -39,6 +39,7 @@ def test_no_thread_of_this_run_installs_a_trace_function() -> None:
     assert threading.gettrace() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mended", [True, pytest.param(False, marks=BEFORE_3_12)])
 def test_threads_that_start_at_once_do_their_work_while_coverage_is_measured(tmp_path: Path, *, mended: bool) -> None:
     """Two that install its trace function at once: one dies before its work, but for a line of conftest.py."""

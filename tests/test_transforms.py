@@ -67,7 +67,7 @@ def assert_equal(ours: Any, theirs: Any) -> None:
 INTERPRETED = ("x along axis 1", "weight", "both, along different axes", "x, but not the residual")  # seconds each
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(15)
 @pytest.mark.parametrize(
     ("path", "which"), [*(("xla", name) for name in BATCHED), *(("interpret", name) for name in INTERPRETED)]
 )
@@ -95,6 +95,7 @@ def test_vmap_gives_the_bits_of_a_loop(path: str, which: str) -> None:
         assert np.all(np.abs(together["dweight"][member] - alone["dweight"]) <= bound)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("path", PATHS)
 def test_nested_vmap_gives_the_bits_of_two_loops(path: str) -> None:
     x, weight = draw(2, 3, 4, N, seed=0), draw(3, N, seed=1)
@@ -126,7 +127,7 @@ def test_vmap_with_a_shared_weight_is_one_call_on_more_rows() -> None:
     assert "stablehlo.while" not in text
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("n", [31, 80, 1040])
 @pytest.mark.parametrize("path", PATHS)
 def test_jit_gives_the_bits_of_the_eager_call(path: str, n: int) -> None:

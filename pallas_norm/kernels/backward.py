@@ -9,7 +9,7 @@ float32 registers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +45,7 @@ def _units_and_g(
         g = dy.astype(F32)
         if factor is not None:
             g = g * factor if narrow else block.product(g, factor)
-        yield block.widened(x) * scale, block.widened(g.astype(dtype))
+        yield block.widened(x) * scale, block.widened(block.narrowed(g, dtype))
 
 
 def gradient(
@@ -69,9 +69,9 @@ def gradient(
     mean = block.broadcast(total * inverse(block.plan.n))
     dxs: Chunks = []
     for i, (unit, g) in enumerate(_units_and_g(block, given, factors, scale, dtypes.unit)):
-        dx = block.product(g - block.product(unit, mean), scale).astype(dtypes.s)
+        dx = block.narrowed(block.product(g - block.product(unit, mean), scale), dtypes.s)
         if "ds" in given:  # the gradient that reaches s from elsewhere, added after dx was rounded, as autograd does
-            dx = (dx.astype(F32) + given["ds"][i].astype(F32)).astype(dtypes.s)
+            dx = block.narrowed(dx.astype(F32) + given["ds"][i].astype(F32), dtypes.s)
         dxs.append(dx)
     for ref in (refs.dx, refs.dresidual):
         if ref is not None:
@@ -118,19 +118,42 @@ def partial_dweights(
     With LaunchArguments among the operands the row count is one of the launch, as in the forward pass.
     """
     x = operands["x"]
-    nominal_rows, n = x.shape
     dtypes = spec.dtypes(x.dtype, weight=operands["weight"].dtype if "weight" in operands else None)
     names = [name for name in ("x", "dy", "ds") if name in operands]
-    if interpret:
-        # 0.10's interpreter loses track of a weight that several threads load in a loop.
-        plan = dataclasses.replace(launch.interpretable(plan, narrowest(operands, names)), keeps_weight=True)
     outputs = {"dx": jax.ShapeDtypeStruct(x.shape, dx_dtypes.dx or x.dtype)}
     if dx_dtypes.dresidual is not None:
         outputs["dresidual"] = jax.ShapeDtypeStruct(x.shape, dx_dtypes.dresidual)
+
+    def of_block(block: Block, rows: Rows[Operands], weight: Weight, partial: Chunks | None, refs: Any) -> Any:
+        out = Refs(refs["rstd"], refs["dx"], refs.get("dresidual"))
+        return gradient(block, rows, weight, partial, out, dtypes=dtypes)
+
+    options: Any = {"spec": spec, "weight_dtype": dtypes.weight, "with_dweight": with_dweight, "interpret": interpret}
+    return accumulated(of_block, operands, outputs, names, plan=plan, **options)
+
+
+def accumulated(
+    gradient: Callable[[Block, Rows[Operands], Weight, Chunks | None, dict[str, Any]], Chunks | None],
+    operands: dict[str, jax.Array],
+    outputs: dict[str, jax.ShapeDtypeStruct],
+    names: Sequence[str],
+    *,
+    plan: BackwardPlan,
+    spec: Spec,
+    weight_dtype: Any,
+    with_dweight: bool,
+    least: int = dweight_sum.TILE,
+    interpret: bool,
+) -> dict[str, jax.Array]:
+    """The outputs, which `gradient` writes of each block, and what it adds up: the part of each program, of `least`
+    programs or more. names: of the operands that have rows."""
+    nominal_rows, n = operands["x"].shape
+    if interpret:
+        # 0.10's interpreter loses track of a weight that several threads load in a loop.
+        plan = dataclasses.replace(launch.interpretable(plan, narrowest(operands, names)), keeps_weight=True)
     if with_dweight:
-        outputs["dweight"] = jax.ShapeDtypeStruct(
-            (max(partial_dweight_rows(plan, nominal_rows), dweight_sum.TILE), n), F32
-        )
+        programs = max(partial_dweight_rows(plan, nominal_rows), least)
+        outputs = outputs | {"dweight": jax.ShapeDtypeStruct((programs, n), F32)}
     inputs, stages = staged(plan, operands, names)
     scratch: dict[str, Any] = {}
     if with_dweight and plan.regime is Regime.WARP:
@@ -138,11 +161,10 @@ def partial_dweights(
     scratch |= stages
 
     def work(refs: dict[str, Any]) -> tuple[launch.Full, launch.LeftOver]:
-        reader = Reader({name: refs[name] for name in names}, dict)
-        out = Refs(refs["rstd"], refs["dx"], refs.get("dresidual"))
+        reader = Reader({name: refs[name] for name in names}, lambda _, given: given)
 
         def columns(block: Block) -> tuple[Weight, Chunks | None]:
-            options: Any = {"offset": spec.weight_offset, "dtype": dtypes.weight, "kept": plan.keeps_weight}
+            options: Any = {"offset": spec.weight_offset, "dtype": weight_dtype, "kept": plan.keeps_weight}
             factors = weight.of(block, refs.get("weight"), **options)
             return factors, block.zeros() if with_dweight else None
 
@@ -156,15 +178,13 @@ def partial_dweights(
         def full(blocks: CtaBlocks) -> None:
             factors, zeros = columns(blocks.first)
             rows = feed(blocks, reader, refs)
-            partial = rows.each(
-                lambda block, rows, partial: gradient(block, rows, factors, partial, out, dtypes=dtypes), zeros
-            )
+            partial = rows.each(lambda block, rows, partial: gradient(block, rows, factors, partial, refs), zeros)
             finish(blocks.first, partial, blocks.program)
 
         def left_over(block: Block, program: Any) -> None:
             rows = Fetched(reader.read_left_over(block, viewed=plan.source is Source.PIPELINE))
             factors, zeros = columns(block)
-            finish(block, gradient(block, rows, factors, zeros, out, dtypes=dtypes), program)
+            finish(block, gradient(block, rows, factors, zeros, refs), program)
 
         return full, left_over
 

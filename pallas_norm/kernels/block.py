@@ -41,8 +41,9 @@ class Block:
     interpret: bool
 
     def columns(self, ref: Any) -> list[jax.Array]:
-        """The chunks of a (n,) reference: a weight."""
-        return [self._load(ref.at[pl.ds(start, self.plan.span)]) for start in self._starts()]
+        """The chunks of a (n,) reference, a weight; of a (groups, n) one, of which row r has the (r mod groups)-th."""
+        group = () if len(ref.shape) == 1 else (lax.rem(jnp.int32(self.row), jnp.int32(ref.shape[0])),)
+        return [self._load(ref.at[(*group, pl.ds(start, self.plan.span))]) for start in self._starts()]
 
     def load(self, ref: Any) -> list[jax.Array]:
         """The chunks of this block's rows of a (rows, n) reference."""
@@ -75,8 +76,12 @@ class Block:
         """A chunk as float32."""
         return conversions.widened(chunk, self.layout, vec=self.plan.vec, interpret=self.interpret)
 
+    def narrowed(self, chunk: jax.Array, dtype: Any) -> jax.Array:
+        """A float32 chunk rounded to `dtype`."""
+        return conversions.narrowed(chunk, dtype, interpret=self.interpret)
+
     def rounded(self, chunk: jax.Array, dtype: Any) -> jax.Array:
-        """A float32 chunk rounded to `dtype`, as float32."""
+        """The same as float32."""
         return conversions.rounded(chunk, dtype, self.layout, interpret=self.interpret)
 
     def product(self, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from .rows import InRegisters, Reader, Rows, feed
 from .weight import Weight
 
 F32 = jnp.float32
+T = TypeVar("T")
 
 
 class Out(NamedTuple):
@@ -53,21 +54,27 @@ def normalise(block: Block, rows: Rows[Chunks], weight: Weight, out: AnyOut, *, 
     y: Chunks = []
     for chunk, factor in zip(x, factors, strict=True):
         unit = chunk.astype(F32) * scale
-        unit = unit.astype(dtypes.unit).astype(F32)  # Hugging Face rounds here, before the weight
-        y.append((unit if factor is None else unit * factor).astype(dtypes.y))
+        unit = block.narrowed(unit, dtypes.unit).astype(F32)  # Hugging Face rounds here, before the weight
+        y.append(block.narrowed(unit if factor is None else unit * factor, dtypes.y))
     out.store(block, y, x, rstd)
 
 
-def added(operands: dict[str, Chunks], dtype: Any) -> Chunks:
+def added(block: Block, operands: dict[str, Chunks], dtype: Any) -> Chunks:
     """x, or s = round(x + residual)."""
     x = operands["x"]
     if "residual" not in operands:
         return x
-    return [(a.astype(F32) + b.astype(F32)).astype(dtype) for a, b in zip(x, operands["residual"], strict=True)]
+    return [block.narrowed(a.astype(F32) + b.astype(F32), dtype) for a, b in zip(x, operands["residual"], strict=True)]
 
 
 def forward(
-    operands: dict[str, jax.Array], *, plan: Plan, spec: Spec, with_rstd: bool, interpret: bool
+    operands: dict[str, jax.Array],
+    *,
+    plan: Plan,
+    spec: Spec,
+    with_rstd: bool,
+    interpret: bool,
+    places: dict[str, str] | None = None,
 ) -> dict[str, jax.Array]:
     """y, with a residual also s, on request rstd; of x (rows, n), and where given residual and weight.
 
@@ -85,19 +92,35 @@ def forward(
     if with_rstd:
         outputs["rstd"] = jax.ShapeDtypeStruct(x.shape[:1], F32)
     inputs, scratch = staged(plan, operands, names)
-    work = norm(plan, spec, dtypes, names, lambda refs: Out(refs["y"], refs.get("s"), refs.get("rstd")))
-    return launch.launch(work, plan, len(x), inputs, outputs, scratch=scratch, interpret=interpret)
+    work = normalised(plan, spec, dtypes, names, lambda refs: Out(refs["y"], refs.get("s"), refs.get("rstd")))
+    return launch.launch(work, plan, len(x), inputs, outputs, scratch=scratch, interpret=interpret, places=places)
 
 
-def norm(
+def normalised(
     plan: Plan, spec: Spec, dtypes: Dtypes, names: Sequence[str], out_of: Callable[[dict[str, Any]], AnyOut]
 ) -> launch.Work:
-    """What a CTA does with its blocks and with a row that is left over. names: of the operands that are added up."""
-    factors_of = functools.partial(weight.of, offset=spec.weight_offset, dtype=dtypes.weight)
+    """`work` of a norm. names: of the operands that are added up."""
+    combined = functools.partial(added, dtype=dtypes.s)
     normal = functools.partial(normalise, dtypes=dtypes, eps=spec.eps)
+    return work(plan, spec, dtypes, names, out_of, combined=combined, normal=normal)
+
+
+def work(
+    plan: Plan,
+    spec: Spec,
+    dtypes: Dtypes,
+    names: Sequence[str],
+    out_of: Callable[[dict[str, Any]], T],
+    *,
+    combined: Callable[[Block, dict[str, Chunks]], Any],
+    normal: Callable[[Block, Rows[Any], Weight, T], None],
+) -> launch.Work:
+    """What a CTA does with its blocks and with a row that is left over. names: of the operands that have rows, of which
+    `normal` gets what `combined` makes."""
+    factors_of = functools.partial(weight.of, offset=spec.weight_offset, dtype=dtypes.weight)
 
     def work(refs: dict[str, Any]) -> tuple[launch.Full, launch.LeftOver]:
-        reader = Reader({name: refs[name] for name in names}, functools.partial(added, dtype=dtypes.s))
+        reader = Reader({name: refs[name] for name in names}, combined)
         out, weight_ref = out_of(refs), refs.get("weight")
         kept = plan.source is not Source.MEMORY
 

@@ -57,7 +57,7 @@ def _like(register: Any, values: list[Any]) -> Any:
     return vector.from_elements(register.type, values) if isinstance(register.type, ir.VectorType) else values[0]
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
     """A float32 in PTX."""
     (bits,) = struct.unpack("<I", struct.pack("<f", value))
     return f"0f{bits:08X}"
@@ -67,7 +67,7 @@ def _of(layout: Any, shape: tuple[int, ...]) -> Any:
     return layout if shape else plgpu.Layout.WG_SPLAT(())
 
 
-def _mapped(instructions: str, layout: Any, *operands: jax.Array) -> jax.Array:
+def mapped(instructions: str, layout: Any, *operands: jax.Array) -> jax.Array:
     """The instructions' result $0 for each element of the operands $1 ...; those without a shape are the same for all.
 
     Of float32 in this layout; all of one element where none has a shape.
@@ -99,7 +99,7 @@ def _mapped(instructions: str, layout: Any, *operands: jax.Array) -> jax.Array:
 
 def product(a: jax.Array, b: jax.Array, layout: Any, *, interpret: bool) -> jax.Array:
     """a * b, rounded before anything is added; of float32 in this layout, b of one element or of as many as a."""
-    return product_by_xla(a, b) if interpret else _mapped(PRODUCT, layout, a, b)
+    return product_by_xla(a, b) if interpret else mapped(PRODUCT, layout, a, b)
 
 
 def inverse_root(total: jax.Array, n: int, eps: float, layout: Any, *, interpret: bool) -> jax.Array:
@@ -108,8 +108,8 @@ def inverse_root(total: jax.Array, n: int, eps: float, layout: Any, *, interpret
         return as_compiled(product_by_xla(total, inverse(n)) + np.float32(eps))
     instructions = INVERSE_ROOT_FROM_ONE if eps >= SMALLEST else INVERSE_ROOT
     for name, value in (("{factor}", inverse(n)), ("{eps}", eps)):
-        instructions = instructions.replace(name, _literal(value))
-    return _mapped(instructions, layout, total)
+        instructions = instructions.replace(name, literal(value))
+    return mapped(instructions, layout, total)
 
 
 def lanes_added(value: jax.Array, layout: Any, of_lanes: Any, *, lanes: tuple[int, ...]) -> jax.Array:

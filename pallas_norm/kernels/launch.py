@@ -34,16 +34,21 @@ def launch(
     *,
     scratch: Mapping[str, Any],
     interpret: bool,
+    places: Mapping[str, str] | None = None,
 ) -> dict[str, jax.Array]:
     """Runs a kernel on `rows` rows, or where `inputs` has LaunchArguments on those of the launch; the outputs by name.
 
     work: given the references of inputs, outputs and scratch by name, what a CTA does with its full blocks, and with a
     row that is left over. An operand that is absent from `inputs` or `outputs` has no reference.
+    places: for an output, the input whose memory receives it; XLA copies one first that is read later.
     """
-    exchange = _exchange(plan)
+    exchange, places = _exchange(plan), places or {}
+    fresh = {name: out for name, out in outputs.items() if name not in places}
+    held: dict[str, Any] = {name: jax.new_ref(inputs[name]) for name in places.values()}
 
     def kernel(*refs: Any) -> None:
-        named = dict(zip([*inputs, *outputs, *exchange, *scratch], refs, strict=True))
+        named = dict(zip([*inputs, *fresh, *exchange, *scratch], refs, strict=True))
+        named |= {name: named[of].reshape(outputs[name].shape) for name, of in places.items()}
         shared = Exchange(**{name: named.pop(name) for name in exchange}) if exchange else None
         given, operands = LaunchArguments.taken_from(named)
         extent = grid.extent(plan, rows, given, interpret=interpret)
@@ -61,14 +66,16 @@ def launch(
     results = mosaic.kernel(
         kernel,
         interpret=interpret,
-        out_type=tuple(outputs.values()),
+        out_type=tuple(fresh.values()),
         grid=(programs,),
         grid_names=("program",),
         scratch_types=(*exchange.values(), *scratch.values()),
         **options,
-    )(*inputs.values())
+    )(*{**inputs, **held}.values())
+    found = dict(zip(fresh, results, strict=True))
+    found |= {name: jax.freeze(held[of]).reshape(outputs[name].shape) for name, of in places.items()}
     like = next(iter(inputs.values()))
-    return {name: _compat.vary_like(value, like) for name, value in zip(outputs, results, strict=True)}
+    return {name: _compat.vary_like(found[name], like) for name in outputs}
 
 
 def _exchange(plan: Plan) -> dict[str, Any]:

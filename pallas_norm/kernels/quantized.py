@@ -21,7 +21,7 @@ from . import eight_bits, launch, layouts, mosaic
 from .block import Block, Chunks
 from .cta import Exchange
 from .eight_bits import Divisor
-from .forward import norm
+from .forward import normalised
 from .grid import SLOTS
 from .pipeline import narrowest, staged
 
@@ -141,7 +141,7 @@ def quantized(
         quantiser = Quantiser(dtype, group, refs.get("scale"), largest)
         return Out(quantiser, *(refs.get(name) for name in ("q", "scales", "s", "y")))
 
-    work = norm(plan, spec, dtypes, names, out_of)
+    work = normalised(plan, spec, dtypes, names, out_of)
     return launch.launch(work, plan, len(x), inputs, outputs, scratch=scratch | exchange, interpret=interpret)
 
 

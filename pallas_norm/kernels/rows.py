@@ -46,14 +46,14 @@ class Reader(Generic[T]):
     """How a kernel reads a block: the chunks of each operand, and what it makes of them."""
 
     refs: Refs
-    combined: Callable[[dict[str, Chunks]], T]
+    combined: Callable[[Block, dict[str, Chunks]], T]
 
     def read(self, block: Block) -> T:
-        return self.combined({name: block.load(ref) for name, ref in self.refs.items()})
+        return self.combined(block, {name: block.load(ref) for name, ref in self.refs.items()})
 
     def read_stage(self, block: Block, stage: Refs) -> T:
         """As read, of rows that were copied to shared memory, or that have the shape of a stage."""
-        return self.combined({name: block.load_stage(ref) for name, ref in stage.items()})
+        return self.combined(block, {name: block.load_stage(ref) for name, ref in stage.items()})
 
     def read_left_over(self, block: Block, *, viewed: bool) -> T:
         """As read, of one row that fills no block. viewed: the operands have the shape that bulk copies see."""

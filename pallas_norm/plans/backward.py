@@ -273,7 +273,11 @@ def backward_plan_for(
 
     dtype: that of x, in the residual form of s. dy_dtype: that of y, by default that of x. residual: the form that also
     adds a gradient ds.
-    Raises NotImplementedError where there is no kernel for n.
+
+    Raises: as `plan_for`.
+
+    Example:
+        print(backward_plan_for(4096, "bfloat16"))
     """
     n, itemsize = checked(n), jnp.dtype(_validate.dtype_name("dtype", dtype)).itemsize
     dy_itemsize = jnp.dtype(_validate.dtype_name("dy_dtype", dtype if dy_dtype is None else dy_dtype)).itemsize

@@ -31,6 +31,12 @@ SHORT = (
     Short(largest=20, programs=(3, 3, 2, 2)),
     Short(largest=MOST_ELEMENTS, programs=(3, 2, 2, 2)),
 )
+# Elements of a lane that has vectors of half the width, and half of the elements, so that twice as many lanes have the
+# same columns: the bits are the same. 64 MB of 80 elements took 64.3 us with 20 in each of 4 lanes, and 57.9 with 10 in
+# 8; 4096 rows 4.45 and 3.55. 72, 144, 160, and 80 and 160 in float32 gain too, most with few rows
+# (bench/results/kept_order_h200_2026-11-28.json, kept_order_2). Of 24 elements the half is too many for the registers
+# of four programs where dy is float32.
+HALVED = range(17, 21)
 # Elements that are read one by one take more registers: n = 127 88, n = 128 72; four are what all but the longest of
 # these have registers for.
 ODD_PER_SM = 4
@@ -41,14 +47,18 @@ class Rows:
     """Rows of a group of lanes at a time, where one gives a lane up to so many elements."""
 
     largest: int
+    widest: int = 8  # elements of a vector
     rows: int
+    most_programs: int = 7  # of an SM
     why: str
     figures: tuple[int, ...]
 
 
 ROWS = (
-    Rows(largest=8, rows=2, why="65536 x 128: 19.1 us, with one row 21.3, with four 24.2", figures=(2, 3)),
-    Rows(largest=MOST_ELEMENTS, rows=1, why="one row is enough to be read at a time", figures=()),
+    Rows(largest=8, widest=4, rows=2, why="65536 x 128: 19.1 us, with one row 21.3, with four 24.2", figures=(2, 3)),
+    # 131072 x 256 takes 57.8 us with two rows, and 55.2 with one and six programs; with seven, for which there are no
+    # registers, 67.5. From a pipeline of three stages 53.2, but 4096 rows 5.3 where they take 4.8 (kept_order_h200).
+    Rows(largest=MOST_ELEMENTS, rows=1, most_programs=6, why="one row is enough to be read at a time", figures=()),
 )
 
 
@@ -84,9 +94,9 @@ NARROWER = (
 )
 
 
-def _short_programs(elements: int, column_bytes: int) -> int:
+def _per_sm(elements: int, column_bytes: int) -> int:
     row = next(row for row in SHORT if elements <= row.largest)
-    return SMS * row.programs[next(at for at, most in enumerate((4, 6, 8, 12)) if column_bytes <= most)]
+    return row.programs[next(at for at, most in enumerate((4, 6, 8, 12)) if column_bytes <= most)]
 
 
 def in_warps(n: int, itemsize: int, column_bytes: int) -> Choice:
@@ -98,10 +108,13 @@ def in_warps(n: int, itemsize: int, column_bytes: int) -> Choice:
     lanes = lanes_of(n, vec)
     while lanes < 32 and elements(lanes) > MOST_ELEMENTS:
         lanes *= 2
+    if n <= LONGEST_SHORT and vec >= 4 and elements(lanes) in HALVED:
+        vec, lanes = vec // 2, lanes * 2
     block = WARPS * (32 // lanes)
     if n <= LONGEST_SHORT:
-        row = next(row for row in ROWS if elements(lanes) <= row.largest)
-        programs = ODD_PER_SM * SMS if vec == 1 else _short_programs(row.rows * elements(lanes), column_bytes)
+        row = next(row for row in ROWS if elements(lanes) <= row.largest and vec <= row.widest)
+        per_sm = ODD_PER_SM if vec == 1 else _per_sm(row.rows * elements(lanes), column_bytes)
+        programs = min(per_sm, row.most_programs) * SMS
         plan = BackwardPlan(n, Regime.WARP, vec, lanes, block * row.rows, programs=programs)
         return Choice(plan, f"in registers; {row.why}", row.figures)
     row = next(row for row in REREAD_IN_WARPS if n <= row.largest_n)

@@ -181,7 +181,15 @@ def plan_for(n: int, dtype: DTypeLike, *, residual: bool = False, read: tuple[DT
     `explain(x).plan` is that of the GPU here.
 
     residual: the form that also adds a residual. read: the dtypes of what is read, x and in that form the residual,
-    where they are others. Raises NotImplementedError where there is no kernel for n.
+    where they are others.
+
+    Raises:
+        TypeError: n is no int, or dtype is none of bfloat16, float16 and float32.
+        ValueError: n is an int of over 64 bits.
+        NotImplementedError: there is no kernel for n.
+
+    Example:
+        print(plan_for(4096, "bfloat16"))
     """
     n, itemsize = checked(n), jnp.dtype(_validate.dtype_name("dtype", dtype)).itemsize
     if read is None:

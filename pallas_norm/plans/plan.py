@@ -127,6 +127,15 @@ def from_memory(plan: AnyPlan) -> AnyPlan:
     return dataclasses.replace(plan, source=Source.MEMORY, stages=0, rows_in_registers=False, **grid)
 
 
+def may_be_in_place(plan: Plan, rows: int) -> bool:
+    """Whether no warp of a kernel reads a row of these that another one may have written.
+
+    Rows that are read twice are such rows, and those that fill no block: every warp holds them, and one may have
+    written before another has read. racecheck, which slows warps down, showed the norm of a norm.
+    """
+    return plan.source is not Source.MEMORY and not rows % plan.block
+
+
 def staged_view(plan: Plan, itemsize: int) -> tuple[int, ...] | None:
     """The shape in which bulk copies see a row of a PIPELINE, or None if they can move none.
 

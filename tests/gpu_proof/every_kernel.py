@@ -52,17 +52,18 @@ def forward(case: Forward, implementation: str) -> None:
         options = {"plan": plan, "spec": operands.SPEC, "interpret": interpret}
         kernel = functools.partial(forward_kernel.forward, with_rstd=True, **options)
     results = jax.jit(kernel)({name: jnp.asarray(value) for name, value in given.items()})
-    operands.check_forward(case, given, results, results["rstd"], plan.depth if implementation == GPU else case.n)
+    operands.check_forward(case, given, results, results["rstd"])
 
 
 def backward(case: Backward, implementation: str) -> None:
     """Without the column sum, of which a sum of less than 32 parts reads, and leaves out, parts that nobody wrote."""
     plan = few(case.plan)
     given, dx, terms = operands.backward(case, rows_of(plan))
-    options: dict[str, Any] = {"spec": operands.SPEC, "with_dweight": case.dweight}
     if implementation == "xla":
-        kernel, used = functools.partial(_dispatch.backward, **options), None
+        dtype, used = "float32" if case.dweight else None, None
+        kernel = functools.partial(_dispatch.backward, spec=operands.SPEC, dweight_dtype=dtype)
     else:
+        options: dict[str, Any] = {"spec": operands.SPEC, "with_dweight": case.dweight}
         interpret, used = implementation == "interpret", backward_kernel.partial_dweight_rows(plan, len(terms))
         kernel = functools.partial(backward_kernel.partial_dweights, plan=plan, interpret=interpret, **options)
     results = jax.jit(kernel)({name: jnp.asarray(value) for name, value in given.items()})

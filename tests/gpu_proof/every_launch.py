@@ -56,8 +56,8 @@ def forward(case: Forward) -> None:
     x, residual, weight = (tensors.get(name) for name in ("x", "residual", "weight"))
     require_launch(x)
     y, s, rstd = _library.forward(x, residual, weight, operands.SPEC, with_rstd=True)
-    depth = plan.depth if x.is_cuda else case.n
-    operands.check_forward(case, given, {"y": array(y), "s": None if s is None else array(s)}, array(rstd), depth)
+    found = {"y": array(y), "s": None if s is None else array(s)}
+    operands.check_forward(case, given, found, array(rstd), by_torch=not x.is_cuda)
     # On XLA's path a row's last bits may depend on the number of rows.
     for rows in (most, *(count for count in ROWS if count < most and x.is_cuda)):
         if case.residual:

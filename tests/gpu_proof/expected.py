@@ -74,8 +74,7 @@ class Case:
                 y, s, rstd = _library.forward(x, with_residual, weight, operands.SPEC, with_rstd=True)
                 case = dataclasses.replace(form, residual=s is not None)
                 found = {"y": array(y), "s": None if s is None else array(s)}
-                depth = case.plan.depth if x.is_cuda else n
-                operands.check_forward(case, given, found, array(rstd), depth)
+                operands.check_forward(case, given, found, array(rstd), by_torch=not x.is_cuda)
                 results += [y, s]
             y, _, y_of_s, s = results
             heads = cls._fused(x)

@@ -1,7 +1,8 @@
 """Operands of the cases, and what the kernels must make of them, on the host in NumPy.
 
-Of a forward pass the rounding is replayed from the kernel's own rstd, which is held against its bound. The operands of
-a backward pass are such that every sum and product is exact in any order, so dx and dweight are numbers known before.
+Of a forward pass every bit is specified; of torch's own statements the rounding is replayed from their own rstd, which
+is held against its bound. The operands of a backward pass are such that every sum and product is exact in any order, so
+dx and dweight are numbers known before.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pallas_norm._spec import Spec
-from tests import oracle
+from tests import oracle, specified
 from tests.gpu_proof.kernels import Backward, ColumnSum, Forward
 from tests.oracle import DTYPES, F32, Array
 
@@ -29,12 +30,18 @@ def forward(case: Forward, rows: int) -> dict[str, Array]:
     return {name: value.astype(DTYPES[case.dtype]) for name, value in operands.items()}
 
 
-def check_forward(case: Forward, operands: dict[str, Array], results: dict[str, Any], rstd: Any, depth: int) -> None:
-    """Of `results`, y and where there is one s, with the rstd of these rows."""
+def check_forward(
+    case: Forward, operands: dict[str, Array], results: dict[str, Any], rstd: Any, *, by_torch: bool = False
+) -> None:
+    """Of `results`, y and where there is one s, with the rstd of these rows. by_torch: added up in torch's order."""
     s = oracle.add(operands["x"], operands["residual"]) if case.residual else operands["x"]
-    rstd = np.asarray(rstd)
-    oracle.assert_rstd(rstd, s, EPS, depth)
-    oracle.assert_same(results["y"], oracle.replay(s, operands.get("weight"), rstd))
+    rstd, weight = np.asarray(rstd), operands.get("weight")
+    if by_torch:
+        oracle.assert_rstd(rstd, s, EPS, case.n)
+        oracle.assert_same(results["y"], oracle.replay(s, weight, rstd))
+    else:
+        for found, value in zip((results["y"], rstd), specified.forward(s, weight, EPS), strict=True):
+            oracle.assert_same(found, value)
     if case.residual:
         oracle.assert_same(results["s"], s)
 

@@ -16,35 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
 
 from pallas_norm import _inverse_root
-from pallas_norm.kernels import ieee, layouts, mosaic
+from pallas_norm.kernels import ieee
+from tests.gpu_proof.elementwise import by_kernel
 
 F32 = np.float32
-VEC = 4
-BLOCK = 128 * VEC  # of one warpgroup
 POWERS = (-30, -12, 0, 9, 62)  # of 4, beside which ieee.SMALLEST is nothing
 GENERAL = (-62, 0)  # for the instructions that take every value
 
 
-def by_kernel(values: jax.Array, eps: float) -> jax.Array:
+def by_instructions(values: jax.Array, eps: float) -> jax.Array:
     """An eps that no value sees chooses the instructions."""
-    layout = layouts.row_across_warps(VEC, split=False)
-
-    def body(given: Any, out: Any) -> None:
-        part = pl.ds(lax.axis_index("program") * BLOCK, BLOCK)
-        value = layouts.load(given.at[part], layout, shape=(BLOCK,), interpret=False)
-        root = ieee.inverse_root(value, 1, eps, layout, interpret=False)
-        layouts.store(out.at[part], root, interpret=False)
-
-    return mosaic.kernel(
-        body,
-        interpret=False,
-        out_type=jax.ShapeDtypeStruct(values.shape, jnp.float32),
-        grid=(values.size // BLOCK,),
-        grid_names=("program",),
-    )(values)
+    return by_kernel(values, lambda value, layout: ieee.inverse_root(value, 1, eps, layout, interpret=False))
 
 
 def every_mantissa(power: int) -> np.ndarray[Any, Any]:
@@ -70,9 +54,9 @@ def main() -> int:
             "xla, corrected": (_inverse_root.inverse_root, values, one / root),
         }
         if power in POWERS:
-            paths["kernel"] = lambda values: by_kernel(values, ieee.SMALLEST), values, one / root
+            paths["kernel"] = lambda values: by_instructions(values, ieee.SMALLEST), values, one / root
         if power in GENERAL:
-            paths["kernel, any eps"] = lambda values: by_kernel(values, 0.0), values, one / root
+            paths["kernel, any eps"] = lambda values: by_instructions(values, 0.0), values, one / root
         for name, path in paths.items():
             count, largest = off(*path)
             print(f"{name}, 4^{power}: {count} of {values.size} have other bits, the largest distance {largest}")
