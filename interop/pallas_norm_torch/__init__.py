@@ -6,6 +6,7 @@ try:
     from .exchange import call_jax as call_jax
     from .exchange import to_jax as to_jax
     from .exchange import to_torch as to_torch
+    from .gated import rms_norm_gated as rms_norm_gated
     from .huggingface import Report as Report
     from .huggingface import patch as patch
     from .huggingface import patched as patched
@@ -15,6 +16,7 @@ try:
     from .ops import rms_norm as rms_norm
     from .quantized import add_rms_norm_quantized as add_rms_norm_quantized
     from .quantized import rms_norm_quantized as rms_norm_quantized
+    from .rope import rms_norm_rope as rms_norm_rope
     from .sglang import is_supported_rmsnorm_hf_hidden_size as is_supported_rmsnorm_hf_hidden_size
     from .sglang import rmsnorm_hf as rmsnorm_hf
 except (ImportError, AttributeError) as error:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from . import _launches, _validate
-from ._forms import Computation, Form
+from ._forms import ABSENT, Computation, Form
 from ._launches import DTYPES
+from ._outside import unchanged
 from ._proof import weight_of
 from .ops import add_rms_norm, rms_norm
 
@@ -22,7 +23,7 @@ OPTIONS = {"weight": "weight", "eps": None, "cast_before_scale": True, "weight_o
 
 def _read(self: Any, path: tuple[str, ...]) -> Any:
     for name in path:
-        self = getattr(self, name)
+        self = getattr(self, name, ABSENT)
     return self
 
 
@@ -30,8 +31,10 @@ class Functions:
     """What computes: `forward` y, `add` (y, s), where `takes` says so."""
 
     def __init__(self, owner: Any, own: Callable[..., Any], hidden: frozenset[str], computation: Computation) -> None:
+        still, columns = unchanged(owner, computation.outside), computation.columns
         forms, weight_name, eps_path = dict(computation.forms), computation.weight, computation.eps
         read, bias_name = computation.read, forms[torch.float32, torch.float32].bias
+        has_read = bool(read)
 
         def eps_of(self: Any) -> Any:
             return _read(self, eps_path) if isinstance(eps_path, tuple) else eps_path
@@ -42,14 +45,14 @@ class Functions:
             other = weight if weight is not None else bias if bias is not None else x
             return forms[x.dtype, other.dtype], weight, bias
 
-        def takes(self: Any, x: Any, *_: Any) -> bool:
+        def takes(self: Any, x: Any, *others: Any) -> bool:
             members = self.__dict__
             weight = bias = None
             if weight_name is not None and (weight := members["_parameters"].get(weight_name)) is None:
                 weight = getattr(self, weight_name)
             if bias_name is not None and (bias := members["_parameters"].get(bias_name)) is None:
                 bias = getattr(self, bias_name)
-            if not _launches.launched(x, weight) or (bias is not None and not _launches.launched(x, bias)):
+            if not _launches.launched(x, weight, *others) or (bias is not None and not _launches.launched(x, bias)):
                 return False
             other, eps = weight if weight is not None else bias if bias is not None else x, eps_of(self)
             return (
@@ -58,9 +61,11 @@ class Functions:
                 and (x.dtype, other.dtype) in forms
                 and (bias is None or bias.dtype == other.dtype)
                 and x.dim() in computation.ranks
+                and (columns is None or x.shape[-1] == columns)
                 and owner.forward is own
+                and still()
                 and all(name not in members for name in hidden)  # isdisjoint ends a compiled graph of torch 2.11
-                and (not read or all(_read(self, path) == value for path, value in read))
+                and (not has_read or all(_read(self, path) == value for path, value in read))
                 and not (computation.autocast and torch.is_autocast_enabled(x.device.type))
             )
 
@@ -132,7 +137,8 @@ def described(owner: type, options: Mapping[str, Any]) -> Computation:
 def objection(computation: Computation, module: Any) -> str | None:
     """What this instance has that its computation, as found or as described, cannot take."""
     try:
-        eps = _read(module, computation.eps) if isinstance(computation.eps, tuple) else computation.eps
+        eps = computation.eps
+        eps = functools.reduce(getattr, eps, module) if isinstance(eps, tuple) else eps
         weight = None if computation.weight is None else getattr(module, computation.weight)
     except AttributeError as error:
         return f"it does not have what known says: {error}"

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pallas_norm import _compat, _selfcheck
+from pallas_norm import _compat, _golden, _selfcheck
 from pallas_norm._doctor import REPORT, SHOWN_LENGTHS, Line, attempt, check_cases
-from pallas_norm.plans.hardware import H200
+from pallas_norm.plans.fitting import Misfit, backward_plan_on
 from pallas_norm.regimes import plan_for
 
 from . import cache, direct, launch, ops
@@ -23,11 +23,7 @@ from ._explain import explain
 
 NEEDED_TORCH = (2, 11)
 # One row length of each kind of forward kernel: a warp, one warpgroup, several, a cluster.
-KERNEL_CASES = tuple(
-    _selfcheck.Case(n, dtype, rows)
-    for n, rows in ((128, 35), (4096, 5), (16384, 5), (131072, 5))
-    for dtype in _selfcheck.DTYPES
-)
+KERNEL_CASES = tuple(_golden.case(n, dtype) for n in (128, 4096, 16384, 131072) for dtype in _golden.DTYPES)
 
 
 def version() -> Iterator[Line]:
@@ -75,18 +71,18 @@ def disk() -> Iterator[Line]:
 # --- the bits ---------------------------------------------------------------------------------------------------------
 
 
-def _to_torch(array: _selfcheck.Array, device: torch.device) -> torch.Tensor:
+def _to_torch(array: _golden.Array, device: torch.device) -> torch.Tensor:
     """A copy. torch knows no bfloat16 of NumPy's."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16).to(device)
     return torch.from_numpy(array.copy()).to(device)
 
 
-def _to_numpy(tensor: torch.Tensor | None) -> _selfcheck.Array:
+def _to_numpy(tensor: torch.Tensor | None) -> _golden.Array:
     assert tensor is not None
     tensor = tensor.detach().cpu()
     if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(_selfcheck.DTYPES["bfloat16"])
+        return tensor.view(torch.int16).numpy().view(_golden.DTYPES["bfloat16"])
     return tensor.numpy()
 
 
@@ -94,37 +90,46 @@ def _launches(device: torch.device, n: int, dtype: torch.dtype = torch.bfloat16)
     return device.type == "cuda" and direct.unavailable(n, device.index, dtype) is None
 
 
-def check_case(case: _selfcheck.Case, device: torch.device) -> list[str]:
+def _promised(case: _golden.Case, device: torch.device, *, residual: bool) -> _selfcheck.Bits:
+    """The bits of kernels. torch's own statements add in torch's order; on a GPU that has the kernels of shorter rows
+    only, they are the backward pass."""
+    if not _launches(device, case.n, getattr(torch, case.dtype)):
+        return {}
+    bits = _golden.bits(case, residual=residual)
+    try:
+        backward_plan_on(launch.gpu_of(device.index), case.n, case.dtype, residual=residual)
+    except Misfit:
+        del bits["dx"]
+    return bits
+
+
+def check_case(case: _golden.Case, device: torch.device) -> list[str]:
     """What is wrong with a norm on this device, in sentences: y, y in place, the residual form, the gradients."""
-    given = _selfcheck.operands(case)
+    given = _golden.operands(case)
     tensors = {name: _to_torch(array, device) for name, array in given.items()}
     x, residual, weight, dy, ds = (tensors[name] for name in ("x", "residual", "weight", "dy", "ds"))
-    by_kernel = _launches(device, case.n, x.dtype)
-    gpu = launch.gpu_of(device.index) if by_kernel else H200
-    options = _selfcheck.EPS, True, 0.0  # as the operators take them, which also give rstd
+    options = _golden.EPS, True, 0.0  # as the operators take them, which also give rstd
     x_leaf, residual_leaf, weight_leaf = (tensor.clone().requires_grad_() for tensor in (x, residual, weight))
     wrong: list[str] = []
 
     def checked(name: str, outputs: dict[str, Any]) -> None:
         arrays = {name: _to_numpy(tensor) for name, tensor in outputs.items()}
-        sentences = _selfcheck.check(given, arrays, by_kernel=by_kernel, gpu=gpu)
+        sentences = _selfcheck.check(given, arrays, bits=_promised(case, device, residual="s" in outputs))
         wrong.extend(f"{name}, {case}: {sentence}" for sentence in sentences)
 
     y, rstd = torch.ops.pallas_norm.rms_norm(x, weight, *options)
-    dx, dweight = torch.autograd.grad(ops.rms_norm(x_leaf, weight_leaf, _selfcheck.EPS), (x_leaf, weight_leaf), dy)
+    dx, dweight = torch.autograd.grad(ops.rms_norm(x_leaf, weight_leaf, _golden.EPS), (x_leaf, weight_leaf), dy)
     checked("rms_norm", {"y": y, "rstd": rstd, "dx": dx, "dweight": dweight})
 
-    again, in_place = ops.rms_norm(x, weight, _selfcheck.EPS), x.clone()
-    ops.rms_norm(in_place, weight, _selfcheck.EPS, out=in_place)
-    slack = 0 if by_kernel else _selfcheck.SLACK
+    again, in_place = ops.rms_norm(x, weight, _golden.EPS), x.clone()
+    ops.rms_norm(in_place, weight, _golden.EPS, out=in_place)
+    bits = _promised(case, device, residual=False)
     for name, tensor in (("rms_norm", again), ("rms_norm in place", in_place)):
-        found = _selfcheck.check_output(
-            "y", _to_numpy(tensor), given["x"], given["weight"], _to_numpy(rstd), slack=slack
-        )
+        found = _selfcheck.check_y(_to_numpy(tensor), given["x"], given["weight"], _to_numpy(rstd), bits)
         wrong.extend(f"{name}, {case}: {sentence}" for sentence in found)
 
     y, s, rstd = torch.ops.pallas_norm.add_rms_norm(x, residual, weight, *options)
-    results = ops.add_rms_norm(x_leaf, residual_leaf, weight_leaf, _selfcheck.EPS)
+    results = ops.add_rms_norm(x_leaf, residual_leaf, weight_leaf, _golden.EPS)
     dx, dweight = torch.autograd.grad(results, (x_leaf, weight_leaf), (dy, ds))
     checked("add_rms_norm", {"y": y, "s": s, "rstd": rstd, "dx": dx, "dweight": dweight})
     return wrong
@@ -133,9 +138,9 @@ def check_case(case: _selfcheck.Case, device: torch.device) -> list[str]:
 def self_check(device: torch.device) -> Iterator[Line]:
     launches = _launches(device, 4096)
 
-    def what(case: _selfcheck.Case) -> str:
+    def what(case: _golden.Case) -> str:
         if not _launches(device, case.n, getattr(torch, case.dtype)):
-            return "torch's own statements"
+            return "torch's own statements in torch's order"
         return f"direct launch ({_selfcheck.kind(plan_for(case.n, case.dtype))})"
 
     before = list(_ways(device))

@@ -6,7 +6,7 @@ import torch
 
 from pallas_norm.plans.fitting import Misfit, backward_plan_on, forward_plan_on
 
-from . import _validate, direct, launch
+from . import _form_calls, _validate, direct, launch
 
 
 def explain(n: int, dtype: torch.dtype, device: torch.device | str = "cuda") -> str:
@@ -24,6 +24,9 @@ def explain(n: int, dtype: torch.dtype, device: torch.device | str = "cuda") -> 
     Raises:
         TypeError: another dtype, or n is no int.
         ValueError: n is below 1.
+
+    Example:
+        print(explain(4096, torch.bfloat16, "cpu"))
     """
     n, dtype = _validate.row_length(n), _validate.operand_dtype(dtype)
     device = torch.device(device)
@@ -54,4 +57,6 @@ def explain(n: int, dtype: torch.dtype, device: torch.device | str = "cuda") -> 
         backward_plan_on(gpu, n, name)
     except Misfit as reason:
         found += f"; the backward pass by torch's own statements, because {reason}"
+    for form, why in _form_calls.refusals(n, dtype, index):
+        found += f"; {form} in steps, because {why}"
     return found

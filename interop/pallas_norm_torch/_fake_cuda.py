@@ -18,13 +18,19 @@ def may_be_cuda() -> bool:
     return torch.cuda.is_initialized() or not torch.cuda.is_available()
 
 
+EXAMPLES = (5, 7, 11, 13)  # of row counts, no two alike: torch takes equal ones for one
+
+
 @contextlib.contextmanager
-def fake_input(n: int, dtype: torch.dtype, device: str) -> Generator[tuple[torch.Tensor, Callable[[], list[str]]]]:
-    """(x, branches): x of shape [any, any, n], and what was asked of its row counts since."""
+def fake_input(
+    n: int, dtype: torch.dtype, device: str, rank: int, *, any_columns: bool
+) -> Generator[tuple[torch.Tensor, Callable[[], list[str]]]]:
+    """(x, branches): x of shape [any, ..., n], or with any number of columns, and what was asked of those since."""
     environment = ShapeEnv()
     mode = FakeTensorMode(shape_env=environment)
-    dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
-    example = mode.from_tensor(torch.empty(5, 7, n, dtype=dtype), symbolic_context=dynamic)
+    last = DimDynamic.DYNAMIC if any_columns else DimDynamic.STATIC
+    dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[*[DimDynamic.DYNAMIC] * (rank - 1), last])
+    example = mode.from_tensor(torch.empty(*EXAMPLES[: rank - 1], n, dtype=dtype), symbolic_context=dynamic)
     with mode:
         x = torch.empty(example.shape, dtype=dtype, device=device)
         before = len(environment.guards)

@@ -14,6 +14,10 @@ Path = tuple[str, ...]
 RANKS = (1, 2, 3, 4, 5)
 
 
+class ABSENT:
+    """Of an attribute that is not there: a class, which pickle finds again."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
     """y = result(weight' * [round](x * rstd)) [+ bias], for one dtype of x and one of the weight.
@@ -53,7 +57,7 @@ class Match(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """What a module computes by dtypes of x and weight, where its eps is, and what it read of itself while it did."""
+    """What a module computes by dtypes of x and weight, where its eps is, and what it read of itself and outside."""
 
     forms: tuple[tuple[tuple[torch.dtype, torch.dtype | None], Form], ...]
     weight: str | None
@@ -61,6 +65,8 @@ class Computation:
     read: tuple[tuple[Path, Any], ...]
     autocast: bool  # whether autocast changes it
     ranks: tuple[int, ...] = RANKS  # of x
+    columns: int | None = None  # of x, where it was not proved for any number
+    outside: tuple[tuple[str, Any], ...] | None = None  # None: nobody looked, a person has said so
 
 
 def _words(dtype: torch.dtype) -> str:

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch.nn import functional
 
+from pallas_norm._activation import ACTIVATIONS
+
+from .gated import rms_norm_gated
 from .module import TORCH_EPS
 from .ops import add_rms_norm, rms_norm
 
@@ -86,12 +88,12 @@ def xlstm(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _gated(self: Any, hidden_states: torch.Tensor, group_size: int, gate: torch.Tensor | None) -> torch.Tensor:
     """The three bodies that gate before the norm."""
-    wide = hidden_states.float()
     if gate is not None:
-        wide = wide * functional.silu(gate.float())
-    *batch, n = wide.shape
-    unit = rms_norm(wide.view(*batch, n // group_size, group_size), None, self.variance_epsilon)
-    return self.weight * unit.view(*batch, n).to(hidden_states.dtype)
+        options: Any = {"norm_before_gate": False, "group_size": group_size}
+        return rms_norm_gated(hidden_states, gate, self.weight, self.variance_epsilon, **options)
+    *batch, n = hidden_states.shape
+    unit = rms_norm(hidden_states.view(*batch, n // group_size, group_size), None, self.variance_epsilon)
+    return self.weight * unit.view(*batch, n)
 
 
 def mamba2(self: Any, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
@@ -111,17 +113,17 @@ def falcon_h1_squeezing(self: Any, hidden_states: torch.Tensor, gate: torch.Tens
 
 
 def _gated_groups(self: Any, hidden_states: torch.Tensor, gate: torch.Tensor | None, squeeze: bool) -> torch.Tensor:  # noqa: FBT001
-    wide = hidden_states.float()
-    if gate is not None and not self.norm_before_gate:
-        wide = wide * functional.silu(gate.float())
-    *batch, n = wide.shape
-    unit = rms_norm(wide.view(*batch, self.n_groups, n // self.n_groups), None, self.variance_epsilon)
-    y = (self.weight.view(self.n_groups, n // self.n_groups) * unit).view(batch[0], -1, n)
-    if squeeze:
-        y = y.squeeze(1)
-    if gate is not None and self.norm_before_gate:
-        y = y * functional.silu(gate.float())
-    return y.to(hidden_states.dtype)
+    *batch, n = hidden_states.shape
+    if gate is not None:
+        options: Any = {"norm_before_gate": self.norm_before_gate, "group_size": n // self.n_groups}
+        options |= {"cast_before_scale": False, "out_dtype": hidden_states.dtype}
+        y = rms_norm_gated(hidden_states, gate, self.weight, self.variance_epsilon, **options)
+    else:
+        groups = hidden_states.float().view(*batch, self.n_groups, n // self.n_groups)
+        unit = rms_norm(groups, None, self.variance_epsilon)
+        y = (self.weight.view(self.n_groups, n // self.n_groups) * unit).to(hidden_states.dtype)
+    y = y.view(batch[0], -1, n)
+    return y.squeeze(1) if squeeze else y
 
 
 def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -131,12 +133,18 @@ def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def qwen3_next(self: Any, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    if self.activation in ACTIVATIONS:
+        options: Any = {"activation": self.activation, "out_dtype": hidden_states.dtype}
+        return rms_norm_gated(hidden_states, gate, self.weight, self.variance_epsilon, **options)
     y = rms_norm(hidden_states, self.weight, self.variance_epsilon)
     return (y * _activation(self.activation)(gate.float())).to(hidden_states.dtype)
 
 
 def kimi(self: Any, hidden_states: torch.Tensor, gate: Any = None) -> torch.Tensor:
     options: Any = {"cast_before_scale": False, "out_dtype": torch.float32}
+    if self.activation in ACTIVATIONS:
+        options = options | {"activation": self.activation, "out_dtype": hidden_states.dtype}
+        return rms_norm_gated(hidden_states, gate, self.weight, self.variance_epsilon, **options)
     y = rms_norm(hidden_states, self.weight, self.variance_epsilon, **options)
     return (y * _activation(self.activation)(gate.float())).to(hidden_states.dtype)
 
@@ -162,3 +170,6 @@ def _add_olmo2(self: Any, hidden_states: torch.Tensor, residual: torch.Tensor) -
 
 RESIDUAL_FORMS: dict[Forward, AddNorm] = {llama: _add_llama, gemma: _add_gemma, olmo2: _add_olmo2}
 """(norm(s), s) of s = residual + hidden_states, for the norms that known decoder layers have there."""
+
+ROTARY_FORMS: dict[Forward, str] = {llama: "variance_epsilon", llama4: "eps", cpmant: "eps"}
+"""The attribute that is eps, of norms that `rms_norm_rope` computes without an option."""

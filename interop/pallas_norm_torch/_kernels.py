@@ -8,8 +8,10 @@ import torch
 
 from pallas_norm._dtypes import GradientDtypes  # pyright: ignore[reportPrivateUsage]
 from pallas_norm._spec import Spec  # pyright: ignore[reportPrivateUsage]
+from pallas_norm.gated_reference import Form
 from pallas_norm.plans.hardware import Gpu
 
+from ._options import dtypes
 from ._validate import dtype_name
 from .programs import Program
 
@@ -48,6 +50,20 @@ class Quantized(NamedTuple):
         return Program("quantized", self.n, _named(dtypes), outputs, self.spec, **form)
 
 
+class Rope(NamedTuple):
+    """Of q and k of one dtype, whose weights have one too."""
+
+    n: int
+    q: torch.dtype
+    weight: torch.dtype | None
+    spec: Spec
+
+    def program(self, gpu: Gpu) -> Program:
+        y = dtypes(self.spec, self.q, None, self.weight).y
+        given = {"q": self.q, "k": self.q, "cos": y, "sin": y, "q_weight": self.weight, "k_weight": self.weight}
+        return Program("rope", self.n, _named(given), ("q_out", "k_out"), self.spec, gpu=gpu)
+
+
 class Backward(NamedTuple):
     """x is s, in the residual form."""
 
@@ -71,6 +87,43 @@ class Backward(NamedTuple):
         return Program("backward", self.n, _named(dtypes), outputs, self.spec, dx_dtypes=dx_dtypes, gpu=gpu)
 
 
+class Gated(NamedTuple):
+    """n: of x; a row of the kernel is a group of form.group elements."""
+
+    n: int
+    x: torch.dtype
+    gate: torch.dtype
+    weight: torch.dtype | None
+    spec: Spec
+    form: Form
+    with_rstd: bool
+    strided: bool = False
+
+    def program(self, gpu: Gpu) -> Program:
+        dtypes = {"x": self.x, "gate": self.gate, "weight": self.weight}
+        outputs = ("y", "rstd") if self.with_rstd else ("y",)
+        options: Any = {"form": self.form, "groups": self.n // self.form.group, "gpu": gpu, "strided": self.strided}
+        return Program("gated", self.form.group, _named(dtypes), outputs, self.spec, **options)
+
+
+class GatedBackward(NamedTuple):
+    """x is also the gate's dtype."""
+
+    n: int
+    x: torch.dtype
+    weight: torch.dtype | None
+    dy: torch.dtype
+    spec: Spec
+    form: Form
+    with_dweight: bool
+
+    def program(self, gpu: Gpu) -> Program:
+        dtypes = {"x": self.x, "gate": self.x, "rstd": torch.float32, "dy": self.dy, "weight": self.weight}
+        outputs = ("dx", "dgate", "dweight") if self.with_dweight else ("dx", "dgate")
+        options: Any = {"form": self.form, "groups": self.n // self.form.group, "gpu": gpu}
+        return Program("gated_backward", self.form.group, _named(dtypes), outputs, self.spec, **options)
+
+
 class ColumnSum(NamedTuple):
     n: int
     dweight: torch.dtype
@@ -84,7 +137,7 @@ def _named(dtypes: dict[str, torch.dtype | None]) -> tuple[tuple[str, str], ...]
     return tuple((name, dtype_name(dtype)) for name, dtype in dtypes.items() if dtype is not None)
 
 
-AnyKernel = Forward | Quantized | Backward | ColumnSum
+AnyKernel = Forward | Quantized | Rope | Gated | GatedBackward | Backward | ColumnSum
 
 _programs: dict[tuple[type, AnyKernel, Gpu], Program] = {}  # tuples of two types may be equal
 

@@ -41,7 +41,10 @@ def _plain(tensor: torch.Tensor) -> bool:
 def launched(x: Any, weight: Any = None, *others: Any) -> bool:
     """Whether `rms_norm` computes what a replaced norm was called with: x, its weight, and gates shaped like x."""
     if is_compiling():
-        return _in_graph(x) and all(other is None or _in_graph(other) for other in (weight, *others))
+        operands = all(other is None or _in_graph(other) for other in (weight, *others))
+        if not (_in_graph(x) and operands and x.dim() and (weight is None or weight.shape == x.shape[-1:])):
+            return False  # a weight that its own forward broadcasts is none of the operator's
+        return all(gate is None or gate.shape == x.shape for gate in others)
     if type(x) not in TENSORS or not x.dim() or not (n := x.shape[-1]) or not has_kernel(x) or not _plain(x):
         return False
     inference = x.is_inference()
@@ -56,12 +59,22 @@ def launched(x: Any, weight: Any = None, *others: Any) -> bool:
             return False
         inference = inference or weight.is_inference()
     for gate in others:
-        if gate is not None and (type(gate) not in TENSORS or gate.device != x.device):
+        if gate is None:
+            continue
+        if type(gate) not in TENSORS or gate.device != x.device or gate.shape != x.shape or not _plain(gate):
             return False
+        inference = inference or gate.is_inference()
     # Autograd can save no tensor of inference mode, but what the class's own forward computes from it.
     if inference and torch.is_grad_enabled():
         return False
     return not forward_mode() and (transformation() is None or not _torch_state.inside_jvp())
+
+
+def beside(x: torch.Tensor, *others: Any) -> bool:
+    """Whether a kernel that `launched` has found for x may read these too, of whatever shape."""
+    if is_compiling():
+        return all(map(_in_graph, others))
+    return all(type(other) in TENSORS and other.device == x.device and _plain(other) for other in others)
 
 
 def _in_graph(tensor: Any) -> bool:

@@ -45,9 +45,9 @@ def operator(name: str) -> Any:
     return getattr(torch.ops.pallas_norm, name).default
 
 
-def path(x: Tensor) -> Any:
-    """The module whose forward and backward a call takes."""
-    if x.is_cuda and direct.unavailable(x.shape[-1], x.device.index, x.dtype) is None:
+def path(x: Tensor, n: int | None = None) -> Any:
+    """The module whose forward and backward a call takes, of rows of n elements, by default those of x."""
+    if x.is_cuda and direct.unavailable(x.shape[-1] if n is None else n, x.device.index, x.dtype) is None:
         return direct
     return statements
 
@@ -90,9 +90,13 @@ def functional(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: 
 
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, options: Sequence[Any]) -> None:
-    """What a direct call of an operator may have wrong too. A float that torch.compile keeps open is checked when the
-    program runs."""
+    """What a direct call of an operator may have wrong too."""
     _validate.operands(x, residual, weight, with_residual=residual is not None)
+    check_options(weight, options)
+
+
+def check_options(weight: Tensor | None, options: Sequence[Any]) -> None:
+    """A float that torch.compile keeps open is checked when the program runs."""
     eps, cast_before_scale, weight_offset, *rounding = options
     _validate.rounding(cast_before_scale, (*rounding, *_options.AS_OPERANDS[len(rounding) :]), weight)
     if not isinstance(eps, torch.SymFloat):
@@ -112,15 +116,21 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, *options: 
     return forward(x, residual, weight, _options.of(options), with_rstd=True)
 
 
+def _check_gradient(
+    x: Tensor, weight: Tensor | None, rstd: Tensor, dy: Tensor, ds: Tensor | None, options: Sequence[Any]
+) -> None:
+    _check(x, None, weight, options)
+    _validate.belongs("rstd", rstd, x, x.shape[:-1], (torch.float32,))
+    _validate.belongs("dy", dy, x, x.shape, _validate.DTYPES)
+    if ds is not None:
+        _validate.belongs("ds", ds, x, x.shape, (x.dtype,))
+
+
 def _rms_norm_backward(
     x: Tensor, weight: Tensor | None, rstd: Tensor, dy: Tensor, ds: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     options, with_dweight = split(options)
-    _check(x, None, weight, options)
-    expected = {"rstd": (rstd, x.shape[:-1]), "dy": (dy, x.shape), "ds": (ds, x.shape)}
-    for name, (value, shape) in expected.items():
-        if value is not None and value.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; needed {tuple(shape)}, which belongs to x")
+    _check_gradient(x, weight, rstd, dy, ds, options)
     dx, dweight = backward(x, weight, rstd, dy, ds, _options.of(options), with_dweight=with_dweight)
     return dx, dweight if with_dweight and dweight is not None else x.new_empty(0)
 
@@ -168,8 +178,9 @@ def _(x: Tensor, residual: Tensor, weight: Tensor | None, *options: Any) -> tupl
 def _(
     x: Tensor, weight: Tensor | None, rstd: Tensor, dy: Tensor, ds: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    del rstd, dy, ds
-    with_dweight = split(options)[1] and weight is not None
+    options, with_dweight = split(options)
+    _check_gradient(x, weight, rstd, dy, ds, options)
+    with_dweight = with_dweight and weight is not None
     return _like(x, x.dtype), torch.empty_like(weight) if with_dweight else x.new_empty(0)
 
 
@@ -259,34 +270,6 @@ def _rms_norm_autograd(x: Tensor, weight: Tensor | None, *options: Any) -> Any:
 library.impl("rms_norm", _rms_norm_autograd, "Autograd")
 library.impl("add_rms_norm", Norm.apply, "Autograd")
 library.impl("rms_norm_backward", Gradient.apply, "Autograd")
-
-
-class EagerNorm(torch.autograd.Function):
-    """Norm for plain tensors: without the operators' dispatch and with the context in forward, which saves most of
-    190 us a call."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> Any:
-        y, s, rstd = forward(x, residual, weight, spec, with_rstd=True)
-        ctx.spec, ctx.passed_on = spec, (x.dtype, None if residual is None else residual.dtype)
-        ctx.set_materialize_grads(False)
-        _torch_state.save(ctx, x if s is None else s, weight, rstd)
-        return y if s is None else (y, s)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> tuple[Any, ...]:
-        x, weight, rstd = ctx.saved_tensors
-        wants_x, wants_residual, wants_weight, _ = ctx.needs_input_grad
-        spec, dx, dweight = ctx.spec, ds, None
-        # To be differentiated again, or by a tangent, or a batch of gradients: not for a launch of raw memory.
-        again = torch.is_grad_enabled() or _torch_state.forward_mode() or not all(map(_torch_state.is_memory, (dy, ds)))
-        if dy is not None and again:
-            options = joined(_options.arguments(spec), wants_weight)
-            dx, dweight = Gradient.apply(x, weight, rstd, dy, ds, *options)
-        elif dy is not None:
-            dx, dweight = backward(x, weight, rstd, dy, ds, spec, with_dweight=wants_weight)
-        dx, dresidual = passed_on(dx, ctx.passed_on, (wants_x, wants_residual))
-        return dx, dresidual, dweight if wants_weight else None, None
 
 
 # --- vmap -------------------------------------------------------------------------------------------------------------

@@ -28,10 +28,11 @@ def spec(
     rounding: Rounding = AS_OPERANDS,
     *,
     with_residual: bool,
+    beside: str = "residual",
 ) -> Spec:
-    """The call's options, everything checked."""
+    """The call's options, everything checked. beside: what the second operand is called."""
     if not _validate.are_usual(x, residual, weight, with_residual=with_residual):
-        _validate.operands(x, residual, weight, with_residual=with_residual)
+        _validate.operands(x, residual, weight, with_residual=with_residual, beside=beside)
     _validate.no_tangents(x, residual, weight)
     given = eps, cast_before_scale, weight_offset, *rounding
     if type(eps) is type(weight_offset) is float and type(cast_before_scale) is type(rounding[1]) is bool:

@@ -15,6 +15,7 @@ from .rows import ALIGNMENT
 
 Tensor = torch.Tensor
 RESULT = {"out": "y", "s_out": "s"}
+TWICE = "out overlaps s_out, and both are written; pass memory of its own for each"
 
 
 def _kind(name: str, value: Tensor) -> None:
@@ -80,7 +81,7 @@ def memory(given: dict[str, Tensor], rows: dict[str, Tensor], weight: Tensor | N
         if weight is not None and may_overlap(value, weight):
             raise ValueError(f"{name} overlaps weight, which every row reads; pass memory of its own")
     if len(given) == 2 and may_overlap(given["out"], given["s_out"]):
-        raise ValueError("out overlaps s_out, and both are written; pass memory of its own for each")
+        raise ValueError(TWICE)
 
 
 def takes_y(out: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -53,6 +55,13 @@ def rows(n: int, dtype: torch.dtype, eps: float) -> Iterator[Tensor]:
     yield x[:4].view(1, 2, 2, n)
     yield x[:4].view(2, 1, 2, 1, n)
     yield x[3]
+
+
+def with_axes_of_one(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Rows in every rank from 2 with every choice of axes of one element, of which symbols of sizes know nothing."""
+    for rank in range(2, 6):
+        for sizes in itertools.product((1, 2), repeat=rank - 1):
+            yield x[: math.prod(sizes)].view(*sizes, x.shape[-1])
 
 
 def weights(n: int, dtype: torch.dtype) -> Tensor:

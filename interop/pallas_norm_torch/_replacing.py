@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import inspect
 import pickle
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,8 +24,10 @@ from . import _computed, _launches
 from ._classes import Row, recognise
 from ._decoder_layers import fused_forward
 from ._forms import Computation
-from ._forwards import RESIDUAL_FORMS, AddNorm
+from ._forwards import RESIDUAL_FORMS, ROTARY_FORMS, AddNorm
+from ._qk_rope import half_of, rotary_forward, rotation_of
 from ._sources import fingerprint, helpers
+from ._subclass import subclass, subclass_as_written
 
 ORIGINAL = "_pallas_norm_original"  # on a replacing class: the class that it replaces
 REBUILD = "_pallas_norm_rebuild"  # and how pickle finds it again
@@ -44,7 +45,9 @@ def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     return rebuild, arguments, self.__getstate__()
 
 
-def _subclass(owner: type, forward: Callable[..., Any], rebuild: Callable[..., Any], *arguments: Any) -> type[Any]:
+def _subclass(
+    owner: type, forward: Callable[..., Any], rebuild: Callable[..., Any], *arguments: Any, make: Any = subclass
+) -> type[Any]:
     members = {
         "__module__": owner.__module__,
         "__qualname__": owner.__qualname__,
@@ -55,7 +58,7 @@ def _subclass(owner: type, forward: Callable[..., Any], rebuild: Callable[..., A
         ORIGINAL: owner,
         REBUILD: (rebuild, (owner, *arguments)),
     }
-    return types.new_class(owner.__name__, (owner,), exec_body=lambda namespace: namespace.update(members))
+    return make(owner, members)
 
 
 class Residual(NamedTuple):
@@ -66,9 +69,18 @@ class Residual(NamedTuple):
     add: AddNorm
 
 
+class Rotary(NamedTuple):
+    """On a replacing forward: how what rotates norm(x) is one kernel with it."""
+
+    helpers: frozenset[str]
+    takes: Callable[..., bool]
+    eps: str  # the attribute
+
+
 def guarded(owner: Any, own: Callable[..., Any], row: Row) -> Callable[..., Any]:
     """The forward of a known class: the row's where a kernel is launched, otherwise the class's own, as it is then."""
     ours, first, hidden = row.forward, _first_parameter(own), frozenset(helpers(owner))
+    methods = tuple((name, getattr(owner, name)) for name in sorted(hidden))
     assert ours is not None
 
     def takes(self: Any, x: Any, *gates: Any) -> bool:
@@ -81,7 +93,7 @@ def guarded(owner: Any, own: Callable[..., Any], row: Row) -> Callable[..., Any]
             (row.torch_eps if eps is None else type(eps) in (float, int) and eps >= 0)
             and _launches.launched(x, weight, *gates)
             and owner.forward is own
-            and all(name not in members for name in hidden)  # isdisjoint ends a compiled graph of torch 2.11
+            and all(name not in members and getattr(owner, name) is method for name, method in methods)
             and not (row.autocast and torch.is_autocast_enabled(x.device.type))
         )
 
@@ -96,7 +108,9 @@ def guarded(owner: Any, own: Callable[..., Any], row: Row) -> Callable[..., Any]
             return ours(self, *arguments, **named)
         return owner.forward(self, *arguments, **named)
 
-    return marked(forward, ours, hidden, takes, RESIDUAL_FORMS.get(ours))
+    made = marked(forward, ours, hidden, takes, RESIDUAL_FORMS.get(ours))
+    made.rotary = Rotary(hidden, takes, ROTARY_FORMS[ours]) if ours in ROTARY_FORMS else None
+    return made
 
 
 def marked(
@@ -144,7 +158,28 @@ def layer_class(owner: type) -> type[Any] | str:
 def _layer_class(owner: type, own: Callable[..., Any]) -> type[Any] | str:
     del own  # what was recognised, which somebody may replace
     forward = fused_forward(owner)
-    return forward if isinstance(forward, str) else _subclass(owner, forward, _new_layer)
+    return forward if isinstance(forward, str) else _rewriting(owner, forward, _new_layer)
+
+
+def _rewriting(owner: type, forward: Callable[..., Any], rebuild: Callable[..., Any]) -> type[Any] | str:
+    """Of a layer: made as any subclass is, because transformers' hook puts gradient checkpointing around forward."""
+    try:
+        return _subclass(owner, forward, rebuild, make=subclass_as_written)
+    except TypeError as error:
+        return f"it takes no subclass ({error}), so its steps stay steps"
+
+
+def attention_class(owner: type) -> type[Any] | str:
+    """The class that replaces that attention, or why there is none."""
+    rotation = rotation_of(owner)
+    return _attention_class(owner, inspect.getattr_static(owner, "forward", None), rotation, half_of(rotation))
+
+
+@functools.cache
+def _attention_class(owner: type, own: Callable[..., Any], rotation: Any, half: Any) -> type[Any] | str:
+    del own, rotation, half  # which somebody may replace
+    forward = rotary_forward(owner)
+    return forward if isinstance(forward, str) else _rewriting(owner, forward, _new_attention)
 
 
 def original(module: nn.Module) -> type | None:
@@ -152,8 +187,17 @@ def original(module: nn.Module) -> type | None:
     return vars(type(module)).get(ORIGINAL)
 
 
-def is_fused(module: nn.Module) -> bool:
-    return original(module) is not None and vars(type(module))[REBUILD][0] is _new_layer
+def _rebuilt_by(module: nn.Module) -> Callable[..., Any] | None:
+    return None if original(module) is None else vars(type(module))[REBUILD][0]
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether its class replaces that of a decoder layer."""
+    return _rebuilt_by(module) is _new_layer
+
+
+def is_attention(module: nn.Module) -> bool:
+    return _rebuilt_by(module) is _new_attention
 
 
 def _new(owner: type, replacing: type[nn.Module] | str) -> nn.Module:
@@ -178,3 +222,7 @@ def _new_computed(owner: type, computation: Computation, code: str) -> nn.Module
 
 def _new_layer(owner: type) -> nn.Module:
     return _new(owner, layer_class(owner))
+
+
+def _new_attention(owner: type) -> nn.Module:
+    return _new(owner, attention_class(owner))

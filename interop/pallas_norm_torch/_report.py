@@ -34,9 +34,16 @@ class Report:
     """How each replaced class was recognised: by its source, by its computation, or by `known`."""
     runs: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
     """Where the replaced norms run eagerly, as they lie now, and why, with their number."""
+    rotated: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    """Attention modules that compute with `rms_norm_rope` now."""
 
     def __str__(self) -> str:
-        parts = [("replaced", self.replaced), ("fused", self.fused), ("restored", self.restored)]
+        parts = [
+            ("replaced", self.replaced),
+            ("fused", self.fused),
+            ("rotated", self.rotated),
+            ("restored", self.restored),
+        ]
         lines = [_counts(verb, counts) for verb, counts in (*parts, ("replaced before", self.already)) if counts]
         ways: dict[str, list[str]] = {}
         for class_name, way in sorted(self.known.items()):
@@ -59,11 +66,13 @@ class Draft:
         self.replaced, self.fused, self.restored, self.already = (Counter[str]() for _ in range(4))
         self.left: list[Left] = []
         self.known: dict[str, str] = {}
-        self.runs = Counter[str]()
+        self.runs, self.rotated = Counter[str](), Counter[str]()
 
     def report(self) -> Report:
         counts = (dict(one) for one in (self.replaced, self.fused, self.restored, self.already))
-        return Report(*counts, left=tuple(self.left), known=self.known, runs=dict(self.runs))
+        return Report(
+            *counts, left=tuple(self.left), known=self.known, runs=dict(self.runs), rotated=dict(self.rotated)
+        )
 
 
 def _counts(verb: str, counts: Mapping[str, int]) -> str:

@@ -175,10 +175,20 @@ def read_source(owner: type) -> str | None:
     return None if unread else source
 
 
+def code_digest(function: Any) -> str:
+    """Of a function's code and defaults, where it has no text."""
+    return digest(repr((_computes(function.__code__), function.__defaults__, function.__kwdefaults__)))
+
+
+def _function(member: Any) -> Any:
+    """Below a staticmethod or a classmethod."""
+    return getattr(member, "__func__", member)
+
+
 def fingerprint(owner: type) -> str:
     """Of the code of forward and of the methods that it may call, where they have no text."""
     names = ("forward", *helpers(owner))
-    functions = [inspect.unwrap(inspect.getattr_static(owner, name)) for name in names]
+    functions = [inspect.unwrap(_function(inspect.getattr_static(owner, name))) for name in names]
     return digest(repr([_computes(one.__code__) for one in functions if isinstance(one, types.FunctionType)]))
 
 
@@ -189,7 +199,7 @@ def helpers(owner: type) -> tuple[str, ...]:
     found, codes = list[str](), [forward.__code__] if isinstance(forward, types.FunctionType) else []
     for code in codes:  # grows
         for name in {*code.co_names}.union(*(inner.co_names for inner in _inside(code))) - {"forward", *found}:
-            method = inspect.getattr_static(owner, name, None)
+            method = _function(inspect.getattr_static(owner, name, None))
             if isinstance(method, types.FunctionType) and method is not inspect.getattr_static(nn.Module, name, None):
                 found.append(name)
                 codes.append(method.__code__)

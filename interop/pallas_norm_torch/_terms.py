@@ -99,7 +99,17 @@ def _divide(a: Term | float, b: Term | float, dtype: torch.dtype) -> Term:
 def _reduced(name: str, term: Term, shape: Any, dims: Any, dtype: torch.dtype | None, into: torch.dtype) -> Term:
     if dims is None or [dim % len(shape) for dim in dims] != [len(shape) - 1]:
         raise Unknown(f"takes a {name} over other axes than the last one")
-    return Term(name, into, (widened(_to(term, dtype) if dtype is not None else term), float(shape[-1])))
+    return Term(name, into, (widened(_to(term, dtype) if dtype is not None else term), _count(shape[-1])))
+
+
+def _symbol(size: Any) -> str:
+    return str(size.node.expr)
+
+
+def _count(size: Any) -> float:
+    """Of a symbol its example, without asking for it, which would make it a number."""
+    node: Any = getattr(size, "node", None)
+    return float(size if node is None else node.hint)
 
 
 SAME = {"view", "_unsafe_view", "reshape", "unsqueeze", "expand", "clone", "alias", "contiguous", "squeeze"}
@@ -114,17 +124,22 @@ class Recorder(TorchDispatchMode):
         self.terms: dict[int, Term] = {}
         self.kept: list[Tensor] = []  # so that no id is used again
         self.protected: dict[int, str] = {}  # storages that a forward may not write to
+        self.columns = ""  # of x, where their number is a symbol
 
     def know(self, tensor: Tensor, operation: str, name: str) -> None:
         """A leaf: x, or a parameter."""
         self.terms[id(tensor)] = Term(operation, tensor.dtype, name=name)
         self.kept.append(tensor)
+        if operation == "x" and isinstance(last := tensor.shape[-1], torch.SymInt):  # pyright: ignore
+            self.columns = _symbol(last)
         self.protected[tensor.untyped_storage()._cdata] = "input" if operation == "x" else name
 
     def term(self, value: Any) -> Term | float:
         if not isinstance(value, Tensor):
             if isinstance(value, (int, float)) and math.isfinite(value):
                 return float(value)
+            if isinstance(value, torch.SymInt) and self.columns == _symbol(value):
+                return _count(value)
             raise Unknown(f"computes with {value!r}, which is no number known beforehand")
         if (found := self.terms.get(id(value))) is None:
             raise Unknown("computes with a tensor that is neither its input nor a parameter of its own")

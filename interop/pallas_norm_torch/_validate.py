@@ -3,7 +3,7 @@ do."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ def describe(tensor: Tensor) -> str:
     return f"{form(tensor)} on {tensor.device}"
 
 
-def _tensor(name: str, value: Any) -> Tensor:
+def with_memory(name: str, value: Any) -> Tensor:
+    """A tensor of any dtype whose memory has its elements, as they are."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name} is a {type(value).__name__}; needed a torch.Tensor: wrap it with torch.as_tensor "
@@ -51,6 +52,11 @@ def _tensor(name: str, value: Any) -> Tensor:
         raise TypeError(f"{name} is a zero tensor without memory; needed one with: pass torch.zeros_like({name})")
     if value.is_quantized:
         raise TypeError(f"{name} is quantized ({value.dtype}); needed a plain tensor: pass {name}.dequantize()")
+    return value
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    value = with_memory(name, value)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} is {describe(value)}; needed bfloat16, float16 or float32: cast it with {name}.to")
     if value.device.type not in DEVICES and value.device.type != "meta":
@@ -93,8 +99,12 @@ def are_usual(x: Any, residual: Any, weight: Any, *, with_residual: bool) -> boo
     )
 
 
-def operands(x: Any, residual: Any, weight: Any, *, with_residual: bool) -> None:
-    x = _tensor("x", x)
+NOTHING = {"residual": "nothing to add", "gate": "no gate"}
+
+
+def operands(x: Any, residual: Any, weight: Any, *, with_residual: bool, beside: str = "residual") -> None:
+    """beside: what the second is called."""
+    x = tensor("x", x)
     if x.ndim == 0:
         raise ValueError(f"x is {describe(x)}; needed at least one axis: the last one is normalised")
     if _torch_state.is_unbacked(x.shape[-1]):
@@ -103,16 +113,16 @@ def operands(x: Any, residual: Any, weight: Any, *, with_residual: bool) -> None
         raise ValueError(f"x is {describe(x)}; needed a last axis of at least one element: it is normalised")
     if with_residual:
         if residual is None:
-            raise TypeError("residual is None; needed a tensor: call rms_norm where there is nothing to add")
-        residual = _tensor("residual", residual)
+            raise TypeError(f"{beside} is None; needed a tensor: call rms_norm where there is {NOTHING[beside]}")
+        residual = tensor(beside, residual)
         if residual.device != x.device:
-            raise ValueError(f"residual is on {residual.device} but x is on {x.device}; move one of them with .to")
+            raise ValueError(f"{beside} is on {residual.device} but x is on {x.device}; move one of them with .to")
         if not _same_sizes(residual.shape, x.shape):
             raise ValueError(
-                f"residual is {describe(residual)} but x is {describe(x)}; needed the same shape: expand it first"
+                f"{beside} is {describe(residual)} but x is {describe(x)}; needed the same shape: expand it first"
             )
     if weight is not None:
-        weight = _tensor("weight", weight)
+        weight = tensor("weight", weight)
         if weight.device != x.device:
             raise ValueError(f"weight is on {weight.device} but x is on {x.device}; move one of them with .to")
         if not _same_sizes(weight.shape, x.shape[-1:]):
@@ -120,6 +130,19 @@ def operands(x: Any, residual: Any, weight: Any, *, with_residual: bool) -> None
                 f"weight has shape {tuple(weight.shape)} but the last axis of x has length {x.shape[-1]} "
                 f"(x: {describe(x)}); pass the weight of this layer, or slice x"
             )
+
+
+def belongs(
+    name: str, value: Tensor, x: Tensor, shape: Sequence[int], dtypes: Collection[torch.dtype], of: str = "x"
+) -> None:
+    """What an operator for gradients is given beside its operands, of which a kernel gets no more than the address."""
+    if not _same_sizes(value.shape, shape):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; needed {tuple(shape)}, which belongs to {of}")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device} but {of} is on {x.device}; move one of them with .to")
+    if value.dtype not in dtypes:
+        needed = ", ".join(map(dtype_name, dtypes))
+        raise TypeError(f"{name} is {describe(value)}; needed {needed}: cast it first")
 
 
 def _not_a_tensor(name: str, value: Any) -> Any:
@@ -148,7 +171,7 @@ def row_length(value: Any) -> int:
 
 
 def operand_dtype(value: Any) -> torch.dtype:
-    if value not in DTYPES:
+    if not isinstance(value, torch.dtype) or value not in DTYPES:  # an array compares its elements
         shown = dtype_name(value) if isinstance(value, torch.dtype) else f"a {type(value).__name__}"
         raise TypeError(f"dtype is {shown}; needed torch.bfloat16, torch.float16 or torch.float32: cast x with x.to")
     return value

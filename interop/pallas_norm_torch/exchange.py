@@ -133,6 +133,9 @@ def to_jax(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
         ValueError: on another device than a CPU or a CUDA device, requires grad, or cannot be shared without a copy.
         NotImplementedError: JAX does not see the tensor's device.
 
+    Example:
+        array = to_jax(x, copy=True)
+
     Source: the exchange is DLPack's, by the Python array API standard.
     """
     _check(tensor)
@@ -193,6 +196,9 @@ def to_torch(array: jax.Array) -> torch.Tensor:
         TypeError: not a jax.Array, one that is being traced, or of a dtype that torch does not have.
         ValueError: lies on several devices.
 
+    Example:
+        tensor = to_torch(jax.numpy.ones((2, 64)))
+
     Source: the exchange is DLPack's, by the Python array API standard.
     """
     if isinstance(array, jax.core.Tracer):
@@ -234,6 +240,9 @@ def call_jax(function: Callable[..., Any], *operands: Any) -> Any:
         the current one that reads them has to be waited for before that. Autograd records nothing.
 
     Raises: as `to_jax`, except for what copy=True cures; and what `function` raises.
+
+    Example:
+        y = call_jax(jax.jit(lambda x: x * 2), x)
     """
     leaves, tree = jax.tree.flatten(operands)
     at = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ._decoder_layers import UNKNOWN
 from ._forms import Computation
 from ._launches import DTYPES
 from ._recognition import Recognised, Recogniser
-from ._replacing import ORIGINAL, is_fused, layer_class, original
+from ._replacing import ORIGINAL, attention_class, is_attention, is_layer, layer_class, original
 from ._report import Draft
 from ._report import Left as Left
 from ._report import Report as Report
@@ -77,7 +77,7 @@ def _norms(model: nn.Module, recognised: Recogniser, draft: Draft) -> Iterator[C
     for name, module in _modules(model):
         owner = type(module)
         if (before := original(module)) is not None:
-            if not is_fused(module):
+            if not (is_layer(module) or is_attention(module)):
                 draft.already[owner.__name__] += 1
                 yield Change(module, before, owner)
             continue
@@ -99,7 +99,7 @@ def _layers(model: nn.Module, norms: Mapping[nn.Module, type[Any]], draft: Draft
     for name, layer in _modules(model):
         owner = type(layer)
         if original(layer) is not None:
-            if is_fused(layer) and not fuse:
+            if is_layer(layer) and not fuse:
                 draft.restored[owner.__name__] += 1
                 yield Change(layer, owner, vars(owner)[ORIGINAL])
         elif fuse and any(child in norms for child in layer.modules() if child is not layer):
@@ -132,26 +132,71 @@ def _outside_of(attribute: str, child: Any, norms: Mapping[nn.Module, type[Any]]
     return None
 
 
+QK_NORMS = ("q_norm", "k_norm")  # what an attention has, from whose absence in the report one would conclude
+ADDS = "its forward also adds a residual before a norm, and is replaced for that: the norms and the rotation stay steps"
+
+
+def _attentions(
+    model: nn.Module, norms: Mapping[nn.Module, type[Any]], layers: Collection[nn.Module], draft: Draft, *, fuse: bool
+) -> Iterator[Change]:
+    """The attention modules whose class has to change, given the replacing class of each norm, and what changes as a
+    layer: a module has one class."""
+    for name, module in _modules(model):
+        owner = type(module)
+        if original(module) is not None:
+            if is_attention(module) and not fuse:
+                draft.restored[owner.__name__] += 1
+                yield Change(module, owner, vars(owner)[ORIGINAL])
+        elif fuse and any(getattr(module, one, None) in norms for one in QK_NORMS):
+            replacing = attention_class(owner)
+            reason = replacing if isinstance(replacing, str) else _not_rotated(module, replacing, norms)
+            reason = reason or (ADDS if module in layers else None)
+            if reason is not None:
+                draft.left.append(Left(name, owner.__name__, reason))
+            elif not isinstance(replacing, str):
+                draft.rotated[owner.__name__] += 1
+                yield Change(module, owner, replacing)
+
+
+def _not_rotated(module: nn.Module, replacing: type[Any], norms: Mapping[nn.Module, type[Any]]) -> str | None:
+    """Why an attention's norms stay outside of the rotation."""
+    if is_rebound(module):
+        return REBOUND
+    for attribute in replacing.forward.norms:
+        child = getattr(module, attribute, None)
+        norm = None if child is None else norms.get(child)
+        if norm is None:
+            return f"its {attribute} was not replaced, so the norms and the rotation stay steps"
+        if getattr(norm.forward, "rotary", None) is None:
+            return f"its {norm.__name__} rounds as rms_norm_rope does not, so the norms and the rotation stay steps"
+    return None
+
+
 Known = Mapping[type, Mapping[str, Any]]
 NOTHING: Known = types.MappingProxyType({})
 
 
-def _patch(model: nn.Module, known: Known, *, fuse_residual: bool) -> tuple[list[Change], Report]:
+def _patch(model: nn.Module, known: Known, *, fuse_residual: bool, fuse_qk_rope: bool) -> tuple[list[Change], Report]:
     draft = Draft()
     norms = list(_norms(model, Recogniser(known), draft))
-    layers = _layers(model, {norm.module: norm.after for norm in norms}, draft, fuse=fuse_residual)
-    changes = [change for change in (*norms, *layers) if type(change.module) is change.before]
+    replacing = {norm.module: norm.after for norm in norms}
+    layers = list(_layers(model, replacing, draft, fuse=fuse_residual))
+    attentions = _attentions(model, replacing, {layer.module for layer in layers}, draft, fuse=fuse_qk_rope)
+    changes = [change for change in (*norms, *layers, *attentions) if type(change.module) is change.before]
     apply_all(changes)
     _places(model, norms, draft)
     return changes, draft.report()
 
 
-def patch(model: nn.Module, *, fuse_residual: bool = False, known: Known = NOTHING) -> Report:
+def patch(
+    model: nn.Module, *, fuse_residual: bool = False, fuse_qk_rope: bool = False, known: Known = NOTHING
+) -> Report:
     """Computes every known RMSNorm of `model` with `rms_norm`, rounding where the module's own forward does.
 
     A norm is known by the source of its forward, where that is one of transformers', and otherwise by what it computes:
     its forward is traced, matched with what `rms_norm` computes, and proved on inputs that separate every rounding.
-    What branches on data or shapes, changes anything, calls other modules or rounds elsewhere is left, with the reason.
+    What branches on data or shapes, asks torch for more than those, changes anything, calls other modules or rounds
+    elsewhere is left, with the reason. What a forward reads later is compared at each call with what it was.
 
     Changes the class of those modules to a subclass that overrides forward, and nothing else: parameters, buffers,
     hooks and state_dict stay as they are. A second call changes nothing. Copies and pickles are patched too.
@@ -165,7 +210,12 @@ def patch(model: nn.Module, *, fuse_residual: bool = False, known: Known = NOTHI
         fuse_residual: also replace the forward of layers that add a residual just before a norm (Llama's before the
             norm behind attention; those of Gemma 2 and GLM 4), so that both are one kernel: `add_rms_norm`, with the
             bits of the two steps. The rest of that forward runs as it is written. Two steps are taken wherever calling
-            the norm would do more than normalise. False takes that back.
+            the norm would do more than normalise. The gradient of the sum, if somebody looks at it, is without the
+            norm's part. False takes that back.
+        fuse_qk_rope: also replace the forward of attention that normalises the heads of q and of k and then rotates
+            them (Qwen3's), so that all of that is one kernel: `rms_norm_rope`, with the bits of the steps. The steps
+            are taken as with fuse_residual, and where cos and sin are not transformers' rows of angles. False takes
+            that back.
         known: what classes compute that are not recognised, taken at your word: by class, a dict of `eps` (the name of
             its attribute, or a number), `weight` (a name, or None), `cast_before_scale` and `weight_offset` as for
             `rms_norm`. y has x's dtype without cast_before_scale, and otherwise promote_types(x, weight).
@@ -178,9 +228,12 @@ def patch(model: nn.Module, *, fuse_residual: bool = False, known: Known = NOTHI
         TypeError: `model` is no module; `known` has another option.
         ValueError: `known` gives no eps.
 
-    Source: the forwards in transformers 5.17 and 5.23, listed in `_classes.py`.
+    Example:
+        print(patch(model, fuse_residual=True))
+
+    Source: the forwards in transformers 5.17 to 5.24, listed in `_classes.py`.
     """
-    return _patch(model, known, fuse_residual=fuse_residual)[1]
+    return _patch(model, known, fuse_residual=fuse_residual, fuse_qk_rope=fuse_qk_rope)[1]
 
 
 def unpatch(model: nn.Module) -> Report:
@@ -194,6 +247,9 @@ def unpatch(model: nn.Module) -> Report:
 
     Raises:
         TypeError: `model` is no module.
+
+    Example:
+        unpatch(model)
     """
     draft, changes = Draft(), list[Change]()
     for name, module in _modules(model):
@@ -208,12 +264,18 @@ def unpatch(model: nn.Module) -> Report:
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, *, fuse_residual: bool = False, known: Known = NOTHING) -> Generator[Report]:
+def patched(
+    model: nn.Module, *, fuse_residual: bool = False, fuse_qk_rope: bool = False, known: Known = NOTHING
+) -> Generator[Report]:
     """`patch` on entry; on exit, also after an exception, what it changed is as before. What had been patched stays so.
 
     Arguments, Raises: those of `patch`, whose report is the value.
+
+    Example:
+        with patched(model) as report:
+            print(report)
     """
-    changes, report = _patch(model, known, fuse_residual=fuse_residual)
+    changes, report = _patch(model, known, fuse_residual=fuse_residual, fuse_qk_rope=fuse_qk_rope)
     try:
         yield report
     finally:

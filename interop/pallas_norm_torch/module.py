@@ -23,11 +23,16 @@ class RMSNorm(torch.nn.Module):
         eps, cast_before_scale, weight_offset, out_dtype, unit_dtype, round_weight: as in `rms_norm`; eps=None is what
             torch.nn.RMSNorm means by it, the epsilon of float32, in which 16-bit rows are normalised too.
         with_weight: False leaves the weight out (`weight` is then None).
-        device, dtype: of the weight, which starts as ones, or with a weight_offset as ones less that offset.
+        device, dtype: of the weight, which starts as ones, or with a weight_offset as ones less that offset. In a model
+            of transformers `_init_weights` sets the weight of every RMSNorm to ones: call `reset_parameters` after it.
 
     Raises: TypeError for a hidden_size that is no int, an eps that is no number, or a dtype whose tensors have no
         gradients; ValueError for a hidden_size below 1, a negative eps, or a weight_offset without a weight; at the
         call, what `rms_norm` raises.
+
+    Example:
+        norm = RMSNorm(1024, eps=1e-5, dtype=torch.bfloat16)
+        y = norm(x)
 
     Source: `LlamaRMSNorm` in Hugging Face's transformers.
     """

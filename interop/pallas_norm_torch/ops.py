@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function
 
 from pallas_norm._spec import Spec
 
-from . import _asked, _eager, _library, _options, _out, _torch_state, _validate, direct, launch
+from . import _asked, _eager, _library, _options, _out, _torch_state, _validate, launch
+from ._lookup import prepare, prepared_for, refuse
 from .prepared import ForwardCall
 
 Tensor = torch.Tensor
@@ -26,8 +26,6 @@ _dispatch_modes = _torch_state.dispatch_modes
 _transformation = _torch_state.transformation
 _tracing = _torch_state.tracing
 _takes_y = _out.takes_y
-
-_prepared = direct.calls
 
 
 def rms_norm(
@@ -86,6 +84,10 @@ def rms_norm(
         NotImplementedError: another device type, forward-mode differentiation, or implementation="jax" where it cannot
             run.
 
+    Example:
+        y = rms_norm(x, weight, 1e-5)
+        rms_norm(x, weight, 1e-5, out=x)  # in place
+
     Source: `LlamaRMSNorm` in Hugging Face's transformers.
     """
     rounding = unit_dtype, round_weight, out_dtype, None
@@ -100,7 +102,7 @@ def rms_norm(
             return y
         _out.form("out", out, x, y.dtype, differentiates=torch.is_grad_enabled() and _requires_grad(x, weight))
         return out.copy_(y)
-    call = _prepared_for(x, None, weight, eps, cast_before_scale, weight_offset, rounding)
+    call = prepared_for(x, None, weight, eps, cast_before_scale, weight_offset, rounding)
     if call is not None:
         try:
             if _grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
@@ -115,7 +117,7 @@ def rms_norm(
             ):
                 return call(x, None, weight, out)[0]
         except launch.Unavailable as reason:  # of the form with rstd, or for strides
-            _refuse(x, reason)
+            refuse(x, reason)
     if _torch_state.is_stand_in(x, weight, out):
         named: Any = {"out": out, "cast_before_scale": cast_before_scale, "weight_offset": weight_offset}
         named |= {"out_dtype": out_dtype, "unit_dtype": unit_dtype, "round_weight": round_weight}
@@ -130,12 +132,12 @@ def rms_norm(
         y, _ = _operator(x, None, weight, spec)
         return y if out is None else out.copy_(y)
     try:
-        if (call := _prepare(x, None, weight, spec, (cast_before_scale, rounding))) is not None:
+        if (call := prepare(x, None, weight, spec, (cast_before_scale, rounding))) is not None:
             return _eager.norm(x, None, weight, call) if differentiates else call(x, None, weight, out)[0]
     except launch.Unavailable as reason:
-        _refuse(x, reason)
+        refuse(x, reason)
     if differentiates:
-        return _library.EagerNorm.apply(x, None, weight, spec)
+        return _eager.Norm.apply(x, None, weight, spec)
     return _library.forward(x, None, weight, spec, with_rstd=False, out=out)[0]
 
 
@@ -173,6 +175,10 @@ def add_rms_norm(
 
     Raises: as `rms_norm`.
 
+    Example:
+        y, s = add_rms_norm(x, residual, weight)
+        add_rms_norm(x, residual, weight, out=x, s_out=residual)  # in place, as serving engines do
+
     Source: `LlamaDecoderLayer` in Hugging Face's transformers, where the addition and the norm are two steps.
     """
     rounding = unit_dtype, round_weight, out_dtype, s_dtype
@@ -185,8 +191,10 @@ def add_rms_norm(
         options = eps, cast_before_scale, weight_offset, *_options.shortest(rounding)
         y, s, _ = torch.ops.pallas_norm.add_rms_norm(x, residual, weight, *options)
         _check_places(places, x, residual, weight, y.dtype, s.dtype)
+        if out is not None and out is s_out:
+            raise ValueError(_out.TWICE)
         return y if out is None else out.copy_(y), s if s_out is None else s_out.copy_(s)
-    call = _prepared_for(x, residual, weight, eps, cast_before_scale, weight_offset, rounding)
+    call = prepared_for(x, residual, weight, eps, cast_before_scale, weight_offset, rounding)
     if call is not None:
         try:
             if not places:
@@ -196,7 +204,7 @@ def add_rms_norm(
             ):
                 return call(x, residual, weight, out, s_out)[:2]  # pyright: ignore[reportReturnType]
         except launch.Unavailable as reason:
-            _refuse(x, reason)
+            refuse(x, reason)
     if _torch_state.is_stand_in(x, residual, weight, out, s_out):
         named: Any = {"cast_before_scale": cast_before_scale, "weight_offset": weight_offset, **places}
         named |= {"out_dtype": out_dtype, "unit_dtype": unit_dtype, "round_weight": round_weight, "s_dtype": s_dtype}
@@ -212,17 +220,23 @@ def add_rms_norm(
         y, s, _ = _operator(x, residual, weight, spec)
         return y if out is None else out.copy_(y), s if s_out is None else s_out.copy_(s)
     try:
-        if (call := _prepare(x, residual, weight, spec, (cast_before_scale, rounding))) is not None:
+        if (call := prepare(x, residual, weight, spec, (cast_before_scale, rounding))) is not None:
             if places:
                 return call(x, residual, weight, out, s_out)[:2]  # pyright: ignore[reportReturnType]
             return _added(x, residual, weight, call)
     except launch.Unavailable as reason:
-        _refuse(x, reason)
+        refuse(x, reason)
     if torch.is_grad_enabled() and _requires_grad(x, residual, weight):
-        return _library.EagerNorm.apply(x, residual, weight, spec)
+        return _eager.Norm.apply(x, residual, weight, spec)
     y, s, _ = _library.forward(x, residual, weight, spec, with_rstd=False, out=out, s_out=s_out)
     assert s is not None
     return y, s
+
+
+def _added(x: Tensor, residual: Tensor, weight: Tensor | None, call: ForwardCall) -> tuple[Tensor, Tensor]:
+    if _grad_enabled() and (x.requires_grad or residual.requires_grad or (weight is not None and weight.requires_grad)):
+        return _eager.norm(x, residual, weight, call)
+    return call.added(x, residual, weight)
 
 
 def _check_places(
@@ -256,70 +270,3 @@ def _operator(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: S
     if residual is None:
         return torch.ops.pallas_norm.rms_norm(x, weight, *options)
     return torch.ops.pallas_norm.add_rms_norm(x, residual, weight, *options)
-
-
-# --- calls that were prepared -----------------------------------------------------------------------------------------
-
-
-def _prepared_for(
-    x: Any, residual: Any, weight: Any, eps: Any, cast_before_scale: Any, weight_offset: Any, rounding: Any
-) -> ForwardCall | None:
-    """The call for operands like some that were checked before; None where more must be looked at: another type, a
-    mode, a transformation, memory that does not hold the values."""
-    if not (
-        type(x) in TENSORS
-        and (weight is None or type(weight) in TENSORS)
-        and (residual is None or type(residual) in TENSORS)
-        and type(eps) is type(weight_offset) is float
-        and type(cast_before_scale) is type(rounding[1]) is bool
-        and not _dispatch_modes()
-        and _transformation() is None
-        and _tracing() is None
-        and forward_ad._current_level < 0
-    ):
-        return None
-    device = x.get_device()
-    try:
-        if weight is None:
-            n, dtype = x.shape[-1], None
-        else:
-            n, dtype = weight.numel(), weight.dtype
-            if weight.dim() != 1 or weight.get_device() != device or weight.is_neg() or x.shape[-1] != n:
-                return None
-        added = None if residual is None else residual.dtype
-        call = _prepared[x.dtype, n, dtype, eps, cast_before_scale, weight_offset, device, added, rounding]
-    except (KeyError, IndexError, RuntimeError, TypeError):  # like none before, without an axis, sparse, or no dtype
-        return None
-    if x.is_neg() or (
-        residual is not None and (residual.shape != x.shape or residual.get_device() != device or residual.is_neg())
-    ):
-        return None
-    return call
-
-
-def _added(x: Tensor, residual: Tensor, weight: Tensor | None, call: ForwardCall) -> tuple[Tensor, Tensor]:
-    if _grad_enabled() and (x.requires_grad or residual.requires_grad or (weight is not None and weight.requires_grad)):
-        return _eager.norm(x, residual, weight, call)
-    return call.added(x, residual, weight)
-
-
-def _refuse(x: Tensor, reason: launch.Unavailable) -> None:
-    """Raised before anything is written; other rows of that length follow."""
-    direct.refuse(x.shape[-1], x.get_device(), str(reason))
-
-
-def _prepare(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec, as_given: tuple[Any, Any]
-) -> ForwardCall | None:
-    """The call for these operands, which were checked, and from now on for others like them; None where no kernel can
-    be launched, for which `explain` has the reason. Raises launch.Unavailable where that turns out only now.
-
-    as_given: cast_before_scale and the Rounding by which such a call is looked up."""
-    if _library.path(x) is not direct:
-        return None
-    call = direct.call_of(x, residual, weight, spec)
-    cast_before_scale, rounding = as_given
-    options = spec.eps, cast_before_scale, spec.weight_offset
-    dtypes = None if weight is None else weight.dtype, None if residual is None else residual.dtype
-    _prepared[x.dtype, x.shape[-1], dtypes[0], *options, x.get_device(), dtypes[1], rounding] = call
-    return call

@@ -6,12 +6,13 @@ A call is then: allocate the results, put addresses and counts in order, launch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from pallas_norm.kernels.launch_arguments import BYTES, COUNT
-from pallas_norm.plans.plan import Plan, Source, from_memory
+from pallas_norm.plans.plan import from_memory, may_be_in_place
 
 from . import _options, _torch_state, _validate, launch, rows
 from ._kernels import Backward, Forward, program_of
@@ -29,15 +30,6 @@ NO_LIMIT = 1 << 62  # of the blocks that have a CTA each
 _empty, _empty_like = torch.empty, torch.empty_like
 _current_device = _torch_state.current_device
 _stream = _torch_state.stream
-
-
-def may_be_in_place(plan: Plan, count: int) -> bool:
-    """Whether no warp of a kernel reads a row of `count` that another one may have written.
-
-    Rows that are read twice are such rows, and those that fill no block: every warp holds them, and one may have
-    written before another has read. racecheck, which slows warps down, showed the norm of a norm.
-    """
-    return plan.source is not Source.MEMORY and not count % plan.block
 
 
 class ForwardCall:
@@ -84,7 +76,7 @@ class ForwardCall:
         blocks, left = divmod(x.numel(), self._block_elements)
         # An address is 0 for autograd's zero tensors, which have no memory.
         if (x_at | weight_at) % ALIGNMENT or left or not (x_at and x.is_contiguous() and weight.is_contiguous()):
-            return self(x, None, weight)[0]
+            return self._less_plain(x, weight, x_at, weight_at)
         y = _empty_like(x) if self.y_dtype is None else _empty_like(x, dtype=self.y_dtype)
         full = blocks if blocks < self._most else self._most
         values = x_at, weight_at, blocks * COUNT, full * COUNT, 0, y.data_ptr()
@@ -92,6 +84,19 @@ class ForwardCall:
             self._go(_stream(self.device), full * self._cluster, values)
         else:
             self._run.elsewhere(_stream(self.device), full * self._cluster, values)
+        return y
+
+    def _less_plain(self, x: Tensor, weight: Tensor, x_at: int, weight_at: int) -> Tensor:
+        """y of rows at strides that a call has seen before, in one step; else through the longer way."""
+        if x.is_contiguous() or weight_at % ALIGNMENT or not (x_at and weight_at and weight.is_contiguous()):
+            return self(x, None, weight)[0]
+        numbers = self._layouts.get((x.shape, x.stride(), x_at % ALIGNMENT))
+        if numbers is None or self._at_strides is None:
+            return self(x, None, weight)[0]
+        y = _empty_like(x, dtype=self.y_dtype, memory_format=torch.contiguous_format)
+        blocks, left = divmod(x.numel() // self.n, self.plan.block)
+        values = x_at - x_at % ALIGNMENT, weight_at, blocks * COUNT, blocks * COUNT, 0, *numbers, y.data_ptr()
+        self._launch(self._at_strides, (blocks + left) * self._cluster, values)
         return y
 
     def added(self, x: Tensor, residual: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -183,7 +188,7 @@ class ForwardCall:
             self._launch(self._run, (full + left) * self._cluster, at)
         return y, s, rstd
 
-    def _launch(self, run: Any, grid: int, values: list[int]) -> None:
+    def _launch(self, run: Any, grid: int, values: Sequence[int]) -> None:
         if self.device == _current_device():
             run.launch(_stream(self.device), grid, values)
         else:

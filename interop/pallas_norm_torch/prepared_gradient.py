@@ -54,15 +54,22 @@ class BackwardCall:
     def __call__(
         self, x: Tensor, weight: Tensor | None, rstd: Tensor, dy: Tensor, ds: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        given = [x, rstd, dy] + ([] if weight is None else [weight]) + ([] if ds is None else [ds])
-        at = [tensor.data_ptr() for tensor in given]
-        if any(address % ALIGNMENT for address in at) or not all(tensor.is_contiguous() for tensor in given):
-            given = [rows.ready(tensor) for tensor in given]
-            at = [tensor.data_ptr() for tensor in given]
+        at = [x.data_ptr(), rstd.data_ptr(), dy.data_ptr()]
+        low_bits = at[0] | at[1] | at[2]
+        usual = x.is_contiguous() and rstd.is_contiguous() and dy.is_contiguous()
+        if weight is not None:
+            at.append(weight.data_ptr())
+            low_bits, usual = low_bits | at[-1], usual and weight.is_contiguous()
+        if ds is not None:
+            at.append(ds.data_ptr())
+            low_bits, usual = low_bits | at[-1], usual and ds.is_contiguous()
+        if low_bits % ALIGNMENT or not usual:
+            given = [rows.ready(tensor) for tensor in (x, rstd, dy, weight, ds) if tensor is not None]
+            at, x = [tensor.data_ptr() for tensor in given], given[0]
         kernel, dresidual, count = self.kernel, None, x.numel() // self.n
-        dx = _empty_like(given[0]) if kernel.dx is None else _empty_like(given[0], dtype=kernel.dx)
+        dx = _empty_like(x) if kernel.dx is None else _empty_like(x, dtype=kernel.dx)
         if kernel.dresidual is not None:
-            dresidual = _empty_like(given[0], dtype=kernel.dresidual)
+            dresidual = _empty_like(x, dtype=kernel.dresidual)
         if not count:
             return dx, dresidual, None if self._sum is None or weight is None else torch.zeros_like(weight)
         blocks, first_left, grid = self._grid.of(count)

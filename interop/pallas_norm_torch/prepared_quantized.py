@@ -23,6 +23,8 @@ _stream = _torch_state.stream
 class QuantizedCall:
     """q, and on request scales, s and y; of operands of the kernel's dtypes on its device."""
 
+    FORM = "results of 8 bits"
+
     def __init__(self, kernel: Quantized, device: int) -> None:
         gpu = launch.gpu_of(device)
         program = program_of(kernel, gpu)
@@ -56,13 +58,3 @@ class QuantizedCall:
             run = self._run.launch if self.device == _current_device() else self._run.elsewhere
             run(_stream(self.device), grid, at)
         return q, scales, s, y
-
-
-_calls: dict[tuple[Quantized, int], QuantizedCall] = {}
-
-
-def quantized_call(kernel: Quantized, device: int) -> QuantizedCall:
-    """The one for each, compiled at the first. Raises launch.Unavailable, and Misfit."""
-    if (found := _calls.get((kernel, device))) is not None:
-        return found
-    return _calls.setdefault((kernel, device), QuantizedCall(kernel, device))

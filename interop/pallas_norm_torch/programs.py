@@ -12,19 +12,25 @@ import jax.numpy as jnp
 
 from pallas_norm._dtypes import AS_S, Dtypes, GradientDtypes
 from pallas_norm._spec import Spec
+from pallas_norm.gated_reference import Form
 from pallas_norm.kernels import backward as backward_kernel
 from pallas_norm.kernels import dweight_sum
 from pallas_norm.kernels import forward as forward_kernel
+from pallas_norm.kernels import gated as gated_kernel
+from pallas_norm.kernels import gated_backward as gated_backward_kernel
 from pallas_norm.kernels import quantized as quantized_kernel
+from pallas_norm.kernels import rope as rope_kernel
 from pallas_norm.kernels.launch_arguments import COUNT, LaunchArguments
 from pallas_norm.plans.fitting import backward_plan_on, forward_plan_on
 from pallas_norm.plans.hardware import H200, Gpu
 from pallas_norm.plans.plan import BackwardPlan, Plan, from_memory
+from pallas_norm.plans.rope import rope_plan_on
 
 # The shape with which a kernel is traced; it bounds nothing. A multiple of every block; below 2^31 CTAs with clusters.
 NOMINAL_ROWS = 1 << 24
 
-Kind = Literal["forward", "quantized", "backward", "column_sum"]
+Kind = Literal["forward", "quantized", "rope", "gated", "backward", "gated_backward", "column_sum"]
+ROUNDED = {"x": "x", "residual": "residual", "weight": "weight", "q": "x", "q_weight": "weight"}  # by Dtypes' names
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +54,8 @@ class Program:
     gpu: Gpu = H200
     q_dtype: str = "int8"  # of quantized
     group: int = 0  # of quantized: elements that share a scale that is computed; 0: it is given
+    form: Form | None = None  # of gated
+    groups: int = 1  # of gated: weights, which rows have in turn
 
     @functools.cached_property
     def plan(self) -> Plan | None:
@@ -57,21 +65,34 @@ class Program:
             read = tuple(dtypes[name] for name in ("x", "residual") if name in dtypes)
             plan = forward_plan_on(self.gpu, self.n, self.rounding.s, residual="residual" in dtypes, read=read)
             return from_memory(plan) if self.strided else plan
-        if self.kind == "backward":
-            options: dict[str, Any] = {"residual": "ds" in dtypes, "with_dweight": "dweight" in self.outputs}
-            return backward_plan_on(self.gpu, self.n, dtypes["x"], dy_dtype=dtypes["dy"], **options)
+        if self.kind == "rope":
+            return rope_plan_on(self.gpu, self.n, dtypes["q"])
+        weights = self.groups if "weight" in dtypes else 1
+        if self.kind == "gated":
+            read = dtypes["x"], dtypes["gate"]
+            plan = forward_plan_on(self.gpu, self.n, dtypes["x"], residual=True, read=read)
+            return gated_kernel.fitted(from_memory(plan) if self.strided else plan, weights)
+        if self.kind in ("backward", "gated_backward"):
+            three = "ds" in dtypes or "gate" in dtypes
+            options: dict[str, Any] = {"residual": three, "with_dweight": "dweight" in self.outputs}
+            plan = backward_plan_on(self.gpu, self.n, dtypes["x"], dy_dtype=dtypes["dy"], **options)
+            return gated_kernel.fitted(plan, weights)
         return None
 
     @property
     def rounding(self) -> Dtypes:
         """What a kernel's steps round to."""
-        return self.spec.dtypes(**{name: dtype for name, dtype in self.dtypes if name in ("x", "residual", "weight")})
+        return self.spec.dtypes(**{ROUNDED[name]: dtype for name, dtype in self.dtypes if name in ROUNDED})
 
     def result_dtype(self, name: str) -> str:
         """Of an output."""
         if name in ("y", "s"):
             return getattr(self.rounding, name).name
-        of_gradients = {"dx": self.dx_dtypes.dx or dict(self.dtypes).get("x"), "dresidual": self.dx_dtypes.dresidual}
+        if self.kind == "rope":
+            return self.rounding.y.name
+        given = dict(self.dtypes)
+        of_gradients = {"dx": self.dx_dtypes.dx or given.get("x"), "dresidual": self.dx_dtypes.dresidual}
+        of_gradients["dgate"] = given.get("gate")
         return of_gradients.get(name) or "float32"
 
     @functools.cached_property
@@ -79,7 +100,9 @@ class Program:
         """What each number is multiplied with to be passed as an address."""
         if self.kind == "column_sum":
             return {"rows": COUNT}
-        rows_of = [name for name in (*dict(self.dtypes), *self.outputs) if name in ("x", "residual", "y", "s")]
+        if self.kind == "rope":
+            return dict.fromkeys(rope_kernel.NUMBERS, COUNT)
+        rows_of = [name for name in (*dict(self.dtypes), *self.outputs) if name in ("x", "residual", "gate", "y", "s")]
         return LaunchArguments.units(rows_of if self.strided else ())
 
     @property
@@ -88,7 +111,10 @@ class Program:
 
     @property
     def structs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        shapes = {"weight": (self.n,), "rstd": (NOMINAL_ROWS,), "scale": (1,)}
+        shapes = {"weight": (self.groups * self.n,), "rstd": (NOMINAL_ROWS,), "scale": (1,)}
+        if self.kind == "rope":
+            shapes |= dict.fromkeys(("q", "k"), (NOMINAL_ROWS, 1, self.n))
+            shapes |= dict.fromkeys(("q_weight", "k_weight"), (self.n,))
         arrays = [jax.ShapeDtypeStruct(shapes.get(name, (NOMINAL_ROWS, self.n)), dtype) for name, dtype in self.dtypes]
         return (*arrays, *(jax.ShapeDtypeStruct((1,), jnp.int32) for _ in self.numbers))
 
@@ -98,6 +124,8 @@ class Program:
             if self.kind == "column_sum":
                 return dweight_sum.column_sum(operands["parts"], operands["rows"], self.dweight_dtype, interpret=False)
             plan = self.plan
+            if self.kind in ("gated", "gated_backward"):
+                return self._gated(operands)
             if self.kind == "forward":
                 assert plan is not None
                 results = forward_kernel.forward(
@@ -114,6 +142,11 @@ class Program:
                     with_y="y" in self.outputs,
                     interpret=False,
                 )
+            elif self.kind == "rope":
+                assert plan is not None
+                results = rope_kernel.rope(
+                    operands, plan=plan, dtypes=self.rounding, spec=self.spec, heads=None, interpret=False
+                )
             else:
                 assert isinstance(plan, BackwardPlan)
                 options: Any = {"with_dweight": "dweight" in self.outputs, "dx_dtypes": self.dx_dtypes}
@@ -123,3 +156,16 @@ class Program:
             return tuple(results[name] for name in self.outputs)
 
         return kernel
+
+    def _gated(self, operands: dict[str, jax.Array]) -> Any:
+        plan, form = self.plan, self.form
+        assert plan is not None
+        assert form is not None
+        options: dict[str, Any] = {"spec": self.spec, "form": form, "interpret": False}
+        if self.kind == "gated":
+            results = gated_kernel.forward(operands, plan=plan, with_rstd="rstd" in self.outputs, **options)
+        else:
+            assert isinstance(plan, BackwardPlan)
+            with_dweight = "dweight" in self.outputs
+            results = gated_backward_kernel.partial_dweights(operands, plan=plan, with_dweight=with_dweight, **options)
+        return tuple(results[name] for name in self.outputs)

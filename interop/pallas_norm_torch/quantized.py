@@ -5,7 +5,6 @@ else."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from pallas_norm._spec import Spec
 from . import _options, _quantized_library, _torch_state, _validate, ops
 
 Tensor = torch.Tensor
-DTYPES = (torch.float8_e4m3fn, torch.int8)
 
 
 def rms_norm_quantized(
@@ -46,11 +44,15 @@ def rms_norm_quantized(
     Returns: (q, scale), with return_y (q, scale, y). q is `[..., n]`, scale float32: `[..., 1]`, with group_size
         `[..., n / 128]`, of one that was given `[]`.
 
-    Where it runs: as `rms_norm`; rows that lie at strides are copied first.
+    Where it runs: as `rms_norm`; rows that lie at strides are copied first. Not of a DTensor: pass its to_local().
 
-    Differentiation: none; NotImplementedError where an operand requires grad.
+    Differentiation: none; NotImplementedError where an operand, the scale too, requires grad.
 
     Raises: as `rms_norm`; TypeError, ValueError also of dtype, scale and group_size.
+
+    Example:
+        q, scale = rms_norm_quantized(x, weight)              # per token
+        q, scale = rms_norm_quantized(x, weight, scale=0.02)  # static
 
     Source: vLLM's `dynamic_per_token_scaled_fp8_quant` and compressed-tensors' `calculate_qparams`; docs/quantized.md
         tells where they differ.
@@ -77,12 +79,15 @@ def add_rms_norm_quantized(
 
     Arguments:
         x: `[..., n]`, bfloat16, float16 or float32.
-        residual: `[..., n]`, of the dtype and device of x.
+        residual: `[..., n]`, on the device of x; its dtype, which s has, may be another.
         weight, eps, dtype, scale, group_size, return_y, cast_before_scale, weight_offset: as for `rms_norm_quantized`.
 
     Returns: (q, scale, s), with return_y (q, scale, s, y).
 
     Raises: as `rms_norm_quantized`.
+
+    Example:
+        q, scale, s = add_rms_norm_quantized(x, residual, weight)
 
     Source: as `rms_norm_quantized`; `LlamaDecoderLayer` in Hugging Face's transformers for the addition.
     """
@@ -115,22 +120,20 @@ def _norm(
     *,
     with_residual: bool,
 ) -> tuple[Tensor, ...]:
-    if not torch.compiler.is_compiling() and _torch_state.is_stand_in(x, residual, weight):
+    if not torch.compiler.is_compiling() and _torch_state.is_stand_in(x, residual, weight, scale):
         function: Any = add_rms_norm_quantized if with_residual else rms_norm_quantized
         given = (x, residual, weight) if with_residual else (x, weight)
         named: Any = {"dtype": dtype, "scale": scale, "group_size": group_size, "return_y": return_y}
         named |= {"cast_before_scale": cast_before_scale, "weight_offset": weight_offset}
-        return handle_torch_function(function, given, *given, eps, **named)
+        return handle_torch_function(function, (*given, scale), *given, eps, **named)
     compiling = torch.compiler.is_compiling()
     if not compiling:
-        _quantized_library.no_gradient(x, residual, weight)
+        _quantized_library.no_gradient(x, residual, weight, scale)
         spec = _options.spec(x, residual, weight, eps, cast_before_scale, weight_offset, with_residual=with_residual)
         eps, cast_before_scale, weight_offset = spec.eps, spec.cast_before_scale, spec.weight_offset
-    if dtype not in DTYPES:
-        shown = _validate.dtype_name(dtype) if isinstance(dtype, torch.dtype) else f"a {type(dtype).__name__}"
-        raise TypeError(f"dtype is {shown}; needed torch.float8_e4m3fn or torch.int8, the dtype of q")
+    _quantized_library.check_dtype(dtype)
     group = _api_quantized.group_of(x.shape[-1], group_size, given=scale is not None)
-    scale = None if scale is None else one_scale(scale, x)
+    scale = None if scale is None else _quantized_library.one_scale(scale, x)
     with_y = _validate.flag("return_y", return_y)
     if not compiling and ops._plain(x, residual, weight, scale):
         spec = Spec(eps, cast_before_scale, weight_offset)
@@ -141,18 +144,3 @@ def _norm(
     q, scales, s, y = found
     scales = scales if scale is None else scale
     return (q, scales, *((s,) if with_residual else ()), *((y,) if with_y else ()))
-
-
-def one_scale(value: Any, x: Tensor) -> Tensor:
-    """A float32 scalar on the device of x."""
-    if not isinstance(value, Tensor):
-        return torch.full((), _api_quantized.positive(value), dtype=torch.float32, device=x.device)
-    if math.prod(value.shape) != 1 or value.ndim > 1:
-        raise ValueError(
-            f"scale is {_validate.describe(value)}; needed one number: pass scale=None to compute one for each row"
-        )
-    if value.dtype != torch.float32:
-        raise TypeError(f"scale is {_validate.describe(value)}; needed float32: cast it with scale.to(torch.float32)")
-    if value.device != x.device:
-        raise ValueError(f"scale is on {value.device} but x is on {x.device}; move it with scale.to(x.device)")
-    return value.reshape(())

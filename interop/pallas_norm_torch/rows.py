@@ -9,6 +9,7 @@ import torch
 from pallas_norm.kernels.launch_arguments import ALIGNMENT
 
 Tensor = torch.Tensor
+LARGEST = 2**31 - 1  # of a number of a launch
 
 
 class Strides(NamedTuple):
@@ -68,3 +69,36 @@ def strided(tensors: dict[str, Tensor], *, vec: int) -> Places | None:
 def fresh(row_bytes: int, group: int) -> Strides:
     """Of a contiguous, aligned tensor with rows of so many bytes."""
     return Strides(0, group * row_bytes, row_bytes if group > 1 else 0)
+
+
+class Heads(NamedTuple):
+    """A tensor [..., heads, n] as the kernel reads it: head h of token t begins at element offset + t * outer + h *
+    inner from an aligned address."""
+
+    heads: int
+    tokens: int
+    offset: int
+    outer: int
+    inner: int
+
+
+def heads_of(tensor: Tensor, *, vec: int) -> Heads | None:
+    """None where the kernel cannot read the tensor as it lies: the last axis must be contiguous, the tokens must come
+    down to one axis, and every row must begin at a multiple of vec elements."""
+    *batch, heads, _ = tensor.shape
+    *steps, inner, last = tensor.stride()
+    outer, tokens = 0, 1
+    for size, step in zip(reversed(batch), reversed(steps), strict=True):
+        if size == 1:
+            continue
+        if tokens == 1:
+            outer = step
+        elif step != outer * tokens:
+            return None
+        tokens *= size
+    size = tensor.element_size()
+    offset = tensor.data_ptr() % ALIGNMENT
+    inner = inner if heads > 1 else 0
+    if last != 1 or offset % (vec * size) or outer % vec or inner % vec or max(outer, inner) > LARGEST:
+        return None
+    return Heads(heads, tokens, offset // size, outer, inner)

@@ -39,6 +39,9 @@ def rmsnorm_hf(input: Tensor, weight: Tensor, eps: float = 1e-6, out: Tensor | N
     Raises: RuntimeError for another dtype, as SGLang's; TypeError and ValueError as `rms_norm`, ValueError also for
         other than two axes.
 
+    Example:
+        y = rmsnorm_hf(x, weight, 1e-5)
+
     Source: sglang.jit_kernel.rmsnorm_hf.
     """
     _check(input, weight)
@@ -65,6 +68,9 @@ def fused_add_rmsnorm(
         cast_x_before_out_mul: True rounds to the dtype of input before the weight multiplies, as Hugging Face does.
 
     Raises: as `add_rms_norm` with out=input and s_out=residual.
+
+    Example:
+        fused_add_rmsnorm(x, residual, weight, cast_x_before_out_mul=True)
 
     Source: sglang.kernels.ops.layernorm.norm.fused_add_rmsnorm.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import traceback
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pallas_norm_torch import RMSNorm, add_rms_norm, rms_norm
+from pallas_norm_torch import RMSNorm, add_rms_norm, rms_norm, rms_norm_gated, rms_norm_rope
 from tests.interop.cases import assert_same, draw
 
 RANKS, N = 2, 64
@@ -204,6 +205,75 @@ def differentiated_twice(mesh: Any) -> None:
     weight = placed(mesh, Replicate(), N, seed=1, dtype=torch.float32)
     for found, expected in zip(second(x, weight), second(whole(x), whole(weight)), strict=True):
         torch.testing.assert_close(whole(found), expected, rtol=1e-4, atol=1e-4)
+
+
+@case
+def gated(mesh: Any) -> None:
+    from torch.distributed.tensor import Partial, Replicate
+
+    for placement in placements().values():
+        for of_gate in placements().values():  # which goes where x is
+            x, dy = (placed(mesh, placement, 4, 6, N, seed=seed, dtype=torch.float32) for seed in (0, 1))
+            gate = placed(mesh, of_gate, 4, 6, N, seed=2, dtype=torch.float32)
+            weight = placed(mesh, Replicate(), N, seed=3, dtype=torch.float32)
+            leaves = [one.detach().requires_grad_() for one in (x, gate, weight)]
+            plain = [whole(one).requires_grad_() for one in leaves]
+            for activation in ("silu", "sigmoid"):
+                y = rms_norm_gated(*leaves, activation=activation, group_size=32)
+                expected = rms_norm_gated(*plain, activation=activation, group_size=32)
+                assert_same(whole(y), expected.detach())
+                if placement == of_gate:
+                    assert y.placements == (placement,), y.placements
+                dx, dgate, dweight = torch.autograd.grad(y, leaves, dy)
+                right = torch.autograd.grad(expected, plain, whole(dy))
+                assert_same(whole(dx), right[0])
+                assert_same(whole(dgate), right[1])
+                assert dweight.placements[0] in (Partial(), Replicate())
+                # As above, of one norm.
+                torch.testing.assert_close(whole(dweight), right[2], rtol=0.0, atol=25 * 2**-24 * 24 * 25)
+
+
+@case
+def a_sharded_last_axis_of_gated_norms_is_gathered(mesh: Any) -> None:
+    from torch.distributed.tensor import Shard
+
+    x, weight = placed(mesh, Shard(1), 4, N), placed(mesh, Shard(0), N, seed=1)
+    assert_same(whole(rms_norm_gated(x, x, weight)), rms_norm_gated(whole(x), whole(x), whole(weight)))
+
+
+@case
+def rotated_heads(mesh: Any) -> None:
+    """By tokens, by heads as tensor parallelism has them, and whole; of q and k as many heads as there are ranks, and
+    more of q."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    tokens, q_heads, k_heads = 6, 4, 2
+    for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
+        of_pair = functools.partial(placed, mesh, placement, dtype=torch.float32)
+        for batch in (1, 4):  # of the angles
+            q, dq = (of_pair(4, tokens, q_heads, N, seed=seed) for seed in (0, 1))
+            k, dk = (of_pair(4, tokens, k_heads, N, seed=seed) for seed in (2, 3))
+            cos, sin, *weights = (
+                placed(mesh, Replicate(), *shape, seed=seed, dtype=torch.float32)
+                for seed, shape in enumerate(((batch, tokens, N),) * 2 + ((N,),) * 2, 4)
+            )
+            leaves = [one.detach().requires_grad_() for one in (q, k, *weights)]
+            plain = [whole(one).requires_grad_() for one in leaves]
+            results = rms_norm_rope(leaves[0], leaves[1], cos, sin, *leaves[2:])
+            expected = rms_norm_rope(plain[0], plain[1], whole(cos), whole(sin), *plain[2:])
+            for one, other in zip(results, expected, strict=True):
+                assert one.placements == (placement,), one.placements
+                assert_same(whole(one), other.detach())
+            found = torch.autograd.grad(results, leaves, (dq, dk), retain_graph=True)
+            right = torch.autograd.grad(expected, plain, (whole(dq), whole(dk)), retain_graph=True)
+            for one, other in zip(found[:2], right[:2], strict=True):
+                assert_same(whole(one), other)
+            for one, other in zip(found[2:], right[2:], strict=True):
+                assert one.placements[0] in (Partial(), Replicate())
+                # Sums of 96 terms at most, in another order; |dy| and |unit| stay below 8 and 5.
+                torch.testing.assert_close(whole(one), other, rtol=0.0, atol=2 * 96 * 2**-24 * 96 * 40)
+            (alone,) = torch.autograd.grad(results[1], leaves[1], dk)  # of q nothing is asked
+            assert_same(whole(alone), right[1])
 
 
 @case

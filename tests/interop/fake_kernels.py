@@ -12,20 +12,26 @@ from typing import Any
 import pytest
 import torch
 
+from pallas_norm._spec import Spec
 from pallas_norm.kernels.launch_arguments import BYTES, COUNT
 from pallas_norm.plans.hardware import H200
 from pallas_norm.plans.plan import BackwardPlan
 from pallas_norm_torch import (
+    _form_calls,
     _library,
+    _lookup,
     _options,
     _out,
     direct,
+    gated_statements,
     launch,
-    ops,
     prepared,
+    prepared_gated,
     prepared_gradient,
     prepared_quantized,
+    prepared_rope,
     quantized_statements,
+    rope_statements,
     rows,
     statements,
 )
@@ -35,6 +41,7 @@ from pallas_norm_torch.programs import Program
 Tensor = torch.Tensor
 ALIGNMENT = 64  # of torch's allocations on a CPU
 GRID_OF_SUM = 7
+FORWARD = Program("forward", 4096, (("x", "bfloat16"), ("weight", "bfloat16")), ("y",), Spec())
 
 
 def at(address: int, dtype: torch.dtype, elements: int) -> Tensor:
@@ -42,6 +49,11 @@ def at(address: int, dtype: torch.dtype, elements: int) -> Tensor:
     assert address, "no memory"
     memory = (ctypes.c_char * (elements * dtype.itemsize)).from_address(address)
     return torch.frombuffer(memory, dtype=dtype)
+
+
+def program_n(program: Program) -> int:
+    """Of all weights that rows have in turn."""
+    return program.n * program.groups
 
 
 class FakeKernel:
@@ -61,6 +73,7 @@ class FakeKernel:
         named = dict(zip((*program.inputs, *program.outputs), values, strict=True))
         self.launches.append((stream, grid, named))
         run = {"forward": self._forward, "quantized": self._quantized, "backward": self._backward}
+        run |= {"rope": self._rope, "gated": self._gated, "gated_backward": self._gated_backward}
         run.get(program.kind, self._sum)(grid, named)
 
     def _rows(self, grid: int, named: dict[str, int]) -> int:
@@ -73,7 +86,7 @@ class FakeKernel:
     def _seen(self, name: str, dtype: torch.dtype, count: int, named: dict[str, int]) -> Tensor:
         n = self.program.n
         if name in ("weight", "rstd", "scale"):
-            return at(named[name], dtype, {"weight": n, "rstd": count, "scale": 1}[name])
+            return at(named[name], dtype, {"weight": program_n(self.program), "rstd": count, "scale": 1}[name])
         if name == "scales":
             groups = n // self.program.group
             return at(named[name], dtype, count * groups).view(count, groups)
@@ -124,6 +137,59 @@ class FakeKernel:
             assert value is not None
             self._write(name, value, count, named)
 
+    def _of_gated(self, grid: int, named: dict[str, int]) -> tuple[int, dict[str, Tensor], Any]:
+        """(rows of the kernel, operands as whole rows, the form)."""
+        program, count = self.program, self._rows(grid, named)
+        assert program.form is not None
+        given = {name: self._read(name, dtype, count, named) for name, dtype in program.dtypes}
+        assert not count % program.groups
+        whole = {name: value.reshape(count // program.groups, -1) for name, value in given.items() if name != "weight"}
+        return count, whole | {name: value for name, value in given.items() if name == "weight"}, program.form
+
+    def _gated(self, grid: int, named: dict[str, int]) -> None:
+        count, given, form = self._of_gated(grid, named)
+        y, rstd = gated_statements.forward(given["x"], given["gate"], given.get("weight"), self.program.spec, form)
+        results = {"y": y + self.off if self.off else y, "rstd": rstd}
+        for name in self.program.outputs:
+            self._write(name, results[name].reshape(count, -1).squeeze(-1 if name == "rstd" else 1), count, named)
+
+    def _gated_backward(self, grid: int, named: dict[str, int]) -> None:
+        program, plan = self.program, self.program.plan
+        assert plan is not None
+        count, given, form = self._of_gated(grid, named)
+        operands = given["x"], given["gate"], given.get("weight"), given["rstd"], given["dy"], program.spec, form
+        dx, dgate, _ = gated_statements.backward(*operands, with_dweight=False)
+        for name, value in (("dx", dx), ("dgate", dgate)):
+            self._write(name, (value + self.off if self.off else value).reshape(count, -1), count, named)
+        if "dweight" in program.outputs:
+            used = grid // plan.cluster
+            parts = at(named["dweight"], torch.float32, used * program.n).view(used, -1)
+            parts.zero_()
+            for row, terms in enumerate(gated_statements.dweight_terms(*operands).reshape(count, -1)):
+                parts[row % used] += terms
+
+    def _rope(self, grid: int, named: dict[str, int]) -> None:
+        program, plan, n = self.program, self.program.plan, self.program.n
+        assert plan is not None
+        numbers = {name: named[name] // COUNT for name in program.numbers}
+        dtypes = {name: getattr(torch, dtype) for name, dtype in program.dtypes}
+        positions, blocks = numbers["positions"], [-(-(numbers[f"{name}_last"] + 1) // plan.block) for name in "qk"]
+        assert (blocks[0], sum(blocks)) == (numbers["q_blocks"], grid)
+        cos, sin = (at(named[name], dtypes[name], positions * n).view(positions, n) for name in ("cos", "sin"))
+        for name in "qk":
+            last, heads, offset, outer, inner = (
+                numbers[f"{name}_{what}"] for what in ("last", "heads", "offset", "outer", "inner")
+            )
+            tokens = torch.arange(last + 1) // heads
+            starts = offset + tokens * outer + torch.arange(last + 1) % heads * inner
+            whole = at(named[name], dtypes[name], int(starts.max()) + n)
+            x = torch.stack([whole[start : start + n] for start in starts.tolist()])
+            weight = at(named[f"{name}_weight"], dtypes["q_weight"], n) if "q_weight" in dtypes else None
+            y, _, _ = statements.forward(x, None, weight, program.spec, with_rstd=False)
+            rotated = rope_statements.rotated(y[:, None], cos[tokens % positions], sin[tokens % positions])[:, 0]
+            out = at(named[f"{name}_out"], y.dtype, (last + 1) * n).view(last + 1, n)
+            out.copy_(rotated + self.off if self.off else rotated)
+
     def _backward(self, grid: int, named: dict[str, int]) -> None:
         count, plan = self._rows(grid, named), self.program.plan
         assert isinstance(plan, BackwardPlan)
@@ -152,6 +218,11 @@ class FakeKernel:
         at(named["dweight"], getattr(torch, self.program.dweight_dtype), n).copy_(total)
 
 
+def expected(x: Tensor, weight: Tensor | None, residual: Tensor | None = None) -> Any:
+    """y and s, which a fake kernel computes."""
+    return statements.forward(x, residual, weight, Spec(), with_rstd=False)[:2]
+
+
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> dict[Program, FakeKernel]:
     """CPU tensors take the direct launch inside, with fake kernels, which are kept here by program."""
@@ -163,15 +234,16 @@ def made(monkeypatch: pytest.MonkeyPatch) -> dict[Program, FakeKernel]:
 
     monkeypatch.setattr(launch, "kernel", kernel)
     monkeypatch.setattr(launch, "gpu_of", lambda device: H200)
-    monkeypatch.setattr(_library, "path", lambda x: direct)
+    monkeypatch.setattr(_library, "path", lambda x, n=None: direct)
     for module in (prepared, prepared_gradient, rows, _out):
         monkeypatch.setattr(module, "ALIGNMENT", ALIGNMENT)
     monkeypatch.setattr(prepared, "_forward", {})
-    for module in (prepared_gradient, prepared_quantized):
+    for module in (prepared_gradient, _form_calls):
         monkeypatch.setattr(module, "_calls", {})
-    for module, name in ((ops, "_prepared"), (direct, "calls")):
+    monkeypatch.setattr(_form_calls, "_refused", {})
+    for module, name in ((_lookup, "_prepared"), (direct, "calls")):
         monkeypatch.setattr(module, name, calls)
     monkeypatch.setattr(direct, "_refused", {})
-    for module in (prepared, prepared_gradient, prepared_quantized):
+    for module in (prepared, prepared_gradient, prepared_quantized, prepared_gated, prepared_rope):
         monkeypatch.setattr(module, "_stream", lambda device: 99)
     return kernels

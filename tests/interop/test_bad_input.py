@@ -32,6 +32,25 @@ class Half(float):
 
 
 NEEDED_FLOAT = "needed a Python float: pass float(eps)"
+
+
+def backward(rstd: Any = None, dy: Any = X, ds: Any = None) -> Any:
+    rstd = torch.ones(8) if rstd is None else rstd
+    return torch.ops.pallas_norm.rms_norm_backward(X, W, rstd, dy, ds, 1e-6, True, 0.0, True)  # noqa: FBT003
+
+
+def quantized(
+    weight: Any = W,
+    scale: Any = None,
+    dtype: Any = torch.int8,
+    group: int = 0,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+) -> Any:
+    options = False, eps, True, weight_offset
+    return torch.ops.pallas_norm.rms_norm_quantized(X, None, weight, scale, dtype, group, *options)
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # x
     "x is a list": (lambda: rms_norm([1.0]), TypeError, "x is a list; needed a torch.Tensor: wrap it with torch.as_tensor (a JAX or NumPy array: use pallas_norm.rms_norm)"),
@@ -135,6 +154,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "operator with a negative eps": (lambda: torch.ops.pallas_norm.rms_norm(X, W, -1.0, True, 0.0), ValueError, "eps is -1.0; needed eps >= 0: it is added to a mean of squares"),  # noqa: FBT003
     "operator with an offset alone": (lambda: torch.ops.pallas_norm.rms_norm(X, None, 1e-6, True, 1.0), ValueError, "weight_offset is 1.0 but weight is None: there is nothing to add it to; pass a weight"),  # noqa: FBT003
     "operator with a short dy": (lambda: torch.ops.pallas_norm.rms_norm_backward(X, W, torch.ones(8), X[:4], None, 1e-6, True, 0.0, True), ValueError, "dy has shape (4, 64); needed (8, 64), which belongs to x"),  # noqa: FBT003
+    "operator with rstd of 16 bits": (lambda: backward(rstd=torch.ones(8).bfloat16()), TypeError, "rstd is bfloat16[8] on cpu; needed float32: cast it first"),
+    "operator with rstd of one row": (lambda: backward(rstd=torch.ones(1)), ValueError, "rstd has shape (1,); needed (8,), which belongs to x"),
+    "operator with a dy elsewhere": (lambda: backward(dy=X.to("meta")), ValueError, "dy is on meta but x is on cpu; move one of them with .to"),
+    "operator with a dy of integers": (lambda: backward(dy=X.int()), TypeError, "dy is int32[8,64] on cpu; needed bfloat16, float16, float32: cast it first"),
+    "operator with a ds that is wider than x": (lambda: backward(ds=X.float()), TypeError, "ds is float32[8,64] on cpu; needed bfloat16: cast it first"),
+    "operator of 8 bits with a negative eps": (lambda: quantized(eps=-5.0), ValueError, "eps is -5.0; needed eps >= 0: it is added to a mean of squares"),
+    "operator of 8 bits with an offset alone": (lambda: quantized(weight=None, weight_offset=1.0), ValueError, "weight_offset is 1.0 but weight is None: there is nothing to add it to; pass a weight"),
+    "operator of 8 bits with 16": (lambda: quantized(dtype=torch.bfloat16), TypeError, "dtype is bfloat16; needed torch.float8_e4m3fn or torch.int8, the dtype of q"),
+    "operator of 8 bits with groups of 3": (lambda: quantized(group=3), ValueError, "group_size is 3; needed 128, or None for one scale for each row"),
+    "operator of 8 bits with two scales": (lambda: quantized(scale=torch.ones(2)), ValueError, "scale is float32[2] on cpu; needed one number: pass scale=None to compute one for each row"),
     # the others
     "module with an offset alone": (lambda: RMSNorm(64, with_weight=False, weight_offset=1.0), ValueError, "weight_offset is 1.0 but weight is None: there is nothing to add it to; pass a weight"),
     "module of a text as eps": (lambda: RMSNorm(64, eps="1e-6"), TypeError, "eps is str; needed a Python float: pass float(eps)"),
@@ -151,6 +180,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "to_jax of a quantized tensor": (lambda: to_jax(torch.quantize_per_tensor(torch.zeros(4, 64), 0.1, 0, torch.qint8)), TypeError, "tensor is quantized (torch.qint8); needed a plain tensor: pass tensor.dequantize()"),
     "explain of float64": (lambda: explain(64, torch.float64, "cpu"), TypeError, "dtype is float64; needed torch.bfloat16, torch.float16 or torch.float32: cast x with x.to"),
     "explain of a name": (lambda: explain(64, "float32", "cpu"), TypeError, "dtype is a str; needed torch.bfloat16, torch.float16 or torch.float32: cast x with x.to"),
+    "explain of an array": (lambda: explain(64, np.zeros(2), "cpu"), TypeError, "dtype is a ndarray; needed torch.bfloat16, torch.float16 or torch.float32: cast x with x.to"),
     "explain of no length": (lambda: explain(0, torch.float32, "cpu"), ValueError, "n is 0; needed the length of a row, at least 1"),
     "explain of a float": (lambda: explain(64.0, torch.float32, "cpu"), TypeError, "n is a float; needed an int: the length of the last axis"),
     "to_jax of a view": (lambda: to_jax(X[:, :32]), ValueError, "tensor is bfloat16[8,32] and has strides (64, 1), which is not contiguous, so JAX would copy it; needed memory that can be shared: pass copy=True, or tensor.clone(memory_format=torch.contiguous_format)"),

@@ -33,6 +33,7 @@ def test_opcheck(weighted: bool, device: str) -> None:  # noqa: FBT001
         assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_one_frame_for_every_batch_size(backend: str, device: str) -> None:
@@ -150,3 +151,15 @@ def test_jit_trace_records_the_operator() -> None:
 def test_no_members_give_no_results() -> None:
     found = torch.func.vmap(rms_norm)(torch.zeros(0, 4, 64), torch.zeros(0, 64))
     assert found.shape == (0, 4, 64)
+
+
+def test_y_and_s_are_written_to_two_places() -> None:
+    """As eager, where memory tells; in a graph, the tensors themselves."""
+    x, place = torch.randn(4, 64), torch.empty(4, 64)
+
+    def twice(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        return add_rms_norm(x, x + 1, out=place, s_out=place)[0]
+
+    for function in (twice, torch.compile(twice, backend="eager", fullgraph=True)):
+        with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match="out overlaps s_out, and both are"):
+            function(x, place)

@@ -12,6 +12,7 @@ from torch import nn
 
 from pallas_norm_torch import _decoder_layers, add_rms_norm, patch
 from pallas_norm_torch._decoder_layers import UNKNOWN, fused_forward
+from tests.interop.launched import as_if_launched
 from tests.interop.tiny_models import same
 
 FACTOR = 1.0  # what the module says when the forward runs
@@ -108,6 +109,15 @@ class InPlace(Layer):
         return h + r
 
 
+class Hooked(Layer):
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """Of the sum's gradient the norm's part belongs to what the hook sees."""
+        r = h + self.mlp(h)
+        h = self.first_norm(r)
+        r.register_hook(lambda gradient: gradient.clamp(-1e-2, 1e-2))
+        return h + r
+
+
 class Super(Sandwich):
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         r = h + self.mlp(h)
@@ -136,6 +146,7 @@ class Renamed(Layer):
         (OfAnother, None),
         (TwoNames, ("first_norm",)),
         (InPlace, None),
+        (Hooked, None),
         (Super, None),
         (Renamed, None),
     ],
@@ -193,6 +204,30 @@ def test_the_fused_forward_has_the_defaults_the_module_and_the_lines_of_its_own(
         if one.filename == __file__ and one.name == "forward"
     )
     assert frame.line == "stream = h + self.mlp(h) * scale * FACTOR"
+
+
+class AddsANumber(Layer):
+    def forward(self, h: torch.Tensor, residual: Any = 0) -> Any:
+        h = residual + h
+        y = self.first_norm(h)
+        return y + h
+
+
+def test_what_is_added_may_be_a_number() -> None:
+    model, h = AddsANumber(), torch.randn(3, 64)
+    own = [model(h), model(h, 0.5), model(h, h)]
+    assert patch(model, fuse_residual=True).fused == {"AddsANumber": 1}
+    assert all(map(same, [model(h), model(h, 0.5), model(h, h)], own))
+
+
+def test_a_residual_that_is_negated_lazily_is_added_in_a_step() -> None:
+    model, h = AddsANumber(), torch.randn(3, 64)
+    negated = torch.randn(3, 64, dtype=torch.complex64).conj().imag
+    own = model(h, negated)
+    patch(model, fuse_residual=True)
+    with as_if_launched():
+        assert negated.is_neg()
+        torch.testing.assert_close(model(h, negated), own)
 
 
 def test_a_norm_without_the_name_of_one_is_taken_in() -> None:

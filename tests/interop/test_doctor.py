@@ -14,14 +14,15 @@ import pytest
 import torch
 
 from pallas_norm import __main__ as program
-from pallas_norm import _compat, _selfcheck
+from pallas_norm import _compat, _golden, _selfcheck
 from pallas_norm import _doctor as of_jax
 from pallas_norm._spec import Spec
+from pallas_norm.plans.hardware import H200, Gpu
 from pallas_norm.regimes import plan_for
-from pallas_norm_torch import _doctor, cache, direct, explain, ops, statements
+from pallas_norm_torch import _doctor, cache, direct, explain, launch, ops, statements
 
 ROOT = Path(__file__).parents[2]
-CASES = tuple(_selfcheck.Case(128, dtype, 5) for dtype in _selfcheck.DTYPES)
+CASES = tuple(_golden.case(128, dtype) for dtype in _golden.DTYPES)
 CPU = torch.device("cpu")
 
 
@@ -40,10 +41,8 @@ def test_the_report_has_torchs_version_way_and_checks(capsys: pytest.CaptureFixt
     text = capsys.readouterr().out
     assert f"torch {torch.__version__} sees " in text
     assert f"pallas_norm_torch, n = 4096 on cpu: {explain(4096, torch.bfloat16, CPU)}\n" in text
-    assert (
-        "ok     torch on cpu, n = 128, torch's own statements: bits and gradients in bfloat16, float16, float32\n"
-        in text
-    )
+    way = "torch's own statements in torch's order"
+    assert f"ok     torch on cpu, n = 128, {way}: bits and gradients in bfloat16, float16, float32\n" in text
     assert text.splitlines()[-1].startswith("Everything that was checked is right.")
 
 
@@ -58,7 +57,7 @@ def test_a_norm_that_rounds_once_is_named(capsys: pytest.CaptureFixture[str], mo
     assert program.main([]) == 1
     text = capsys.readouterr().out
     for name in ("rms_norm", "rms_norm in place", "add_rms_norm"):
-        where = f"torch on cpu, torch's own statements: {name}, 5 x 128 float16"
+        where = f"torch on cpu, torch's own statements in torch's order: {name}, 69 x 128 float16"
         pattern = rf"^WRONG  {where}: y: .* before the weight is missing$"
         assert re.search(pattern, text, re.MULTILINE)
     assert text.splitlines()[-1].endswith(f"say WRONG. Next: {of_jax.REPORT}")
@@ -73,7 +72,7 @@ def test_a_call_in_place_that_writes_nothing_is_named(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(ops, "rms_norm", deaf)
     (wrong,) = _doctor.check_case(CASES[0], CPU)
-    assert wrong.startswith("rms_norm in place, 5 x 128 bfloat16: y: ")
+    assert wrong.startswith("rms_norm in place, 69 x 128 bfloat16: y: ")
 
 
 def test_a_wrong_gradient_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +80,7 @@ def test_a_wrong_gradient_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statements, "backward", lambda *a, **o: tuple(2 * gradient for gradient in right(*a, **o)))
     wrong = _doctor.check_case(CASES[0], CPU)
     assert [sentence.split(": ")[:2] for sentence in wrong] == [
-        [f"{name}, 5 x 128 bfloat16", gradient]
+        [f"{name}, 69 x 128 bfloat16", gradient]
         for name in ("rms_norm", "add_rms_norm")
         for gradient in ("dx", "dweight")
     ]
@@ -97,10 +96,8 @@ def test_a_check_that_raises_is_a_wrong_line(
     monkeypatch.setattr(ops, "add_rms_norm", fails)
     assert program.main([]) == 1
     text = capsys.readouterr().out
-    assert (
-        "WRONG  torch on cpu, torch's own statements: 5 x 128 bfloat16: NotImplementedError: no such device here\n"
-        in text
-    )
+    case = "torch's own statements in torch's order: 69 x 128 bfloat16"
+    assert f"WRONG  torch on cpu, {case}: NotImplementedError: no such device here\n" in text
     assert "Traceback" not in text
 
 
@@ -140,8 +137,30 @@ def test_the_disk_cache_is_tried_and_left_as_it_was(tmp_path: Path, monkeypatch:
     assert str(cache.folder()) in line.text
 
 
+def test_kernels_are_held_to_bits_and_what_torch_adds_up_to_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, gpu = _golden.case(32768, "bfloat16"), torch.device("cuda", 0)
+    assert _doctor._promised(case, CPU, residual=False) == {}
+    monkeypatch.setattr(_doctor, "_launches", lambda *_: True)
+    monkeypatch.setattr(launch, "gpu_of", lambda _: H200)
+    assert _doctor._promised(case, gpu, residual=True) == _golden.bits(case, residual=True)
+    monkeypatch.setattr(launch, "gpu_of", lambda _: Gpu((8, 0), 166912, 108))  # no clusters: torch's backward pass
+    assert _doctor._promised(case, gpu, residual=True).keys() == {"s", "rstd", "y"}
+
+
+def test_a_kernel_with_another_order_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's statements stand in for it: they are within every bound."""
+    case = _golden.case(1000, "float32")
+    assert _doctor.check_case(case, CPU) == []
+    monkeypatch.setattr(_doctor, "_promised", lambda case, device, *, residual: _golden.bits(case, residual=residual))
+    wrong = _doctor.check_case(case, CPU)
+    for name in ("rms_norm", "add_rms_norm"):
+        for value in ("rstd", "dx"):
+            assert f"{name}, {case}: {value}: {_selfcheck.OTHER_BITS}" in wrong
+    assert f"rms_norm in place, {case}: y: {_selfcheck.OTHER_BITS}" in wrong
+
+
 def test_the_cases_reach_a_warp_one_warpgroup_several_and_a_cluster() -> None:
-    for dtype in _selfcheck.DTYPES:
+    for dtype in _golden.DTYPES:
         plans = [plan_for(case.n, dtype) for case in _doctor.KERNEL_CASES if case.dtype == dtype]
         shapes = [(plan.regime.value, plan.warpgroups > 1, plan.cluster > 1) for plan in plans]
         assert shapes == [("warp", False, False), ("cta", False, False), ("cta", True, False), ("cta", True, True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,9 +14,9 @@ import torch
 import torch.distributed.device_mesh
 import torch.multiprocessing
 
-from pallas_norm_torch import add_rms_norm, rms_norm
+from pallas_norm_torch import add_rms_norm, rms_norm, rms_norm_gated, rms_norm_rope
 from tests.interop import dtensor_cases
-from tests.interop.cases import draw
+from tests.interop.cases import assert_same, draw
 
 # Whatever of torch is imported first, by DTensor, may still use torch.jit.script.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
@@ -46,16 +47,19 @@ def mesh_of_one() -> Iterator[Any]:
     torch.distributed.destroy_process_group()
 
 
+def placed(mesh: Any, local: torch.Tensor, placement: Any) -> Any:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(local, mesh, [placement], run_check=False)
+
+
 @pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_placements(axis: int | None, mesh_of_one: Any, *, trains: bool) -> None:
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor import Partial, Replicate, Shard
 
     placement = Replicate() if axis is None else Shard(axis)
-
-    def place(tensor: torch.Tensor, placement: Any) -> Any:
-        return DTensor.from_local(tensor, mesh_of_one, [placement], run_check=False)
-
+    place = functools.partial(placed, mesh_of_one)
     last = place(draw(4, 32, dtype=torch.float32), Shard(1))
     assert rms_norm(last).placements[0] in (Replicate(), Shard(0))
     x, weight = place(draw(2, 4, 64, dtype=torch.float32), placement), place(torch.ones(64), Replicate())
@@ -75,6 +79,78 @@ def test_placements(axis: int | None, mesh_of_one: Any, *, trains: bool) -> None
     (first,) = torch.autograd.grad(rms_norm(x, weight).sin().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x)
     assert second.placements == (placement,)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_placements_of_gated_norms(axis: int | None, mesh_of_one: Any, *, trains: bool) -> None:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    placement = Replicate() if axis is None else Shard(axis)
+    place = functools.partial(placed, mesh_of_one)
+    last = place(draw(4, 32, dtype=torch.float32), Shard(1))
+    assert rms_norm_gated(last, last, group_size=32).placements[0] in (Replicate(), Shard(0))
+    x, gate = (place(draw(2, 4, 64, dtype=torch.float32, seed=seed), placement) for seed in (0, 1))
+    weight = place(torch.ones(64), Replicate())
+    with torch.inference_mode():
+        made = place(draw(2, 4, 64, dtype=torch.float32), placement)
+        y = rms_norm_gated(made, made)
+        assert y.placements == (placement,)
+        assert_same(y.to_local(), rms_norm_gated(made.to_local(), made.to_local()))
+    for wanted in (not trains, trains):
+        leaves = [one.detach().requires_grad_() for one in (x, gate)]
+        last = weight.detach().requires_grad_(wanted)
+        for group in (64, 32):
+            y = rms_norm_gated(*leaves, last, group_size=group)
+            plain = [one.to_local().detach().requires_grad_() for one in leaves]
+            of_weight = last.to_local().detach().requires_grad_()
+            expected = rms_norm_gated(*plain, of_weight, group_size=group)
+            assert y.placements == (placement,)
+            assert_same(y.to_local(), expected)
+            asked = [*leaves, last] if wanted else leaves
+            found = torch.autograd.grad(y.sum(), asked)
+            right = torch.autograd.grad(expected.sum(), [*plain, of_weight])
+            placements = [placement, placement, Replicate() if axis is None else Partial()]
+            for one, other, where in zip(found, right, placements, strict=False):
+                assert one.placements == (where,)
+                assert_same(one.to_local(), other)
+    (first,) = torch.autograd.grad(rms_norm_gated(*leaves).sin().sum(), leaves[:1], create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), leaves[:1])
+    assert second.placements == (placement,)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("axis", [None, 0, 1, 2])
+def test_placements_of_rotated_heads(axis: int | None, batch: int, mesh_of_one: Any) -> None:
+    """By tokens the angles go along, where they have the axis; by heads, and where all members share them, each rank
+    has them whole."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    placement = Replicate() if axis is None else Shard(axis)
+
+    def place(placement: Any, *shape: int, seed: int) -> Any:
+        return placed(mesh_of_one, draw(*shape, dtype=torch.float32, seed=seed), placement)
+
+    tokens = 6 if axis == 1 else 3
+    pair = [place(placement, 4 if axis != 0 else 2, 3, heads, 16, seed=heads) for heads in (4, 2)]
+    angles = [place(Replicate(), batch, tokens, 16, seed=seed) for seed in (5, 6)]
+    weights = [place(Replicate(), 16, seed=seed) for seed in (7, 8)]
+    leaves = [one.detach().requires_grad_() for one in (*pair, *weights)]
+    plain = [one.to_local().detach().requires_grad_() for one in leaves]
+    mine = [one.to_local()[: 2 if axis == 0 else 4, :3] for one in angles]
+    results = rms_norm_rope(leaves[0], leaves[1], *angles, *leaves[2:])
+    expected = rms_norm_rope(plain[0], plain[1], *mine, *plain[2:])
+    for one, other in zip(results, expected, strict=True):
+        assert one.placements == (placement,)
+        assert_same(one.to_local(), other.detach())
+    (alone,) = torch.autograd.grad(results[1].sum(), leaves[1], retain_graph=True)  # of q nothing is asked
+    assert alone.placements == (placement,)
+    found = torch.autograd.grad(sum(y.sin().sum() for y in results), leaves)
+    right = torch.autograd.grad(sum(y.sin().sum() for y in expected), plain)
+    of_weight = Replicate() if axis is None else Partial()
+    for one, other, where in zip(found, right, [placement, placement, of_weight, of_weight], strict=True):
+        assert one.placements == (where,)
+        assert_same(one.to_local(), other)
 
 
 def test_what_goes_wrong_is_told(tmp_path: Path) -> None:

@@ -238,6 +238,7 @@ def output_of(program: str, **environment: str) -> str:
     ).stdout.strip()
 
 
+@pytest.mark.slow
 def test_to_torch_refuses_an_array_on_two_devices() -> None:
     two = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     assert output_of(TWO_DEVICES, **two) == (

@@ -32,7 +32,7 @@ try:
 except ModuleNotFoundError:
     kernels = None
 
-needs_kernels = pytest.mark.skipif(kernels is None, reason="needs kernels: pip install 'kernels>=0.16,<0.17'")
+needs_kernels = pytest.mark.skipif(kernels is None, reason=f"needs kernels: pip install '{deps['kernels']}'")
 needs_transformers_with_it = pytest.mark.skipif(
     not is_kernels_available(),
     reason=f"needs what this transformers accepts: pip install '{deps['kernels']}'",

@@ -74,7 +74,7 @@ def test_rows_are_sentences_or_reasons() -> None:
         assert row.note.endswith(".") == (row.forward is not None)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(18)
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "random"])
 @pytest.mark.parametrize("dtype", SAME, ids=["bf16", "f16", "f32"])
 @pytest.mark.parametrize("digest", HANDLED, ids=[ROWS[digest].example for digest in HANDLED])
@@ -86,6 +86,7 @@ def test_replaced_classes_have_their_own_bits(digest: str, dtype: Any, *, exact:
         compare(owner, *dtype, exact=exact)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's rms_norm says so
 @pytest.mark.parametrize("dtypes", MIXED, ids=["bf16-f32", "f32-bf16", "f16-bf16", "f32-f16"])
 @pytest.mark.parametrize("digest", HANDLED, ids=[ROWS[digest].example for digest in HANDLED])

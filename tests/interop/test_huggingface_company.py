@@ -1,4 +1,4 @@
-"""Patched models in the company of other libraries, and of torch's own ways to call a module."""
+"""Patched models in the company of torch's own ways to call a module, to train, compile, copy and pickle it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pallas_norm_torch.huggingface import patch, patched, unpatch
-from tests.interop import zoo
+from pallas_norm_torch.huggingface import patch
 from tests.interop.launched import as_if_launched, kernels_everywhere  # noqa: F401 (a fixture of every test here)
 from tests.interop.norm_classes import BF16, F32, N, llama
 from tests.interop.tiny_models import (
@@ -22,162 +19,14 @@ from tests.interop.tiny_models import (
     logits,
     one_thread,  # noqa: F401 (a fixture of every test here)
     same,
+    separate_and_fused,
     tokens,
 )
+from tests.interop.zoo import ZOO
+from tests.interop.zoo_of_two_roundings import OtherNamesRMSNorm
 
 
-@pytest.fixture(params=[False, True], ids=["separate", "fused"])
-def fuse_residual(request: pytest.FixtureRequest) -> bool:
-    return request.param
-
-
-def patched_logits(*, fuse_residual: bool) -> torch.Tensor:
-    model = build("llama", "bf16")
-    patch(model, fuse_residual=fuse_residual)
-    return logits(model, "llama")
-
-
-# --- accelerate -------------------------------------------------------------------------------------------------------
-
-PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
-
-
-def dispatched(model: nn.Module, how: str, folder: Any) -> nn.Module:
-    """With accelerate's hooks on every module."""
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
-    if how == "dispatch":
-        return accelerate.dispatch_model(model, dict.fromkeys(PARTS, "cpu"), force_hooks=True, main_device="cpu")
-    if how == "cpu offload":
-        return accelerate.cpu_offload(model, execution_device="cpu")
-    return accelerate.disk_offload(model, folder, execution_device="cpu")
-
-
-@pytest.mark.parametrize("how", ["dispatch", "cpu offload", "disk offload"])
-@pytest.mark.parametrize("first", ["patch", "hooks"])
-def test_accelerate(tmp_path: Any, how: str, first: str, *, fuse_residual: bool) -> None:
-    """Patched before or after: the hooks stay and run, and unpatch gives back what was there."""
-    expected, own = patched_logits(fuse_residual=fuse_residual), logits(build("llama", "bf16"), "llama")
-    model: Any = build("llama", "bf16")
-    if first == "patch":
-        patch(model, fuse_residual=fuse_residual)
-    dispatched(model, how, tmp_path)
-    norm = model.model.layers[0].post_attention_layernorm
-    hooks = [norm._hf_hook, norm.forward]
-    if first == "hooks":
-        report = patch(model, fuse_residual=fuse_residual)
-        assert report.replaced == {"LlamaRMSNorm": 5}
-        assert report.fused == ({"LlamaDecoderLayer": 2} if fuse_residual else {})
-        assert not report.left
-        assert set(report.runs) == {"in their own forward: they are on cpu, and the kernels take CUDA tensors"}
-    assert [norm._hf_hook, norm.forward] == hooks
-    assert same(logits(model, "llama"), expected)
-    restored = unpatch(model)
-    assert not restored.left
-    assert restored.restored["LlamaRMSNorm"] == 5
-    assert [norm._hf_hook, norm.forward] == hooks
-    assert type(norm) is LlamaRMSNorm
-    assert same(logits(model, "llama"), own)
-
-
-def test_accelerate_s_hooks_see_their_norm(*, fuse_residual: bool) -> None:
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
-    model: Any = build("llama", "bf16")
-    seen: list[Any] = []
-
-    class Seeing(accelerate.hooks.ModelHook):
-        def post_forward(self, module: nn.Module, output: Any) -> Any:
-            seen.append(module)
-            return output
-
-    for module in model.modules():
-        if isinstance(module, LlamaRMSNorm):
-            accelerate.hooks.add_hook_to_module(module, Seeing())
-    patch(model, fuse_residual=fuse_residual)
-    assert same(logits(model, "llama"), patched_logits(fuse_residual=fuse_residual))
-    assert len(seen) == 5
-    accelerate.hooks.remove_hook_from_submodules(model)
-    assert same(logits(model, "llama"), patched_logits(fuse_residual=fuse_residual))
-    assert unpatch(model).restored["LlamaRMSNorm"] == 5
-
-
-def test_a_forward_below_accelerate_s_hook_that_is_not_the_class_s() -> None:
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
-    module: Any = llama()
-    module.forward = lambda x: x + 1
-    accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook())
-    (left,) = patch(module).left
-    assert left.reason.startswith("its forward was bound to the instance by something else")
-    assert torch.equal(module(torch.ones(N)), torch.full((N,), 2.0))
-
-
-# --- peft -------------------------------------------------------------------------------------------------------------
-
-
-peft_warns = pytest.mark.filterwarnings("ignore")  # of transformers' new names and of layers that it does not know
-
-
-def peft() -> Any:
-    return pytest.importorskip("peft", reason="needs peft: pip install peft")
-
-
-def adapted(model: nn.Module, **options: Any) -> Any:
-    torch.manual_seed(0)
-    config = peft().LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False, **options)
-    return peft().get_peft_model(model, config)
-
-
-@peft_warns
-@pytest.mark.parametrize("first", ["patch", "adapter"])
-def test_adapters_beside_norms(first: str, *, fuse_residual: bool) -> None:
-    """LoRA, disabled and merged: what the patched model gives without peft, and the same modules."""
-    expected: Any = adapted(build("llama", "f32"))
-    patch(expected, fuse_residual=fuse_residual)
-    model = build("llama", "f32")
-    if first == "patch":
-        patch(model, fuse_residual=fuse_residual)
-    model = adapted(model)
-    if first == "adapter":
-        assert patch(model, fuse_residual=fuse_residual).replaced == {"LlamaRMSNorm": 5}
-    assert same(logits(model, "llama"), logits(expected, "llama"))
-    plain = build("llama", "f32")
-    patch(plain, fuse_residual=fuse_residual)
-    with model.disable_adapter():
-        assert same(logits(model, "llama"), logits(plain, "llama"))
-    merged = model.merge_and_unload()
-    assert unpatch(merged).restored["LlamaRMSNorm"] == 5
-
-
-@peft_warns
-def test_norms_that_are_saved_with_the_adapter() -> None:
-    """peft wraps them, so a layer cannot read the norm's weight; the report says so."""
-    model = adapted(build("llama", "f32"), modules_to_save=["post_attention_layernorm"])
-    own = logits(model, "llama")
-    with patched(model, fuse_residual=True) as report:
-        assert report.replaced == {"LlamaRMSNorm": 7}
-        assert not report.fused
-        assert {one.reason for one in report.left} == {
-            "its post_attention_layernorm is a ModulesToSaveWrapper around a norm, so the addition before it stays "
-            "outside"
-        }
-        assert (logits(model, "llama") - own).abs().max() < 1e-4
-        model.train()
-        model(**tokens("llama"), labels=tokens("llama")["input_ids"]).loss.backward()
-    saved = {name for name, one in model.named_parameters() if one.grad is not None and "modules_to_save" in name}
-    assert len(saved) == 2
-
-
-@peft_warns
-def test_tuned_norms() -> None:
-    model = peft().get_peft_model(build("llama", "f32"), peft().LNTuningConfig(target_modules=["input_layernorm"]))
-    assert patch(model, fuse_residual=True).replaced == {"LlamaRMSNorm": 7}
-    model(**tokens("llama"), labels=tokens("llama")["input_ids"]).loss.backward()
-    assert sum(one.grad is not None for one in model.parameters()) == 2
-    assert unpatch(model.merge_and_unload()).restored["LlamaRMSNorm"] == 5
-
-
-# --- torch ------------------------------------------------------------------------------------------------------------
-
-
+@separate_and_fused
 def test_functional_call(*, fuse_residual: bool) -> None:
     model, other = build("llama", "bf16"), build("llama", "bf16")
     with torch.no_grad():
@@ -206,6 +55,7 @@ def test_ensembles_of_a_patched_norm() -> None:
     assert torch.equal(y, torch.stack([member(x) for member in members]))
 
 
+@separate_and_fused
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing(*, use_reentrant: bool, fuse_residual: bool) -> None:
     model: Any = build("llama", "f32").train()
@@ -222,6 +72,7 @@ def test_checkpointing(*, use_reentrant: bool, fuse_residual: bool) -> None:
     assert torch.equal(gradient(), expected)
 
 
+@separate_and_fused
 def test_static_cache_and_generation(*, fuse_residual: bool) -> None:
     model: Any = build("llama", "bf16")
     prompt = tokens("llama", 6)["input_ids"]
@@ -232,12 +83,13 @@ def test_static_cache_and_generation(*, fuse_residual: bool) -> None:
     assert torch.equal(model.generate(prompt, cache_implementation="static", disable_compile=True, **options), expected)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "name", ["OtherNamesRMSNorm", "GemmaLike", "FromDataclass", "NoWeightRMSNorm", "BiasedRMSNorm"]
 )
 def test_a_norm_known_by_computation_is_compiled_in_one_graph(name: str) -> None:
     torch.compiler.reset()
-    module = zoo.ZOO[name][0](N).to(BF16)
+    module = ZOO[name][0](N).to(BF16)
     patch(module)
     x = torch.randn(4, N, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = module(x)
@@ -261,8 +113,8 @@ def _unpickled(data: bytes) -> tuple[str, list[float]]:
     return type(module).__name__, module(torch.ones(1, N)).flatten().tolist()
 
 
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize("make", [llama, lambda: zoo.OtherNamesRMSNorm(N)], ids=["source", "computation"])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [llama, lambda: OtherNamesRMSNorm(N)], ids=["source", "computation"])
 def test_in_another_process(make: Any) -> None:
     """Spawned: it imports what the pickle names, and normalises there."""
     module = make()

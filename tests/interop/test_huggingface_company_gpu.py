@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from pallas_norm_torch import patch
+from tests.interop.adapters import adapted
 from tests.interop.rstd import rstd_moved
-from tests.interop.test_huggingface_company import adapted
 from tests.interop.tiny_models import MOVES, build, distance, tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # of transformers, peft and inductor

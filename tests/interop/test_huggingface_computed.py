@@ -14,11 +14,12 @@ from torch import nn
 from pallas_norm_torch import RMSNorm, _computation, _launches
 from pallas_norm_torch.huggingface import patch, unpatch
 from tests import oracle
-from tests.interop import zoo
 from tests.interop.launched import kernels_everywhere  # noqa: F401 (a fixture of every test here)
 from tests.interop.norm_classes import BF16, F16, F32, MIXED, N, llama
 from tests.interop.rstd import bits
 from tests.interop.zoo import LABELS, WRONG, ZOO
+from tests.interop.zoo_entries import Base
+from tests.interop.zoo_of_two_roundings import OtherNamesRMSNorm, VllmStyle
 
 MOST = round(2 * oracle.rstd_bound(N))  # units of rstd, by which two sums of N terms and a rsqrt differ
 
@@ -62,7 +63,7 @@ def ulps_needed(module: Any, label: str, x: torch.Tensor, y: torch.Tensor) -> in
     raise AssertionError(f"{unexplained.sum()} of {len(x)} rows do not compute {label}")
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(23)
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo_keeps_its_bits(name: str) -> None:
     """The module's own and the replaced one are what its label says; in every pair of dtypes that is replaced."""
@@ -77,6 +78,7 @@ def test_the_zoo_keeps_its_bits(name: str) -> None:
                 ulps_needed(module, label, x[0], y[0])
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_by_a_step_is_left(name: str) -> None:
     make, reason = WRONG[name]
@@ -106,6 +108,7 @@ def test_the_report_says_how_each_was_recognised() -> None:
     assert "recognised by computation: OtherNamesRMSNorm\n" in str(report)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "name", ["OtherNamesRMSNorm", "FromDataclass", "NoWeightRMSNorm", "PropertyEps", "BiasedRMSNorm"]
 )
@@ -119,6 +122,7 @@ def test_copies_and_pickles(name: str) -> None:
     assert type(module) is not ZOO[name][0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "path"), [("OtherNamesRMSNorm", "eps"), ("FromDataclass", "config.norm_eps")])
 def test_eps_is_read_at_each_call(name: str, path: str) -> None:
     module: Any = build(name, F32)
@@ -154,14 +158,14 @@ def test_other_arguments_go_to_its_own_forward() -> None:
     patch(module)
     y, s = module(x, x)
     assert torch.equal(s, x + x)
-    assert torch.equal(y, zoo.VllmStyle.forward(module, x, x)[0])
+    assert torch.equal(y, VllmStyle.forward(module, x, x)[0])
     assert torch.equal(module(x=x), module(x))
 
 
 def test_a_class_changed_after_the_patch_computes_what_it_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = build("OtherNamesRMSNorm", BF16), inputs(BF16)
     patch(module)
-    monkeypatch.setattr(zoo.OtherNamesRMSNorm, "forward", lambda self, tokens: tokens + 1)
+    monkeypatch.setattr(OtherNamesRMSNorm, "forward", lambda self, tokens: tokens + 1)
     assert torch.equal(module(x), x + 1)
 
 
@@ -191,7 +195,7 @@ def test_nothing_is_launched_where_nothing_is_replaced(monkeypatch: pytest.Monke
 # --- known ------------------------------------------------------------------------------------------------------------
 
 
-class Odd(zoo.Base):
+class Odd(Base):
     """One that nobody can recognise."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

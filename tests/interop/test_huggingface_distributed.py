@@ -57,6 +57,7 @@ def test_sequence_parallel(mesh: Any) -> None:
     assert same(y.full_tensor() if isinstance(y, DTensor) else y, own)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("fuse_residual", [False, True], ids=["separate", "fused"])
 @pytest.mark.parametrize("first", ["patch", "shard"])
 def test_fully_shard(mesh: Any, first: str, *, fuse_residual: bool) -> None:

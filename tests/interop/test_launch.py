@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import re
 import sys
 from typing import Any
 
@@ -19,7 +20,7 @@ from pallas_norm.kernels.launch_arguments import COUNT
 from pallas_norm.plans.hardware import H200, Gpu
 from pallas_norm.plans.plan import Source
 from pallas_norm_torch import _kernels, _library, direct, explain, launch, prepared_gradient, statements
-from pallas_norm_torch.launch import compiling, lowering
+from pallas_norm_torch.launch import arguments, compiling, lowering
 from pallas_norm_torch.programs import Program
 
 BF16 = "bfloat16"
@@ -51,6 +52,13 @@ def text_of(module: bytes) -> str:
         return str(core._run_serde_pass(ir.Module.parse(module), serialize=False))
 
 
+def launches(module: bytes) -> list[int]:
+    """CTAs of each launch in a lowered program."""
+    found = re.findall(r"gpu\.launch .*blocks\([^)]*\) in \(%\w+ = %c(\d+)", text_of(module))
+    assert len(found) == sum("gpu.launch" in line for line in text_of(module).splitlines())
+    return [int(ctas) for ctas in found]
+
+
 # Arrays in, numbers, arrays out.
 ADDRESSES = {"forward": 2 + 3 + 1, "strided": 2 + 16 + 3, "backward": 4 + 3 + 2, "column_sum": 1 + 1 + 1}
 
@@ -61,13 +69,15 @@ def _lowers_without_a_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowering, "_without_backends", lambda gpu: contextlib.nullcontext())
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("n", [33, 64, 512, 4096, 65536])
 @pytest.mark.parametrize("kind", ADDRESSES)
 def test_a_program_lowers_to_one_kernel(kind: str, n: int) -> None:
     made = program(kind, n)
     module, addresses = lowering.module_of(made)
     assert addresses == ADDRESSES[kind] == len(made.inputs) + len(made.outputs)
-    assert sum("gpu.launch" in line for line in text_of(module).splitlines()) == 1
+    assert len(launches(module)) == 1
+    assert arguments.nominal_grid(made) in (None, *launches(module))
 
 
 def test_the_row_count_is_never_read_from_memory() -> None:

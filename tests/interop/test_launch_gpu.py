@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pallas_norm._spec import Spec
-from pallas_norm_torch import add_rms_norm, cache, explain, ops, rms_norm, statements
+from pallas_norm_torch import _lookup, add_rms_norm, cache, explain, rms_norm, statements
 from pallas_norm_torch.launch import compiling, driver, kernels
 from tests.interop.cases import assert_same, bits, draw
 
@@ -253,7 +253,7 @@ def test_a_planted_context_changes_nothing_and_is_left_current(n: int, request: 
 def test_a_planted_launch_error_is_raised_and_nothing_is_kept_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = operands(9, 4096)
     right = rms_norm(x, weight)
-    call = ops._prepared_for(x, None, weight, 1e-6, True, 0.0, (None, False, None, None))  # noqa: FBT003
+    call = _lookup.prepared_for(x, None, weight, 1e-6, True, 0.0, (None, False, None, None))  # noqa: FBT003
     assert call is not None
     monkeypatch.setattr(call, "_cluster", 0)  # a grid of no CTAs
     message = r"the forward kernel for n = 4096 could not be launched on cuda:0: CUDA_ERROR_INVALID_VALUE \(invalid arg"

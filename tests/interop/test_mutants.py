@@ -10,11 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.mutants import MUTANTS
-
-pytestmark = pytest.mark.slow
+from tests.interop.mutants import MUTANTS, PACKAGE, nodes
 
 
+def test_every_mutant_changes_one_place_and_has_its_test() -> None:
+    """What becomes of the mutants takes minutes, and was seen by nobody before every push."""
+    sources = {mutant.module: (PACKAGE / f"{mutant.module}.py").read_text() for mutant in MUTANTS.values()}
+    places = {name: sources[mutant.module].count(mutant.old) for name, mutant in MUTANTS.items()}
+    assert {name: count for name, count in places.items() if count != 1} == {}
+    assert all(nodes(mutant.killer) for mutant in MUTANTS.values())
+    assert not [name for name, mutant in MUTANTS.items() if mutant.old == mutant.new]
+
+
+@pytest.mark.slow
 def test_every_mutant_is_killed_and_the_package_is_not() -> None:
     command = [sys.executable, "-m", "tests.interop.mutants"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}

@@ -88,6 +88,7 @@ def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
     return program.run_decompositions(table)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_program_of_aten_s_operators_has_the_same_bits(dtype: torch.dtype) -> None:
     program = exported(dtype)
@@ -110,6 +111,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_it_is_loaded_where_this_package_is_not(tmp_path: Path) -> None:
     program, given = exported(torch.bfloat16), operands(torch.bfloat16, rows=5)
     expected = tuple(result.detach() for result in program.module()(*given))

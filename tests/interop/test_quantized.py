@@ -3,6 +3,7 @@ launch: the bits are the oracle's of y, and y is rms_norm's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,6 +27,10 @@ Tensor = torch.Tensor
 KINDS = (torch.float8_e4m3fn, torch.int8)
 FORMS: dict[str, dict[str, Any]] = {"tensor": {"scale": 0.0625}, "row": {}, "group": {"group_size": 128}}
 NUMPY = {torch.bfloat16: BF16, torch.float16: DTYPES["f16"], torch.float32: DTYPES["f32"]}
+
+
+def in_whole_groups(*lengths: int) -> list[tuple[str, int]]:
+    return [(form, n) for form in FORMS for n in lengths if form != "group" or n % 128 == 0]
 
 
 def as_numpy(tensor: Tensor) -> Array:
@@ -64,12 +69,9 @@ def operands(dtype: torch.dtype, n: int, *, device: str = "cpu") -> tuple[Tensor
     return x, residual, draw(n, dtype=dtype, seed=2).to(device)
 
 
-@pytest.mark.parametrize("n", [7, 128, 384, 1000])
 @pytest.mark.parametrize("dtype", NUMPY, ids=str)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "n"), in_whole_groups(7, 128, 384, 1000))
 def test_torch_statements_give_the_oracles_bits(form: str, dtype: torch.dtype, n: int) -> None:
-    if form == "group" and n % 128:
-        pytest.skip("groups of 128 elements need rows of whole groups")
     x, residual, weight = operands(dtype, n)
     for kind in KINDS:
         check(x, None, weight, form, kind)
@@ -93,6 +95,7 @@ def test_special_values() -> None:
     assert not rms_norm_quantized(x, dtype=torch.int8)[0][2].any()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_the_bits_are_those_of_jax(form: str) -> None:
     """Of sums that are exact in any order, so that y is the same."""
@@ -108,11 +111,9 @@ def test_the_bits_are_those_of_jax(form: str) -> None:
             assert as_numpy(found).tobytes() == np.asarray(expected).tobytes()
 
 
-@pytest.mark.parametrize("n", [128, 1000, 4096, 65536])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(("form", "n"), in_whole_groups(128, 1000, 4096, 65536))
 def test_a_kernel_is_launched_with_what_it_takes(made: dict[Program, FakeKernel], form: str, n: int) -> None:
-    if form == "group" and n % 128:
-        pytest.skip("groups of 128 elements need rows of whole groups")
     x, residual, weight = operands(torch.bfloat16, n)
     check(x, residual, weight, form, torch.int8)
     check(x[1:, 1:2], None, weight, form, torch.float8_e4m3fn)  # copied first
@@ -152,79 +153,9 @@ def test_a_trial_run_finds_a_wrong_kernel_and_only_that(form: str, residual: boo
             program = Quantized(n, torch.bfloat16, weight, spec, added, dtype, group, with_y=True).program(H200)
             for off, right in ((0, True), (1, False)):
                 kernel: Any = FakeKernel(program, off=off)
-                verdict = proof._quantized(kernel, program, torch.device("cpu"), 0)
+                verdict = proof.CHECKS["quantized"](kernel, program, torch.device("cpu"), 0)
                 assert verdict["q"] == right
                 assert verdict.get("s", True)
-
-
-def test_vmap_is_a_loop() -> None:
-    x, _, weight = operands(torch.bfloat16, 128)
-    weights, scales = torch.stack([weight, -weight, 2 * weight, weight, weight]), torch.tensor([0.5, 1, 2, 3, 4.0])
-
-    def call(x: Tensor, weight: Tensor, scale: Tensor) -> Any:
-        return add_rms_norm_quantized(x, x, weight, dtype=torch.int8, scale=scale)
-
-    for axes in ((0, None, None), (0, 0, None), (0, None, 0), (1, None, None)):
-        given = x.movedim(0, 1) if axes[0] == 1 else x
-        of_weight, of_scale = (weights if axes[1] == 0 else weight), (scales if axes[2] == 0 else scales[1])
-        batched = torch.func.vmap(call, in_dims=axes, out_dims=(0, None if axes[2] is None else 0, 0))(
-            given, of_weight, of_scale
-        )
-        for i in range(5):
-            single = call(
-                x[i], of_weight if axes[1] is None else weights[i], of_scale if axes[2] is None else scales[i]
-            )
-            assert torch.equal(batched[0][i], single[0])
-            assert torch.equal(batched[2][i], single[2])
-    with_rows = torch.func.vmap(lambda x: rms_norm_quantized(x, weight)[1])(x)
-    assert torch.equal(with_rows, rms_norm_quantized(x, weight)[1])
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_operator_passes_torchs_own_check(form: str) -> None:
-    x, residual, weight = operands(torch.bfloat16, 128)
-    scale, group = (torch.tensor(0.5), 0) if form == "tensor" else (None, 128)
-    arguments = (x, residual, weight, scale, torch.int8, group, True, 1e-6, True, 0.0)
-    torch.library.opcheck(torch.ops.pallas_norm.rms_norm_quantized.default, arguments)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_programs_give_the_bits_of_eager_calls() -> None:
-    def block(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
-        q, scale, s = add_rms_norm_quantized(x, residual, weight, group_size=128)
-        return (
-            q.float() * scale.repeat_interleave(128, -1),
-            s,
-            rms_norm_quantized(s, weight, dtype=torch.int8, scale=0.5)[0],
-        )
-
-    given = operands(torch.bfloat16, 256)
-    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        for found, expected in zip(compiled(*given), block(*given), strict=True):
-            assert torch.equal(found, expected)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
-def test_there_is_no_gradient() -> None:
-    x = draw(2, 64, dtype=torch.float32).requires_grad_()
-    message = (
-        "an operand of a norm with a result of 8 bits requires grad; rounding to 8 bits has the derivative 0 almost "
-        "everywhere, so there is none to give: call it under torch.no_grad(), pass detached operands, or take rms_norm "
-        "or add_rms_norm"
-    )
-    for call in (
-        lambda: rms_norm_quantized(x),
-        lambda: add_rms_norm_quantized(x.detach(), x),
-        lambda: torch.func.grad(lambda x: rms_norm_quantized(x)[1].sum())(x.detach()),
-        lambda: torch.func.jvp(lambda x: rms_norm_quantized(x)[1], (x.detach(),), (x.detach(),)),
-    ):
-        with pytest.raises(NotImplementedError) as raised:
-            call()
-        assert str(raised.value) == message
-    with torch.no_grad():
-        rms_norm_quantized(x)
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -237,6 +168,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"dtype": "int8"},
         TypeError,
         "dtype is a str; needed torch.float8_e4m3fn or torch.int8, the dtype of q",
+    ),
+    "an array for a dtype": (
+        {"dtype": np.array([1, 2])},
+        TypeError,
+        "dtype is a ndarray; needed torch.float8_e4m3fn or torch.int8, the dtype of q",
     ),
     "group": ({"group_size": 64}, ValueError, "group_size is 64; needed 128, or None for one scale for each row"),
     "zero": ({"scale": 0.0}, ValueError, "scale is 0.0; needed a positive float32 number: y is divided by it"),
@@ -264,6 +200,36 @@ def test_bad_input_is_told(name: str) -> None:
     options, error, message = WRONG[name]
     with pytest.raises(error) as raised:
         rms_norm_quantized(torch.ones(2, 192), **options)
+    assert str(raised.value) == message
+
+
+# Of which a kernel, which gets no more than an address, would read something else.
+NOT_IN_MEMORY: dict[str, tuple[Callable[[], Tensor], str]] = {
+    "negated": (
+        lambda: torch._neg_view(torch.tensor(-0.5)),
+        "scale is negated lazily, so its memory holds other values; needed them themselves: pass scale.resolve_neg()",
+    ),
+    "zero": (
+        lambda: torch._efficientzerotensor((), dtype=torch.float32),
+        "scale is a zero tensor without memory; needed one with: pass torch.zeros_like(scale)",
+    ),
+    "sparse": (
+        lambda: torch.tensor([0.5]).to_sparse(),
+        "scale has the layout torch.sparse_coo; needed torch.strided: pass scale.to_dense()",
+    ),
+    "nested": (
+        lambda: torch.nested.nested_tensor([torch.tensor([0.5])]),
+        "scale is a nested tensor; needed a plain one: pass scale.to_padded_tensor(0.0)",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize("name", NOT_IN_MEMORY)
+def test_a_scale_that_is_not_in_its_memory_is_refused(name: str) -> None:
+    scale, message = NOT_IN_MEMORY[name]
+    with pytest.raises(TypeError) as raised:
+        rms_norm_quantized(torch.ones(2, 192), scale=scale())
     assert str(raised.value) == message
 
 

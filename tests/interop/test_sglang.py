@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from pallas_norm_torch import add_rms_norm, rms_norm
+from pallas_norm_torch import add_rms_norm, rms_norm, rmsnorm_hf
 from pallas_norm_torch.sglang import forward_cuda, fused_add_rmsnorm
-from tests.interop.cases import assert_same, draw
+from tests.interop.cases import DEVICES, assert_same, draw
 from tests.interop.fake_kernels import FakeKernel, made  # noqa: F401  a fixture
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -97,3 +97,15 @@ def test_what_the_layer_refuses_or_computes_itself() -> None:
     assert forward_cuda(norm, x, x)[0] == "native"
     norm.variance_size_override = None
     assert_same(forward_cuda(norm, x), rms_norm(x, norm.weight, 1e-5, cast_before_scale=False))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sglang_s_function(device: str) -> None:
+    x, weight = draw(5, 96, dtype=torch.bfloat16, device=device), draw(96, dtype=torch.bfloat16, device=device)
+    expected = rms_norm(x, weight, 1e-5)
+    assert_same(rmsnorm_hf(x, weight, 1e-5), expected)
+    out = torch.empty_like(x)
+    assert rmsnorm_hf(x, weight, 1e-5, out) is out
+    assert_same(out, expected)
+    assert rmsnorm_hf(x[:0], weight).shape == (0, 96)
+    assert rmsnorm_hf(x, torch.nn.Parameter(weight)).requires_grad is False

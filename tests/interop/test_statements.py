@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from bench import torch_order
 from pallas_norm._spec import Spec
 from pallas_norm_torch import _library, add_rms_norm, explain, rms_norm, statements
-from tests import oracle
+from tests import oracle, specified
 from tests.interop.cases import DTYPES, assert_same, bits, draw, hugging_face
 
 WIDTHS = (1, 2, 7, 8, 31, 32, 33, 80, 128, 1000, 4096, 4097)
@@ -43,6 +44,7 @@ def gemma(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (output * (1.0 + weight.float())).type_as(x)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("n", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -161,6 +163,14 @@ def test_rows_at_strides_have_the_bits_of_contiguous_ones(view: str) -> None:
         assert_same(gradient, right)
 
 
+@pytest.mark.parametrize("name", ["strided", "unbound", "transposed"])
+def test_what_was_measured_in_the_specified_order_has_its_bits(name: str) -> None:
+    for rows, n in ((1, 4096), (5, 80), (3, 1000)):
+        x, weight = draw(rows, n, dtype=torch.bfloat16), draw(n, dtype=torch.bfloat16, seed=1)
+        y, _ = specified.forward(host(x), host(weight), torch_order.EPS)
+        oracle.assert_same(host(torch_order.ways()[name](x, weight)), y)
+
+
 def test_where_no_kernel_can_be_launched_torch_s_statements_are_taken_and_told() -> None:
     assert _library.path(torch.zeros(2, 64)) is statements
     said = explain(64, torch.bfloat16, "cpu")
@@ -231,6 +241,7 @@ print("parent")
 """
 
 
+@pytest.mark.slow
 def test_no_call_starts_jax_keeps_memory_or_hinders_a_fork() -> None:
     """XLA kept 3 to 5 MB for each row count, and a fork afterwards hung for ever."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

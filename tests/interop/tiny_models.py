@@ -19,6 +19,8 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 # XLA's rstd and torch's were at most 3 units apart in 6,000 random rows of 64. Here all norms move at once, one way.
 MOVES = (-8, 8)
 
+separate_and_fused = pytest.mark.parametrize("fuse_residual", [False, True], ids=["separate", "fused"])
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:

@@ -23,7 +23,7 @@ from pallas_norm import _target  # pyright: ignore[reportPrivateUsage]
 from pallas_norm.plans.hardware import Gpu, generation
 
 from .. import cache
-from ..programs import NOMINAL_ROWS, Program
+from ..programs import Program
 from . import arguments, driver, lowering, proof, recording
 from .driver import Unavailable
 from .kernels import Kernel
@@ -101,11 +101,11 @@ def _loaded(program: Program, module: bytes, addresses: int, device: int) -> Ker
     """In the current context, which is the device's own."""
     clusters = program.gpu.clusters
     recorded = recording.record(_host_function(module, device), addresses, clusters=clusters)
-    plan = program.plan
-    if plan is not None and (recorded.grid, recorded.cluster) != (arguments.grid(plan, NOMINAL_ROWS), plan.cluster):
+    plan, wanted = program.plan, arguments.nominal_grid(program)
+    if plan is not None and (recorded.grid, recorded.cluster) != (wanted, plan.cluster):
         raise Unavailable(
             f"the kernel launches {recorded.grid} CTAs in clusters of {recorded.cluster}; needed "
-            f"{arguments.grid(plan, NOMINAL_ROWS)} in clusters of {plan.cluster}"
+            f"{wanted} in clusters of {plan.cluster}"
         )
     return Kernel(recorded, device, f"the {program.kind.replace('_', ' ')} kernel for n = {program.n}")
 
