@@ -9,7 +9,8 @@ parity      how far each way to compute a model's norms is from Hugging Face's r
 model       tokens per second of a Llama-3-8B-shaped model
 mixed       calls whose dtypes differ, and additions in place
 accuracy, training              outputs against exact statistics; a training step
-evidence    all of these but tune, and the GPU tests, of one commit and one device; continues where it stopped
+evidence    accuracy, training, overhead, parity, model, run and the GPU tests, of one commit and one device; continues
+            where it stopped
 readme      fills README.md and docs/ from the committed files, and draws the pictures
 """
 

@@ -8,13 +8,9 @@ steps unfused.
 
 from __future__ import annotations
 
-import datetime
 import functools
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +20,7 @@ import numpy as np
 from pallas_norm import add_rms_norm, add_rms_norm_quantized, rms_norm, rms_norm_quantized
 from tests import oracle, quantized_oracle
 
-from . import copy_kernel, timing
+from . import copy_kernel, results, timing
 
 F32 = np.dtype(np.float32)
 WIDTHS = (33, 128, 384, 768, 1000, 1024, 1152, 4096, 4097, 5120, 8192, 16384, 32768, 65536, 131072)
@@ -150,16 +146,7 @@ def main(out: str, *options: str) -> None:
     short = "--short" in options
     right = bits((128, 1000, 1024, 4096, 16384, 65536) if short else WIDTHS)
     print(f"bits: {sum(right.values())} of {len(right)} cases right")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    record = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "bits": right,
-        "times": times(SHAPES[:1] if short else SHAPES),
-    }
-    Path(out).write_text(json.dumps(record, indent=1) + "\n")
+    results.write_form(out, right, times(SHAPES[:1] if short else SHAPES))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ def machine(commit: str | None) -> dict[str, Any]:
     }
 
 
+def write_form(out: str, right: dict[str, bool], times: list[dict[str, Any]]) -> None:
+    """Of another form than the norm: which of its cases have the right bits, and its times."""
+    Path(out).write_text(json.dumps({**machine(None), "bits": right, "times": times}, indent=1) + "\n")
+
+
 def write(name: str, rows: list[dict[str, Any]], folder: Path, commit: str | None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"

@@ -18,8 +18,6 @@ OLD = {
     "run": "run.json",
     "accuracy": "accuracy.json",
     "parity": "parity.json",
-    "model": "model.json",
-    "training": "training.json",
 }
 EVIDENCE = re.compile(r"(?P<kind>[a-z]+)_(?P<device>[a-z0-9]+)_(?P<date>\d{4}-\d\d-\d\d)\.json")
 
