@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -83,23 +84,25 @@ def test_a_call_outside_jit_compiles_the_first_time_only(name: str, compiles: li
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_calls() -> None:
+    """A leak grows with every fifty calls; a table of JAX that is full, or what another thread keeps, with some."""
+
     def calls(count: int) -> None:
         for _ in range(count):
             jax.block_until_ready(OUTSIDE_JIT["grad"]())
+        gc.collect()
 
     calls(20)
-    gc.collect()
     tracemalloc.start()
     try:
         calls(20)
-        gc.collect()
-        before, _ = tracemalloc.get_traced_memory()
-        calls(200)
-        gc.collect()
-        after, _ = tracemalloc.get_traced_memory()
+        held = [tracemalloc.get_traced_memory()[0]]
+        for _ in range(4):
+            calls(50)
+            held.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
-    assert after - before < 200 * 1024  # a compiled program each was 4 MB
+    grown = [after - before for before, after in itertools.pairwise(held)]
+    assert min(grown) < 100 * 1024, grown  # a compiled program each was 1 MB
 
 
 LAYERS = 64
