@@ -1,7 +1,7 @@
 """Gated norms on a GPU: every bit against the oracle, and times beside a copy kernel of the same bytes and the same
 steps unfused.
 
-    python -m bench.gated OUT.json [--short] [--times]    --short: fewer widths and shapes; --times: no bits
+    python -m bench.gated OUT.json [--short] [--times] [--commit=SHA]    --short: fewer widths and shapes; --times: no bits
 """
 
 # pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
@@ -142,7 +142,7 @@ def main(out: str, *options: str) -> None:
     widths = () if "--times" in options else (128, 1000, 1024, 4096, 16384, 65536) if short else WIDTHS
     right = bits(widths)
     print(f"bits: {sum(right.values())} of {len(right)} cases right", flush=True)
-    results.write_form(out, right, times((SHAPES[0], SHAPES[3]) if short else SHAPES))
+    results.write_form(out, right, times((SHAPES[0], SHAPES[3]) if short else SHAPES), options)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """8-bit results on a GPU: every bit against the oracle, and times beside a copy kernel of the same bytes and the same
 steps unfused.
 
-    python -m bench.quantized OUT.json [--short]      --short: fewer widths and shapes
+    python -m bench.quantized OUT.json [--short] [--commit=SHA]    --short: fewer widths and shapes
 """
 
 # pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
@@ -146,7 +146,7 @@ def main(out: str, *options: str) -> None:
     short = "--short" in options
     right = bits((128, 1000, 1024, 4096, 16384, 65536) if short else WIDTHS)
     print(f"bits: {sum(right.values())} of {len(right)} cases right")
-    results.write_form(out, right, times(SHAPES[:1] if short else SHAPES))
+    results.write_form(out, right, times(SHAPES[:1] if short else SHAPES), options)
 
 
 if __name__ == "__main__":

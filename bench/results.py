@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,11 @@ def machine(commit: str | None) -> dict[str, Any]:
     }
 
 
-def write_form(out: str, right: dict[str, bool], times: list[dict[str, Any]]) -> None:
-    """Of another form than the norm: which of its cases have the right bits, and its times."""
-    Path(out).write_text(json.dumps({**machine(None), "bits": right, "times": times}, indent=1) + "\n")
+def write_form(out: str, right: dict[str, bool], times: list[dict[str, Any]], options: Sequence[str]) -> None:
+    """Of another form than the norm: which of its cases have the right bits, and its times. options: among them
+    --commit=SHA, where the tree is a copy of that commit."""
+    commit = next((word.partition("=")[2] for word in options if word.startswith("--commit=")), None)
+    Path(out).write_text(json.dumps({**machine(commit), "bits": right, "times": times}, indent=1) + "\n")
 
 
 def write(name: str, rows: list[dict[str, Any]], folder: Path, commit: str | None) -> Path:

@@ -1,7 +1,7 @@
-"""Normalised and rotated heads on a GPU: every bit against the oracle, and times beside a copy kernel of the same bytes
-and the same steps unfused.
+"""Normalised and rotated heads on a GPU, forward and backward: every bit against the oracle, or of a gradient against
+the specification's program; times beside a copy kernel of the same bytes and the same steps unfused.
 
-    python -m bench.rope OUT.json [--short]      --short: fewer shapes
+    python -m bench.rope OUT.json [--short] [--commit=SHA]    --short: fewer shapes
 """
 
 # pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
@@ -55,6 +55,7 @@ OF_BITS = (
     Shape(37, 5, 3, 512),
     Shape(37, 5, 3, 50),
 )
+LEAVES = ("q", "k", "q_weight", "k_weight")
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -101,21 +102,70 @@ def compare(shape: Shape, dtype: Any, implementation: str | None) -> Iterator[tu
             yield what, False
 
 
+def pulled_back(function: Any, given: dict[str, Any], dr: Any) -> Callable[[], Any]:
+    """The gradients of q, k and the weights."""
+    cos, sin, leaves = given["cos"], given["sin"], [given[name] for name in LEAVES]
+
+    def gradients(dr: Any, cos: Any, sin: Any, *leaves: Any) -> Any:
+        return jax.vjp(lambda q, k, *weights: function(q, k, cos, sin, *weights), *leaves)[1](dr)
+
+    return functools.partial(jax.jit(gradients), dr, cos, sin, *leaves)
+
+
+def compare_gradients(shape: Shape, dtype: Any) -> Iterator[tuple[str, bool]]:
+    given = operands(shape, dtype)
+    dr = tuple(operands(shape._replace(n=2 * shape.n), dtype)[name][..., : shape.n] for name in "qk")
+    what = f"gradients {tuple(shape)} {np.dtype(dtype).name}"
+    kernel, by_xla = (functools.partial(rms_norm_rope, implementation=name) for name in (None, "xla"))
+    try:
+        for found, expected in zip(*(pulled_back(one, given, dr)()[:2] for one in (kernel, by_xla)), strict=True):
+            oracle.assert_same(np.asarray(found), np.asarray(expected))
+        yield what, True
+    except AssertionError as error:
+        print(what, str(error)[:200])
+        yield what, False
+
+
 def bits() -> dict[str, bool]:
     found: dict[str, bool] = {}
     for shape in OF_BITS:
         for dtype in DTYPES:
             found |= compare(shape, dtype, None)
+            found |= compare_gradients(shape, dtype)
     return found | dict(compare(OF_BITS[3], jnp.bfloat16, "xla"))
+
+
+def unfused(q: Any, k: Any, cos: Any, sin: Any, q_weight: Any, k_weight: Any) -> Any:
+    y = rms_norm(q, q_weight), rms_norm(k, k_weight)
+    return tuple(rope_reference.rotated(one, cos, sin) for one in y)
+
+
+def unfused_back(dr: Any, cos: Any, sin: Any, *leaves: Any) -> Any:
+    """The gradients in steps."""
+    dy = tuple(rope_reference.rotated_back(one, cos, sin) for one in dr)
+    return jax.vjp(lambda q, k, *weights: tuple(map(rms_norm, (q, k), weights)), *leaves)[1](dy)
+
+
+def backward_variants(shape: Shape) -> dict[str, Callable[[], Any]]:
+    given = {name: jnp.asarray(value) for name, value in operands(shape, jnp.bfloat16).items()}
+    dr = given["q"][..., ::-1], given["k"][..., ::-1]
+    # The bytes: of x and the gradient both in, of dx out, and of cos and sin.
+    size = given["q"].size + given["k"].size + 2 * given["cos"].size // 3
+    granule = copy_kernel.granule(jnp.bfloat16)
+    source = [jnp.full((-(-size // granule) * granule,), i, jnp.bfloat16) for i in range(2)]
+    copy = jax.jit(functools.partial(copy_kernel.copy, outputs=1))
+    by_xla = functools.partial(rms_norm_rope, implementation="xla")
+    steps = functools.partial(jax.jit(unfused_back), dr, given["cos"], given["sin"], *(given[name] for name in LEAVES))
+    return {
+        "kernel": pulled_back(rms_norm_rope, given, dr),
+        "copy": lambda: copy(source),
+        "unfused": steps,
+        "xla": pulled_back(by_xla, given, dr),
+    }
 
 
 def variants(shape: Shape) -> dict[str, Callable[[], Any]]:
     given = {name: jnp.asarray(value) for name, value in operands(shape, jnp.bfloat16).items()}
-
-    def unfused(**given: Any) -> Any:
-        y = [rms_norm(given[name], given[f"{name}_weight"]) for name in "qk"]
-        return [rope_reference.rotated(one, given["cos"], given["sin"]) for one in y]
-
     # The bytes: of q and k both ways, of cos and sin one.
     size = given["q"].size + given["k"].size + given["cos"].size
     granule = copy_kernel.granule(jnp.bfloat16)
@@ -133,19 +183,22 @@ def variants(shape: Shape) -> dict[str, Callable[[], Any]]:
 def times(shapes: tuple[Shape, ...]) -> list[dict[str, Any]]:
     flush, found = timing.Flush(), []
     for shape in shapes:
-        measured = timing.measure(variants(shape), repetitions=15, flush=flush)
-        found.append(shape._asdict() | {name: value.row() for name, value in measured.items()})
-        us = {name: value.median_us for name, value in measured.items()}
-        each = " ".join(f"{name} {value:7.2f}" for name, value in us.items())
-        of_copy, gain = us["copy"] / us["kernel"], us["unfused"] / us["kernel"]
-        print(f"{tuple(shape)!s:24} {each}  of copy {of_copy:.3f}  against unfused {gain:.2f}", flush=True)
+        for backward, of_shape in ((False, variants), (True, backward_variants)):
+            measured = timing.measure(of_shape(shape), repetitions=15, flush=flush)
+            row = shape._asdict() | {"backward": backward}
+            found.append(row | {name: value.row() for name, value in measured.items()})
+            us = {name: value.median_us for name, value in measured.items()}
+            each = " ".join(f"{name} {value:7.2f}" for name, value in us.items())
+            of_copy, gain = us["copy"] / us["kernel"], us["unfused"] / us["kernel"]
+            name = f"{tuple(shape)!s:21} {'backward' if backward else 'forward'}"
+            print(f"{name:30} {each}  of copy {of_copy:.3f}  against unfused {gain:.2f}", flush=True)
     return found
 
 
 def main(out: str, *options: str) -> None:
     right = bits()
     print(f"bits: {sum(right.values())} of {len(right)} cases right", flush=True)
-    results.write_form(out, right, times(SHAPES[:3] if "--short" in options else SHAPES))
+    results.write_form(out, right, times(SHAPES[:3] if "--short" in options else SHAPES), options)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.core
 
-from . import _compat, _rope, _sharding, _validate, _validate_rope
+from . import _compat, _rope, _rope_autodiff, _sharding, _validate, _validate_rope
 from ._spec import Implementation, Spec
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-_jitted = jax.jit(_rope.rope, static_argnums=(1, 2))  # as _api's
+_jitted = jax.jit(_rope_autodiff.rope, static_argnums=(1, 2))  # as _api's
 
 
 def rms_norm_rope(
@@ -54,8 +54,9 @@ def rms_norm_rope(
     Sharding: inside shard_map the kernel runs on local heads. In other programs of several devices XLA compiles the
         reference, and divides it. On Explicit axes a last axis that is split is gathered first: halves of a head meet.
 
-    Differentiation: reverse mode, of q, k and the weights, step by step: the gradient of the rotation with Hugging
-        Face's roundings, then that of `rms_norm`, with its kernel. None of cos and sin: NotImplementedError.
+    Differentiation: reverse mode, twice, of q, k and the weights, with the bits of the steps: the gradient of the
+        rotation with Hugging Face's roundings, then that of the norm; in one kernel and the sums of dweight, where
+        there is one (docs/rope.md). cos and sin have none: NotImplementedError.
 
     Raises:
         TypeError: an operand is no array or of another dtype.
@@ -136,7 +137,7 @@ def _rotated(
     given = {name: _sharding.last_axis_whole(value) for name, value in given.items()}
     operands = _compat.vary_alike(given, weights=_rope.WEIGHTS)
     traced = any(isinstance(operand, jax.core.Tracer) for operand in operands.values())
-    results: Any = (_rope.rope if traced else _jitted)(operands, spec, heads)
+    results: Any = (_rope_autodiff.rope if traced else _jitted)(operands, spec, heads)
     return results["q_out"], results["k_out"]
 
 

@@ -2,6 +2,7 @@
 in how many waves a grid runs.
 
     python -m tests.aot_gpus A100 [forward|backward [N ...]]    a line of JSON for each kernel
+    python -m tests.aot_gpus H200 heads                         the same of the gradients of rotated heads
     python -m tests.aot_gpus write                              all of TARGETS, to bench/results/aot_gpus.json
     python -m tests.aot_gpus waves                              the table of docs/gpus.md, from that file
 
@@ -27,20 +28,23 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import core
 from jax.sharding import SingleDeviceSharding
 
 from pallas_norm import _dispatch, _target
 from pallas_norm._spec import Spec
-from pallas_norm.kernels import backward, forward
+from pallas_norm.kernels import backward, forward, rope_backward
 from pallas_norm.plans.fitting import Misfit
 from pallas_norm.plans.plan import BackwardPlan, Plan
+from pallas_norm.plans.rope import rope_backward_plan_on
 from pallas_norm.regimes import backward_plan_for
 from tests import gpus
 
 ROWS = (1 << 17) + 3  # many more than programs, some left over
 REGISTERS = 65536  # of an SM
 F32 = "float32"
+HEADS = (32, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512, 640)  # elements of one
 SPEC = Spec()
 WIDTHS = {
     "bfloat16": (
@@ -165,10 +169,38 @@ def every_kernel(card: gpus.Card, operations: tuple[str, ...], widths: tuple[int
                         yield found
 
 
+def of_heads(card: gpus.Card) -> Iterator[Kernel]:
+    """The gradients of rotated heads, without the sums of dweight; `form` has the dtype of the gradient."""
+    (device,) = gpus.described(gpus.name_of(card))
+    sharding = SingleDeviceSharding(device)
+    for dtype, dy in (("bfloat16", "bfloat16"), ("bfloat16", F32), ("float16", "float16"), (F32, F32)):
+        for n in HEADS:
+            try:
+                plan = rope_backward_plan_on(card.gpu, n, dtype, dy_dtype=dy)
+            except Misfit:
+                continue
+            shapes = {"q": (ROWS, 8, n), "k": (ROWS, 2, n)}
+            given = {name: (shape, dtype) for name, shape in shapes.items()}
+            given |= {f"d{name}_out": (shape, dy) for name, shape in shapes.items()}
+            given |= {"cos": ((ROWS, n), dy), "sin": ((ROWS, n), dy), "q_weight": ((n,), dy), "k_weight": ((n,), dy)}
+            structs = {
+                name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, (shape, kind) in given.items()
+            }
+            dtypes = SPEC.dtypes(jnp.dtype(dtype), weight=jnp.dtype(dy))
+            options: dict[str, Any] = {"dtypes": dtypes, "spec": SPEC, "heads": None, "interpret": False}
+            with _target.in_mosaic(_target.Target(card.gpu, device)):
+                kernel = functools.partial(rope_backward.partial_dweights, plan=plan, **options)
+                (found,) = compiled(kernel, structs, sharding)
+            held = resident(card, plan, found.registers, found.shared_bytes)
+            waves = round(plan.programs / (held * card.multiprocessors), 2) if held else math.inf
+            yield Kernel(f"heads {dy}", n, dtype, plan.source.value, *found, plan.programs, held, waves)
+
+
 @functools.cache
-def report(name: str) -> tuple[Kernel, ...]:
-    """every_kernel of that card, from a process of its own."""
-    done = subprocess.run([sys.executable, "-m", "tests.aot_gpus", name], capture_output=True, text=True, check=False)
+def report(name: str, *words: str) -> tuple[Kernel, ...]:
+    """every_kernel of that card, or of_heads, from a process of its own."""
+    command = [sys.executable, "-m", "tests.aot_gpus", name, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return tuple(Kernel(**json.loads(line)) for line in done.stdout.splitlines())
 
@@ -212,6 +244,10 @@ if __name__ == "__main__":
         sys.exit()
     if name == "waves":
         print("\n".join(waves()))
+        sys.exit()
+    if rest == ["heads"]:
+        for kernel in of_heads(gpus.CARDS[name]):
+            print(json.dumps(kernel._asdict()), flush=True)
         sys.exit()
     chosen = tuple(word for word in rest if word in ("forward", "backward")) or ("forward", "backward")
     for kernel in every_kernel(gpus.CARDS[name], chosen, tuple(int(word) for word in rest if word.isdigit())):

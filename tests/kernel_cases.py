@@ -4,10 +4,8 @@ those whose numbers come with the launch.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
-import operator
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,12 +26,9 @@ from pallas_norm import (
 )
 from pallas_norm._spec import Spec
 from pallas_norm.gated_reference import Form as Gate
-from pallas_norm.plans.fitting import Misfit
-from pallas_norm.plans.hardware import H200
-from pallas_norm.plans.lengths import LARGEST_N, SMALLEST_N
-from pallas_norm.plans.plan import BackwardPlan, Plan
-from pallas_norm.plans.rope import rope_plan_on
-from pallas_norm.regimes import backward_plan_for, plan_for
+from pallas_norm.plans.lengths import LARGEST_N
+from pallas_norm.plans.plan import Plan
+from tests import kernel_lengths as lengths
 from tests.kernel_text import modules
 
 PROGRAMS = Path(__file__).parents[1] / "interop" / "pallas_norm_torch" / "programs.py"
@@ -49,77 +44,6 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.form} {self.dtype} {self.n}"
-
-
-# --- which row lengths ------------------------------------------------------------------------------------------------
-
-
-Plans = tuple[Plan, ...]
-Planned = Callable[[int, str], Plans]  # the plans of the kernels that a form has, for rows of so many elements
-
-
-def _plain(n: int, dtype: str) -> Plans:
-    return plan_for(n, dtype), backward_plan_for(n, dtype)
-
-
-def _added(n: int, dtype: str) -> Plans:
-    return plan_for(n, dtype, residual=True), backward_plan_for(n, dtype, residual=True)
-
-
-def _with_and_without(n: int, dtype: str) -> Plans:
-    return *_plain(n, dtype), *_added(n, dtype)
-
-
-def _wide_dy(n: int, dtype: str) -> Plans:
-    return plan_for(n, dtype), backward_plan_for(n, dtype, dy_dtype="float32")
-
-
-def _wide_stream(n: int, dtype: str) -> Plans:
-    return plan_for(n, "float32", residual=True, read=(dtype, "float32")), backward_plan_for(
-        n, "float32", residual=True
-    )
-
-
-def _forward(n: int, dtype: str) -> Plans:
-    return plan_for(n, dtype), plan_for(n, dtype, residual=True)
-
-
-def _of_heads(n: int, dtype: str) -> Plans:
-    try:
-        return (rope_plan_on(H200, n, dtype),)
-    except Misfit:
-        return ()
-
-
-def _numbers(plan: Plan) -> tuple[Any, ...]:
-    """What n alone does not give: rows with the same numbers differ in constants and in repetitions."""
-    return NUMBERS[type(plan)](plan), plan.overlap > 0
-
-
-NUMBERS = {
-    kind: operator.attrgetter(*(field.name for field in dataclasses.fields(kind) if field.name != "n"))
-    for kind in (Plan, BackwardPlan)
-}
-
-
-def _kind(plan: Plan) -> tuple[Any, ...]:
-    """What decides which statements a kernel has."""
-    shared = plan.warpgroups > 1, plan.cluster > 1
-    kept = plan.rows_in_registers, getattr(plan, "keeps_weight", None)
-    return plan.regime, *shared, plan.block > 1, plan.overlap > 0, plan.source, *kept
-
-
-@functools.cache
-def lengths(planned: Planned, dtype: str, told_apart: Callable[[Plan], tuple[Any, ...]]) -> list[int]:
-    """The smallest row length of each plan, or kind of plan."""
-    seen: set[tuple[Any, ...]] = set()
-    found: list[int] = []
-    for n in range(SMALLEST_N, LARGEST_N + 1):
-        keys = {(place, *told_apart(plan)) for place, plan in enumerate(planned(n, dtype))}
-        if not keys <= seen:
-            found.append(n)
-            seen |= keys
-    return found
 
 
 # --- in which forms ---------------------------------------------------------------------------------------------------
@@ -244,43 +168,66 @@ def _rotated(case: Case) -> Iterator[bytes]:
     yield from _launch(launch_programs().Program("rope", case.n, arrays, ("q_out", "k_out"), Spec()))
 
 
+def _rotated_back(case: Case) -> Iterator[bytes]:
+    """As _rotated, of the gradients, without the sums of dweight."""
+    q, k, qkv = (_array(ROWS, heads, case.n, dtype=case.dtype) for heads in (3, 2, 7))
+    angles, weights = [_array(ROWS, case.n, dtype=case.dtype)] * 2, [_array(case.n, dtype=case.dtype)] * 2
+
+    def gradients(function: Any, cos: Any, sin: Any, dr: Any, *leaves: Any) -> Any:
+        pair = len(leaves) - len(weights)
+        rotated = lambda *leaves: function(*leaves[:pair], cos, sin, *leaves[pair:])  # noqa: E731
+        return jax.vjp(rotated, *leaves)[1](dr)
+
+    fused = functools.partial(rms_norm_rope_qkv, q_heads=3, k_heads=2)
+    yield from modules(functools.partial(gradients, rms_norm_rope), *angles, (q, k), q, k, *weights)
+    yield from modules(functools.partial(gradients, fused), *angles, (q, k), qkv, *weights)
+    names = "q", "k", "cos", "sin", "dq_out", "dk_out", "q_weight", "k_weight"
+    arrays, outputs = tuple((name, case.dtype) for name in names), ("dq", "dk", "q_dweight", "k_dweight")
+    yield from _launch(launch_programs().Program("rope_backward", case.n, arrays, outputs, Spec()))
+    without = arrays[:-2], outputs[:2]
+    yield from _launch(launch_programs().Program("rope_backward", case.n, *without, Spec()))
+
+
 def _launch(program: Any) -> Iterator[bytes]:
     yield from modules(program.function(), *program.structs)
 
 
 class Form(NamedTuple):
     modules: Callable[[Case], Iterator[bytes]]
-    planned: Planned
+    planned: lengths.Planned
     dtypes: tuple[str, ...] = ("bfloat16",)
-    told_apart: Callable[[Plan], tuple[Any, ...]] = _numbers
+    told_apart: Callable[[Plan], tuple[Any, ...]] = lengths.numbers
 
 
 BOTH = "bfloat16", "float32"  # a float16 has the plans of a bfloat16
 FORMS = {
-    "gradients": Form(_both_ways, _plain, BOTH),
-    "residual": Form(_with_residual, _added, BOTH),
-    "no-dweight": Form(_without_dweight, _with_and_without, BOTH),
-    "float32-weight": Form(functools.partial(_both_ways, weight_dtype="float32"), _wide_dy),  # and so dy is one
-    "float32-stream": Form(functools.partial(_with_residual, residual_dtype="float32"), _wide_stream),
-    "launch": Form(_launched, _with_and_without, BOTH),
-    "8-bits": Form(_quantized, _forward, BOTH),
-    "rotated": Form(_rotated, _of_heads, BOTH),
+    "gradients": Form(_both_ways, lengths.plain, BOTH),
+    "residual": Form(_with_residual, lengths.added, BOTH),
+    "no-dweight": Form(_without_dweight, lengths.with_and_without, BOTH),
+    "float32-weight": Form(functools.partial(_both_ways, weight_dtype="float32"), lengths.wide_dy),  # and so dy is one
+    "float32-stream": Form(functools.partial(_with_residual, residual_dtype="float32"), lengths.wide_stream),
+    "launch": Form(_launched, lengths.with_and_without, BOTH),
+    "8-bits": Form(_quantized, lengths.forward_only, BOTH),
+    "rotated": Form(_rotated, lengths.of_heads, BOTH),
+    "rotated-gradients": Form(_rotated_back, lengths.of_gradients, BOTH),
     # Their plans are those of "residual" or "gradients", and what differs is statements: of each kind of plan.
-    "gated": Form(_gated, _added, BOTH, _kind),
-    "half": Form(_both_ways, _plain, ("float16",), _kind),
-    "no-weight": Form(_without_weight, _plain, BOTH, _kind),
+    "gated": Form(_gated, lengths.added, BOTH, lengths.kind),
+    "half": Form(_both_ways, lengths.plain, ("float16",), lengths.kind),
+    "no-weight": Form(_without_weight, lengths.plain, BOTH, lengths.kind),
     "rounded-once": Form(
-        functools.partial(_both_ways, cast_before_scale=False, weight_offset=1.0), _plain, told_apart=_kind
+        functools.partial(_both_ways, cast_before_scale=False, weight_offset=1.0),
+        lengths.plain,
+        told_apart=lengths.kind,
     ),
-    "full-blocks": Form(functools.partial(_both_ways, rows=1024), _plain, told_apart=_kind),
-    "one-row": Form(functools.partial(_both_ways, rows=1), _plain, told_apart=_kind),
+    "full-blocks": Form(functools.partial(_both_ways, rows=1024), lengths.plain, told_apart=lengths.kind),
+    "one-row": Form(functools.partial(_both_ways, rows=1), lengths.plain, told_apart=lengths.kind),
 }
 
 
 def cases() -> Iterator[Case]:
     for name, form in FORMS.items():
         for dtype in form.dtypes:
-            for n in lengths(form.planned, dtype, form.told_apart):
+            for n in lengths.of(form.planned, dtype, form.told_apart):
                 yield Case(name, dtype, n)
 
 

@@ -42,6 +42,16 @@ def test_every_family_compiles_within_what_the_card_has(card: str) -> None:
         assert max(kernel.shared_bytes for kernel in found) <= 8 << 10
 
 
+@compiles
+def test_the_gradients_of_heads_run_in_one_wave_on_the_gpu_that_their_programs_were_counted_on() -> None:
+    """What `plans/rope.py` says of registers."""
+    found = aot_gpus.report("H200", "heads")
+    assert len(found) >= 35
+    for kernel in found:
+        assert kernel.spill_bytes == 0, kernel
+        assert kernel.waves <= 1, kernel
+
+
 def test_the_record_is_of_every_architecture_and_the_page_shows_its_waves() -> None:
     """Else: python -m tests.aot_gpus write; then the table of `python -m tests.aot_gpus waves` goes to docs/gpus.md."""
     found = aot_gpus.recorded()

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from pallas_norm.plans.lengths import LARGEST_N, SMALLEST_N
-from tests import kernel_cases, kernel_record, rewrites
+from tests import kernel_cases, kernel_lengths, kernel_record, rewrites
 
 pytestmark = pytest.mark.skipif(
     not kernel_record.recorded().exists(),
@@ -51,7 +51,7 @@ def test_a_changed_kernel_is_seen(name: str) -> None:
 def test_cases_are_one_row_length_of_each_plan() -> None:
     """Any row length has the plans of one that is a case."""
     form = kernel_cases.FORMS["gradients"]
-    chosen = kernel_cases.lengths(form.planned, "bfloat16", form.told_apart)
+    chosen = kernel_lengths.of(form.planned, "bfloat16", form.told_apart)
 
     def numbers(n: int) -> set[tuple[Any, ...]]:
         return {(place, *form.told_apart(plan)) for place, plan in enumerate(form.planned(n, "bfloat16"))}

@@ -10,7 +10,7 @@ import torch
 from pallas_norm.plans.fitting import Misfit
 
 from . import launch
-from ._kernels import Rope
+from ._kernels import Rope, RopeBackward
 
 _calls: dict[tuple[Any, Any, int], Any] = {}
 # To find out once more that a kernel cannot be launched takes a compilation. `explain` tells.
@@ -54,7 +54,7 @@ def refusals(n: int, dtype: torch.dtype, device: int) -> list[tuple[str, str]]:
 
 
 def _dtype(kernel: Any) -> torch.dtype:
-    return kernel.q if isinstance(kernel, Rope) else kernel.x
+    return kernel.q if isinstance(kernel, Rope | RopeBackward) else kernel.x
 
 
 def _named(make: Any, kernel: Any) -> str:

@@ -64,6 +64,22 @@ class Rope(NamedTuple):
         return Program("rope", self.n, _named(given), ("q_out", "k_out"), self.spec, gpu=gpu)
 
 
+class RopeBackward(NamedTuple):
+    """As Rope."""
+
+    n: int
+    q: torch.dtype
+    weight: torch.dtype | None
+    spec: Spec
+
+    def program(self, gpu: Gpu) -> Program:
+        y = dtypes(self.spec, self.q, None, self.weight).y
+        given = {"q": self.q, "k": self.q, "cos": y, "sin": y, "dq_out": y, "dk_out": y}
+        given |= {"q_weight": self.weight, "k_weight": self.weight}
+        dweights = () if self.weight is None else ("q_dweight", "k_dweight")
+        return Program("rope_backward", self.n, _named(given), ("dq", "dk", *dweights), self.spec, gpu=gpu)
+
+
 class Backward(NamedTuple):
     """x is s, in the residual form."""
 
@@ -137,7 +153,7 @@ def _named(dtypes: dict[str, torch.dtype | None]) -> tuple[tuple[str, str], ...]
     return tuple((name, dtype_name(dtype)) for name, dtype in dtypes.items() if dtype is not None)
 
 
-AnyKernel = Forward | Quantized | Rope | Gated | GatedBackward | Backward | ColumnSum
+AnyKernel = Forward | Quantized | Rope | RopeBackward | Gated | GatedBackward | Backward | ColumnSum
 
 _programs: dict[tuple[type, AnyKernel, Gpu], Program] = {}  # tuples of two types may be equal
 

@@ -16,9 +16,9 @@ from pallas_norm import _validate_rope
 from pallas_norm._spec import Spec
 
 from . import _dtensor, _form_calls, _library, _options, _torch_state, _validate, direct, rope_statements, statements
-from ._kernels import Rope
+from ._kernels import Rope, RopeBackward
 from ._library import OPTIONS, TAGS, library
-from .prepared_rope import RopeCall
+from .prepared_rope import RopeBackwardCall, RopeCall
 
 Tensor = torch.Tensor
 Pair = tuple[Tensor, Tensor]
@@ -109,11 +109,17 @@ def _checked_gradient(*arguments: Any) -> Spec:
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """The steps one by one: the gradient of the rotation, then that of the norm with its kernel. rstd is computed
-    again, since a row is read for the gradient anyhow."""
+    """By one kernel; where there is none the steps one by one: the gradient of the rotation, then that of the norm with
+    its kernel. rstd is computed again, since a row is read for the gradient anyhow."""
     q, k, cos, sin, q_weight, k_weight, dq_out, dk_out, *_ = arguments
     spec = _checked_gradient(*arguments)
     cos, sin = angles(cos, sin)
+    if _library.path(q) is direct and q.numel() and k.numel():
+        kernel = RopeBackward(q.shape[-1], q.dtype, None if q_weight is None else q_weight.dtype, spec)
+        operands = (q, k), cos, sin, (q_weight, k_weight), (dq_out, dk_out)
+        found = _form_calls.run(RopeBackwardCall, kernel, q.get_device(), *operands)
+        if found is not None:
+            return tuple(q.new_empty(0) if one is None else one for one in found)
     gradients, dweights = list[Tensor](), list[Tensor]()
     for x, weight, dr in ((q, q_weight, dq_out), (k, k_weight, dk_out)):
         *_, rstd = _library.forward(x, None, weight, spec, with_rstd=True)

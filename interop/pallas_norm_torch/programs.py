@@ -20,16 +20,17 @@ from pallas_norm.kernels import gated as gated_kernel
 from pallas_norm.kernels import gated_backward as gated_backward_kernel
 from pallas_norm.kernels import quantized as quantized_kernel
 from pallas_norm.kernels import rope as rope_kernel
+from pallas_norm.kernels import rope_backward as rope_backward_kernel
 from pallas_norm.kernels.launch_arguments import COUNT, LaunchArguments
 from pallas_norm.plans.fitting import backward_plan_on, forward_plan_on
 from pallas_norm.plans.hardware import H200, Gpu
 from pallas_norm.plans.plan import BackwardPlan, Plan, from_memory
-from pallas_norm.plans.rope import rope_plan_on
+from pallas_norm.plans.rope import rope_backward_plan_on, rope_plan_on
 
 # The shape with which a kernel is traced; it bounds nothing. A multiple of every block; below 2^31 CTAs with clusters.
 NOMINAL_ROWS = 1 << 24
 
-Kind = Literal["forward", "quantized", "rope", "gated", "backward", "gated_backward", "column_sum"]
+Kind = Literal["forward", "quantized", "rope", "gated", "backward", "rope_backward", "gated_backward", "column_sum"]
 ROUNDED = {"x": "x", "residual": "residual", "weight": "weight", "q": "x", "q_weight": "weight"}  # by Dtypes' names
 
 
@@ -67,6 +68,8 @@ class Program:
             return from_memory(plan) if self.strided else plan
         if self.kind == "rope":
             return rope_plan_on(self.gpu, self.n, dtypes["q"])
+        if self.kind == "rope_backward":
+            return rope_backward_plan_on(self.gpu, self.n, dtypes["q"], dy_dtype=dtypes["dq_out"])
         weights = self.groups if "weight" in dtypes else 1
         if self.kind == "gated":
             read = dtypes["x"], dtypes["gate"]
@@ -91,6 +94,8 @@ class Program:
         if self.kind == "rope":
             return self.rounding.y.name
         given = dict(self.dtypes)
+        if name in ("dq", "dk"):
+            return given["q"]
         of_gradients = {"dx": self.dx_dtypes.dx or given.get("x"), "dresidual": self.dx_dtypes.dresidual}
         of_gradients["dgate"] = given.get("gate")
         return of_gradients.get(name) or "float32"
@@ -102,6 +107,8 @@ class Program:
             return {"rows": COUNT}
         if self.kind == "rope":
             return dict.fromkeys(rope_kernel.NUMBERS, COUNT)
+        if self.kind == "rope_backward":
+            return dict.fromkeys(rope_backward_kernel.NUMBERS, COUNT)
         rows_of = [name for name in (*dict(self.dtypes), *self.outputs) if name in ("x", "residual", "gate", "y", "s")]
         return LaunchArguments.units(rows_of if self.strided else ())
 
@@ -112,8 +119,8 @@ class Program:
     @property
     def structs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         shapes = {"weight": (self.groups * self.n,), "rstd": (NOMINAL_ROWS,), "scale": (1,)}
-        if self.kind == "rope":
-            shapes |= dict.fromkeys(("q", "k"), (NOMINAL_ROWS, 1, self.n))
+        if self.kind in ("rope", "rope_backward"):
+            shapes |= dict.fromkeys(("q", "k", "dq_out", "dk_out"), (NOMINAL_ROWS, 1, self.n))
             shapes |= dict.fromkeys(("q_weight", "k_weight"), (self.n,))
         arrays = [jax.ShapeDtypeStruct(shapes.get(name, (NOMINAL_ROWS, self.n)), dtype) for name, dtype in self.dtypes]
         return (*arrays, *(jax.ShapeDtypeStruct((1,), jnp.int32) for _ in self.numbers))
@@ -126,6 +133,8 @@ class Program:
             plan = self.plan
             if self.kind in ("gated", "gated_backward"):
                 return self._gated(operands)
+            if self.kind in ("rope", "rope_backward"):
+                return self._rope(operands)
             if self.kind == "forward":
                 assert plan is not None
                 results = forward_kernel.forward(
@@ -142,11 +151,6 @@ class Program:
                     with_y="y" in self.outputs,
                     interpret=False,
                 )
-            elif self.kind == "rope":
-                assert plan is not None
-                results = rope_kernel.rope(
-                    operands, plan=plan, dtypes=self.rounding, spec=self.spec, heads=None, interpret=False
-                )
             else:
                 assert isinstance(plan, BackwardPlan)
                 options: Any = {"with_dweight": "dweight" in self.outputs, "dx_dtypes": self.dx_dtypes}
@@ -156,6 +160,13 @@ class Program:
             return tuple(results[name] for name in self.outputs)
 
         return kernel
+
+    def _rope(self, operands: dict[str, jax.Array]) -> Any:
+        plan, options = self.plan, {"dtypes": self.rounding, "spec": self.spec, "heads": None, "interpret": False}
+        assert plan is not None
+        of_kind: Any = rope_kernel.rope if self.kind == "rope" else rope_backward_kernel.partial_dweights
+        results = of_kind(operands, plan=plan, **options)
+        return tuple(results[name] for name in self.outputs)
 
     def _gated(self, operands: dict[str, jax.Array]) -> Any:
         plan, form = self.plan, self.form

@@ -50,9 +50,9 @@ def rms_norm_rope(
         normalised by the norm's kernel and rotated by torch's own statements. A DTensor's tokens and heads stay where
         they lie.
 
-    Differentiation: reverse mode, twice, of q, k and the weights. The backward pass takes the steps one by one: the
-        gradient of the rotation, then that of the norm with its kernel. NotImplementedError where cos or sin requires
-        grad, and in forward mode.
+    Differentiation: reverse mode, twice, of q, k and the weights. The backward pass is one kernel and the sums of
+        dweight, where there is one, or else the steps one by one (docs/rope.md). NotImplementedError where cos or sin
+        requires grad, and in forward mode.
 
     Raises:
         TypeError: an operand is no dense tensor, or of another dtype.

@@ -31,9 +31,9 @@ Operands = dict[str, Chunks]  # x, dy, and in the residual form ds
 
 
 class Refs(NamedTuple):
-    rstd: Any
+    rstd: Any  # a reference; or the block's own values, where they were just computed
     dx: Any
-    dresidual: Any  # None where it is dx
+    dresidual: Any = None  # None where it is dx
 
 
 def _units_and_g(
@@ -53,7 +53,7 @@ def gradient(
 ) -> Chunks | None:
     """Writes dx of the block's rows; returns `partial` with their dweight added. x and ds are those of s."""
     given, factors = rows.first(block), weight.factors(block)
-    rstd = block.load_rows(refs.rstd)
+    rstd = refs.rstd if isinstance(refs.rstd, jax.Array) else block.load_rows(refs.rstd)
     scale = block.broadcast(rstd)
     products, partials = [], []
     for i, (unit, g) in enumerate(_units_and_g(block, given, factors, scale, dtypes.unit)):

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import pallas as pl
 
 from .._compat import arith, fragments, ir, llvm, memref, plgpu
@@ -77,12 +78,13 @@ class HeadRows(WarpRows):
         crosses = self._position() >= plan.span // 2
         return [jnp.where(crosses, turned[(i + 1) % plan.chunks], chunk) for i, chunk in enumerate(turned)]
 
-    def half_negated(self, chunk: jax.Array, index: int) -> jax.Array:
-        """-value in the first half of the row, of the chunk of that index."""
+    def half_negated(self, chunk: jax.Array, index: int, *, second: bool = False) -> jax.Array:
+        """-value in the first half of the row, or in the second, of the chunk of that index."""
         plan, layout = self.plan, self.layout
-        columns = plan.n // 2 - index * plan.span  # of the chunk, in that half
+        columns = plan.n // 2 - index * plan.span  # of the chunk, in the first half
         if self.interpret:
-            return jnp.where(self._position() < columns, -chunk, chunk)
+            halves = (chunk, -chunk) if second else (-chunk, chunk)
+            return jnp.where(self._position() < columns, *halves)
 
         @plgpu.inline_mgpu(
             arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(chunk.shape, chunk.dtype, layout=layout)
@@ -90,7 +92,7 @@ class HeadRows(WarpRows):
         def inline(_: Any, array: Any) -> Any:
             registers, indices = np.empty_like(array.registers), array.layout.thread_idxs(chunk.shape)
             for at, (_, column) in zip(np.ndindex(*registers.shape), indices, strict=True):
-                registers[at] = _negated(array.registers[at], column, columns)
+                registers[at] = _negated(array.registers[at], column, columns, second=second)
             return fragments.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
 
         return inline(chunk)
@@ -102,6 +104,15 @@ class HeadRows(WarpRows):
     def plus(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """a + b of one dtype, rounded to it."""
         return pairs.total(a, b, self.layout, interpret=self.interpret)
+
+    def zeros_positive(self, chunk: jax.Array) -> jax.Array:
+        """The chunk, with 0 for -0."""
+        return pairs.zeros_positive(chunk, self.layout, interpret=self.interpret)
+
+    def of_new_rows(self, chunk: jax.Array, otherwise: jax.Array) -> jax.Array:
+        """The chunk, but in rows past the last one, which is taken again, `otherwise`."""
+        row = self.row + self._cast(lax.broadcasted_iota(jnp.int32, self.shape, 0))
+        return jnp.where(row <= self.last, chunk, otherwise)
 
     # --- where it lies ------------------------------------------------------------------------------------------------
 
@@ -189,12 +200,13 @@ def _shuffled(register: Any, lanes: int) -> Any:
     return pairs.of_words(register.type, found)
 
 
-def _negated(register: Any, column: Any, columns: int) -> Any:
-    """(Mosaic GPU code) With the other sign where `column`, that of the first element, is one of the first columns."""
-    i32 = ir.IntegerType.get_signless(32)
+def _negated(register: Any, column: Any, columns: int, *, second: bool) -> Any:
+    """(Mosaic GPU code) With the other sign where `column`, that of the first element, is one of the first columns, or
+    of those behind them."""
+    i32, kind = ir.IntegerType.get_signless(32), arith.CmpIPredicate.sge if second else arith.CmpIPredicate.slt
     signs = SIGNS[ir.VectorType(register.type).element_type.width]
-    is_first = arith.cmpi(arith.CmpIPredicate.slt, arith.index_cast(i32, column), arith.constant(i32, columns))
-    mask = arith.select(is_first, arith.constant(i32, signs), arith.constant(i32, 0))
+    is_there = arith.cmpi(kind, arith.index_cast(i32, column), arith.constant(i32, columns))
+    mask = arith.select(is_there, arith.constant(i32, signs), arith.constant(i32, 0))
     return pairs.of_words(register.type, [arith.xori(word, mask) for word in pairs.words(register)])
 
 

@@ -42,22 +42,31 @@ def total(a: jax.Array, b: jax.Array, layout: Any, *, interpret: bool) -> jax.Ar
     return _mapped("$0, $1, one, $2", layout, a, b)
 
 
-def _mapped(operands: str, layout: Any, a: jax.Array, b: jax.Array) -> jax.Array:
-    fma, constants = FMA[a.dtype.name], {"minus_zero": MINUS_ZERO, "one": ONE[a.dtype.name]}
+def zeros_positive(a: jax.Array, layout: Any, *, interpret: bool) -> jax.Array:
+    """a, with 0 for -0."""
+    if a.dtype == F32 or interpret:
+        return jnp.where(a == 0, jnp.zeros_like(a), a)
+    return _mapped("$0, $1, one, zero", layout, a, zero="0")
+
+
+def _mapped(operands: str, layout: Any, *arrays: jax.Array, **more: str) -> jax.Array:
+    like = arrays[0]
+    fma, constants = FMA[like.dtype.name], {"minus_zero": MINUS_ZERO, "one": ONE[like.dtype.name], **more}
     moves = "".join(f".reg .b32 {name}; mov.b32 {name}, {value}; " for name, value in constants.items())
     instructions = f"{{ {moves}{fma} {operands}; }}"
-    returned = plgpu.ShapeDtypeStruct(a.shape, a.dtype, layout=layout)
+    returned = plgpu.ShapeDtypeStruct(like.shape, like.dtype, layout=layout)
+    constraints = ",".join(("=r", *("r" for _ in arrays)))
 
-    @plgpu.inline_mgpu(arg_types=(layout, layout), return_type=returned)
-    def inline(_: Any, a: Any, b: Any) -> Any:
-        i32, registers = ir.IntegerType.get_signless(32), np.empty_like(a.registers)
+    @plgpu.inline_mgpu(arg_types=(layout,) * len(arrays), return_type=returned)
+    def inline(_: Any, *arrays: Any) -> Any:
+        i32, registers = ir.IntegerType.get_signless(32), np.empty_like(arrays[0].registers)
         for index in np.ndindex(*registers.shape):
-            pair = [words(array.registers[index]) for array in (a, b)]
-            found = [llvm.inline_asm(i32, list(both), instructions, "=r,r,r") for both in zip(*pair, strict=True)]
-            registers[index] = of_words(a.registers[index].type, found)
-        return fragments.FragmentedArray(_registers=registers, _layout=a.layout, _is_signed=None)
+            all_words = zip(*(words(array.registers[index]) for array in arrays), strict=True)
+            found = [llvm.inline_asm(i32, list(given), instructions, constraints) for given in all_words]
+            registers[index] = of_words(arrays[0].registers[index].type, found)
+        return fragments.FragmentedArray(_registers=registers, _layout=arrays[0].layout, _is_signed=None)
 
-    return inline(a, b)
+    return inline(*arrays)
 
 
 def words(register: Any) -> list[Any]:

@@ -6,6 +6,7 @@ come first, then those of k's."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,27 +24,30 @@ from .launch_arguments import count
 
 PAIR = ("q", "k")
 INTERPRETED_ROWS = 3  # of a block, each with a store of its own there
-# The numbers of a launch, in this order; strides are in elements.
-NUMBERS = (
-    *("q_blocks", "positions"),
-    *(f"{name}_{number}" for name in PAIR for number in ("last", "heads", "offset", "outer", "inner")),
-)
+STRIDES = ("offset", "outer", "inner")  # in elements
+OF_EACH = ("last", "heads", *STRIDES)  # of q, and of k
+# The numbers of a launch, in this order.
+NUMBERS = ("q_blocks", "positions", *(f"{name}_{number}" for name in PAIR for number in OF_EACH))
 
 
 def numbers_of(q: jax.Array, k: jax.Array | None, heads: tuple[int, int], positions: int, plan: Plan) -> dict[str, int]:
     """NUMBERS of q and k (tokens, heads, n), or with k None of the heads of both in q, the tensor of a projection."""
     tokens, within, n = q.shape
-    found = {"q_blocks": -(-tokens * heads[0] // plan.block), "positions": positions}
+    found = {"q_blocks": blocks_of(tokens * heads[0], plan), "positions": positions}
     for i, name in enumerate(PAIR):
         outer, offset = (within * n, i * heads[0] * n) if k is None else (heads[i] * n, 0)
-        strides = {"last": tokens * heads[i] - 1, "heads": heads[i], "offset": offset, "outer": outer, "inner": n}
-        found |= {f"{name}_{number}": value for number, value in strides.items()}
+        own = tokens * heads[i] - 1, heads[i], offset, outer, n
+        found |= {f"{name}_{number}": value for number, value in zip(OF_EACH, own, strict=True)}
     return found
+
+
+def blocks_of(rows: int, plan: Plan) -> int:
+    return -(-rows // plan.block)
 
 
 def programs_of(rows: tuple[int, int], plan: Plan) -> int:
     """CTAs for so many rows of q and of k."""
-    return sum(-(-count // plan.block) for count in rows)
+    return sum(blocks_of(count, plan) for count in rows)
 
 
 class Refs(NamedTuple):
@@ -83,13 +87,15 @@ def rotated(block: HeadRows, y: Chunks, cos: Chunks, sin: Chunks) -> Chunks:
     return found
 
 
+def of_tensor(is_k: jax.Array, numbers: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The numbers of k where is_k is 1, else those of q."""
+    return {name: jnp.where(is_k == 1, numbers[f"k_{name}"], numbers[f"q_{name}"]) for name in names}
+
+
 def block_of(plan: Plan, numbers: dict[str, Any], program: Any, *, interpret: bool) -> tuple[HeadRows, dict[str, Any]]:
     """The block of a program, and the numbers of its tensor."""
     is_k = (program >= numbers["q_blocks"]).astype(jnp.int32)
-    own = {
-        name: jnp.where(is_k == 1, numbers[f"k_{name}"], numbers[f"q_{name}"])
-        for name in ("last", "heads", "offset", "outer", "inner")
-    }
+    own = of_tensor(is_k, numbers, OF_EACH)
     row = (program - is_k * numbers["q_blocks"]) * plan.block
     return HeadRows(plan, row, interpret, own["last"], own["heads"], is_k), own
 

@@ -73,7 +73,12 @@ class FakeKernel:
         named = dict(zip((*program.inputs, *program.outputs), values, strict=True))
         self.launches.append((stream, grid, named))
         run = {"forward": self._forward, "quantized": self._quantized, "backward": self._backward}
-        run |= {"rope": self._rope, "gated": self._gated, "gated_backward": self._gated_backward}
+        run |= {
+            "rope": self._rope,
+            "rope_backward": self._rope_backward,
+            "gated": self._gated,
+            "gated_backward": self._gated_backward,
+        }
         run.get(program.kind, self._sum)(grid, named)
 
     def _rows(self, grid: int, named: dict[str, int]) -> int:
@@ -177,18 +182,48 @@ class FakeKernel:
         assert (blocks[0], sum(blocks)) == (numbers["q_blocks"], grid)
         cos, sin = (at(named[name], dtypes[name], positions * n).view(positions, n) for name in ("cos", "sin"))
         for name in "qk":
-            last, heads, offset, outer, inner = (
-                numbers[f"{name}_{what}"] for what in ("last", "heads", "offset", "outer", "inner")
-            )
-            tokens = torch.arange(last + 1) // heads
-            starts = offset + tokens * outer + torch.arange(last + 1) % heads * inner
-            whole = at(named[name], dtypes[name], int(starts.max()) + n)
-            x = torch.stack([whole[start : start + n] for start in starts.tolist()])
+            x, tokens = self._heads(name, named, numbers, "")
             weight = at(named[f"{name}_weight"], dtypes["q_weight"], n) if "q_weight" in dtypes else None
             y, _, _ = statements.forward(x, None, weight, program.spec, with_rstd=False)
             rotated = rope_statements.rotated(y[:, None], cos[tokens % positions], sin[tokens % positions])[:, 0]
-            out = at(named[f"{name}_out"], y.dtype, (last + 1) * n).view(last + 1, n)
+            out = at(named[f"{name}_out"], y.dtype, y.numel()).view(y.shape)
             out.copy_(rotated + self.off if self.off else rotated)
+
+    def _heads(self, name: str, named: dict[str, int], numbers: dict[str, int], of: str) -> tuple[Tensor, Tensor]:
+        """Rows of q or k, or of their gradients, and the token of each."""
+        n, dtypes = self.program.n, dict(self.program.dtypes)
+        last, heads = numbers[f"{name}_last"], numbers[f"{name}_heads"]
+        offset, outer, inner = (numbers[f"{name}_{of}{what}"] for what in ("offset", "outer", "inner"))
+        tensor = f"d{name}_out" if of else name
+        tokens = torch.arange(last + 1) // heads
+        starts = offset + tokens * outer + torch.arange(last + 1) % heads * inner
+        whole = at(named[tensor], getattr(torch, dtypes[tensor]), int(starts.max()) + n)
+        return torch.stack([whole[start : start + n] for start in starts.tolist()]), tokens
+
+    def _rope_backward(self, grid: int, named: dict[str, int]) -> None:
+        program, plan, n = self.program, self.program.plan, self.program.n
+        assert isinstance(plan, BackwardPlan)
+        numbers = {name: named[name] // COUNT for name in program.numbers}
+        dtypes = {name: getattr(torch, dtype) for name, dtype in program.dtypes}
+        programs, positions = {name: numbers[f"{name}_programs"] for name in "qk"}, numbers["positions"]
+        assert sum(programs.values()) == grid <= plan.programs
+        cos, sin = (at(named[name], dtypes[name], positions * n).view(positions, n) for name in ("cos", "sin"))
+        for name in "qk":
+            (x, tokens), (dr, _) = self._heads(name, named, numbers, ""), self._heads(name, named, numbers, "dr_")
+            assert programs[name] <= -(-len(x) // plan.block)
+            weight = at(named[f"{name}_weight"], dtypes["q_weight"], n) if "q_weight" in dtypes else None
+            _, _, rstd = statements.forward(x, None, weight, program.spec, with_rstd=True)
+            turned = cos[tokens % positions], sin[tokens % positions]
+            dy = rope_statements.rotated_back(dr[:, None], *turned)[:, 0]
+            assert rstd is not None
+            dx, _ = statements.backward(x, weight, rstd, dy, None, program.spec, with_dweight=False)
+            at(named[f"d{name}"], x.dtype, x.numel()).view(x.shape).copy_(dx + self.off if self.off else dx)
+            if weight is not None:
+                unit = (x.float() * rstd[:, None]).to(_options.dtypes(program.spec, x.dtype).unit).float()
+                parts = at(named[f"{name}_dweight"], torch.float32, programs[name] * n).view(-1, n)
+                parts.zero_()
+                for row, product in enumerate(dy.float() * unit):
+                    parts[row // plan.block % programs[name]] += product
 
     def _backward(self, grid: int, named: dict[str, int]) -> None:
         count, plan = self._rows(grid, named), self.program.plan

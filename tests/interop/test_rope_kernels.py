@@ -13,14 +13,14 @@ import pallas_norm
 from pallas_norm.kernels.launch_arguments import COUNT
 from pallas_norm.kernels.rope import NUMBERS
 from pallas_norm.plans.hardware import H200
-from pallas_norm_torch import direct, launch, rms_norm, rms_norm_rope
+from pallas_norm_torch import direct, launch, rms_norm_rope
 from pallas_norm_torch._kernels import Rope
 from pallas_norm_torch.launch import arguments, lowering, proof
 from pallas_norm_torch.programs import Program
-from tests.interop.cases import DTYPES, bits
+from tests.interop.cases import DTYPES
 from tests.interop.fake_kernels import FakeKernel
 from tests.interop.fake_kernels import made as made
-from tests.interop.rope_cases import check, operands, rotated
+from tests.interop.rope_cases import check, operands
 from tests.interop.test_launch import launches, text_of
 
 Tensor = torch.Tensor
@@ -140,10 +140,3 @@ def test_on_a_gpu_the_launched_kernel_gives_the_bits_of_the_steps(dtype: torch.d
     check(q[0, :1], k[0, :1], cos[:1], sin[:1])
     program = Rope(n, dtype, dtype, pallas_norm._spec.Spec()).program(launch.gpu_of(0))
     assert launch.kernel(program, 0) is not None  # not refused
-    leaves = [one.clone().requires_grad_() for one in (q, k, *weights)]
-    dq, dk = (torch.randn_like(one) for one in (q, k))
-    found = torch.autograd.grad(rms_norm_rope(leaves[0], leaves[1], cos, sin, *leaves[2:]), leaves, (dq, dk))
-    y = [rms_norm(one, weight) for one, weight in zip(leaves[:2], leaves[2:], strict=True)]
-    expected = torch.autograd.grad([rotated(one, cos, sin) for one in y], leaves, (dq, dk))
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(bits(one), bits(other))

@@ -8,7 +8,8 @@ import torch
 
 from pallas_norm.kernels import grid as grids
 from pallas_norm.kernels import rope as heads
-from pallas_norm.plans.plan import Plan
+from pallas_norm.kernels import rope_backward as heads_backward
+from pallas_norm.plans.plan import BackwardPlan, Plan
 
 from .. import rows
 from ..programs import NOMINAL_ROWS, Program
@@ -58,6 +59,9 @@ def nominal_grid(program: Program) -> int | None:
         return None
     if program.kind == "rope":  # so many rows of q, and as many of k
         return heads.programs_of((NOMINAL_ROWS, NOMINAL_ROWS), program.plan)
+    if program.kind == "rope_backward":
+        assert isinstance(program.plan, BackwardPlan)
+        return sum(heads_backward.programs_of((NOMINAL_ROWS, NOMINAL_ROWS), program.plan))
     return grid(program.plan, NOMINAL_ROWS)
 
 
@@ -68,17 +72,51 @@ def of_heads(
     other arrays, contiguous and aligned."""
     plan = program.plan
     assert plan is not None
-    numbers, starts, counts = {"positions": positions}, list[int](), list[int]()
+    starts, numbers, counts = _of_pair(pair, plan)
+    numbers |= {"positions": positions, "q_blocks": heads.blocks_of(counts[0], plan)}
+    return heads.programs_of(counts, plan), _in_order(program, [*starts, *_addresses(given)], numbers, results)
+
+
+def of_gradients(
+    program: Program,
+    pair: Sequence[Tensor],
+    angles: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    results: Sequence[Tensor],
+) -> tuple[int, list[int]]:
+    """As of_heads, of the kernel of their gradients, which lie as they like too; of dweight's parts the first one."""
+    plan = program.plan
+    assert isinstance(plan, BackwardPlan)
+    starts, numbers, counts = _of_pair(pair, plan)
+    dr_starts, of_dr, _ = _of_pair(gradients, plan)
+    numbers |= {f"{name}_dr_{stride}": of_dr[f"{name}_{stride}"] for name in heads.PAIR for stride in heads.STRIDES}
+    programs = heads_backward.programs_of(counts, plan)
+    numbers |= {"positions": angles[0].numel() // program.n, "q_programs": programs[0], "k_programs": programs[1]}
+    inputs = [*starts, *_addresses(angles), *dr_starts, *_addresses(weights)]
+    return sum(programs), _in_order(program, inputs, numbers, results)
+
+
+def _of_pair(pair: Sequence[Tensor], plan: Plan) -> tuple[list[int], dict[str, int], tuple[int, int]]:
+    """(addresses, numbers, rows) of two tensors of heads, which can be read as they lie."""
+    starts, numbers, counts = list[int](), dict[str, int](), list[int]()
     for name, x in zip(heads.PAIR, pair, strict=True):
         found = rows.heads_of(x, vec=plan.vec)
         assert found is not None
         counts.append(found.tokens * found.heads)
         starts.append(x.data_ptr() - found.offset * x.element_size())
-        numbers |= {f"{name}_last": counts[-1] - 1, f"{name}_heads": found.heads, f"{name}_offset": found.offset}
-        numbers |= {f"{name}_outer": found.outer, f"{name}_inner": found.inner}
-    numbers["q_blocks"] = -(-counts[0] // plan.block)
-    inputs = [*starts, *(one.data_ptr() for one in given)]
-    outputs = [one.data_ptr() for one in results]
+        own = counts[-1] - 1, found.heads, found.offset, found.outer, found.inner
+        numbers |= {f"{name}_{number}": value for number, value in zip(heads.OF_EACH, own, strict=True)}
+    return starts, numbers, (counts[0], counts[1])
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [one.data_ptr() for one in tensors]
+
+
+def _in_order(
+    program: Program, inputs: Sequence[int], numbers: Mapping[str, int], results: Sequence[Tensor]
+) -> list[int]:
+    outputs = _addresses(results)
     assert not any(value % rows.ALIGNMENT for value in (*inputs, *outputs))
-    in_order = (numbers[name] * unit for name, unit in program.numbers.items())
-    return heads.programs_of((counts[0], counts[1]), plan), [*inputs, *in_order, *outputs]
+    return [*inputs, *(numbers[name] * unit for name, unit in program.numbers.items()), *outputs]

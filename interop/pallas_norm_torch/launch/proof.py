@@ -59,12 +59,8 @@ def _gradients(kernel: Kernel, program: Program, device: torch.device, stream: i
     unit, scale = operands["x"].double() * rstd, trial.scale(operands, program)
     g = operands["dy"].float() if scale is None else operands["dy"].float() * scale
     g = g.to(unit_dtype).double()
-    products = g * unit
-    dx = rstd * (g - unit * (products.sum(-1, keepdim=True) / program.n))
-    spread = products.abs().sum(-1, keepdim=True) / program.n
-    bound = 2.0**-24 * rstd * ((plan.depth + 16) * unit.abs() * spread + 8 * g.abs())
     ds = operands["ds"].double() if "ds" in operands else torch.zeros(())
-    bound += ROUNDINGS[dtype] * ((dx + ds).abs() + bound + ds.abs())
+    dx, bound = trial.gradient(g, operands["x"].double(), rstd, plan, dtype, ds)
     verdict: Verdict = {}
     for name in ("dx", "dresidual"):
         if name in results:

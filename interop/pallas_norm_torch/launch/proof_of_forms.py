@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from pallas_norm.kernels import rope_backward
+from pallas_norm.plans.plan import BackwardPlan
 
 from .. import gated_statements, quantized_statements, rope_statements
 from ..programs import Program
@@ -47,39 +50,99 @@ def _quantized(kernel: Kernel, program: Program, device: torch.device, stream: i
     return verdict
 
 
-def _rope(kernel: Kernel, program: Program, device: torch.device, stream: int) -> Verdict:
-    """Heads inside wider tokens, of which more than one have the same angles, for an rstd that is near."""
-    plan, n, dtypes = program.plan, program.n, dict(program.dtypes)
-    assert plan is not None
-    tokens, positions, heads = plan.block + 1, 3, {"q": 3, "k": 2}
-    row, column = trial.indices(tokens * 5, n)
-    whole = trial.x_of(row, column).to(trial.torch_dtype(dtypes["q"])).view(tokens, 5, n).to(device)
-    pair = whole[:, :3], whole[:, 3:]
-    angles = {
-        "cos": ((row + column) % 4 - 1)[:positions] / 2,
-        "sin": ((2 * row + column // 3) % 5 - 2)[:positions] / 4,
-    }
-    angles = {name: value.to(trial.torch_dtype(dtypes[name])) for name, value in angles.items()}
-    weights = {
-        name: (1 + (column[0] + at) % 4 / 4).to(trial.torch_dtype(dtypes[name]))
-        for at, name in enumerate(("q_weight", "k_weight"))
-        if name in dtypes
-    }
-    y_dtype = trial.torch_dtype(program.rounding.y.name)
-    results = [torch.full(x.shape, torch.nan, dtype=y_dtype).to(device) for x in pair]
-    given = [one.to(device) for one in (*angles.values(), *weights.values())]
-    kernel.launch(stream, *arguments.of_heads(program, pair, given, results, positions))
+HEADS = {"q": 3, "k": 2}
+POSITIONS = 3  # fewer than tokens, so that more than one have the same angles
 
-    cos, sin = (value[torch.arange(tokens) % positions] for value in angles.values())
+
+class Heads(NamedTuple):
+    """Heads inside wider tokens, the angles of POSITIONS of these, and weights by name."""
+
+    pair: tuple[Tensor, Tensor]
+    angles: tuple[Tensor, Tensor]
+    weights: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, program: Program, tokens: int) -> Heads:
+        dtypes, total = dict(program.dtypes), sum(HEADS.values())
+        row, column = trial.indices(tokens * total, program.n)
+        whole = trial.x_of(row, column).to(trial.torch_dtype(dtypes["q"])).view(tokens, total, program.n)
+        cos, sin = ((row + column) % 4 - 1) / 2, ((2 * row + column // 3) % 5 - 2) / 4
+        weights = {
+            name: (1 + (column[0] + at) % 4 / 4).to(trial.torch_dtype(dtypes[name]))
+            for at, name in enumerate(("q_weight", "k_weight"))
+            if name in dtypes
+        }
+        cos, sin = (one[:POSITIONS].to(trial.torch_dtype(dtypes["cos"])) for one in (cos, sin))
+        return cls((whole[:, :3], whole[:, 3:]), (cos, sin), weights)
+
+    def on(self, device: torch.device) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The pair inside its tokens, the angles, the weights."""
+        whole = torch.cat(self.pair, dim=1).to(device)
+        angles, weights = ([one.to(device) for one in some] for some in (self.angles, self.weights.values()))
+        return [whole[:, :3], whole[:, 3:]], angles, weights
+
+    def of_tokens(self) -> tuple[Tensor, Tensor]:
+        """The angles of each token."""
+        cos, sin = (one[torch.arange(len(self.pair[0])) % POSITIONS] for one in self.angles)
+        return cos, sin
+
+    def scale(self, name: str, program: Program) -> Tensor | None:
+        return trial.scale({"weight": self.weights[f"{name}_weight"]}, program) if self.weights else None
+
+
+def _rope(kernel: Kernel, program: Program, device: torch.device, stream: int) -> Verdict:
+    """For an rstd that is near."""
+    plan = program.plan
+    assert plan is not None
+    heads = Heads.of(program, plan.block + 1)
+    y_dtype = trial.torch_dtype(program.rounding.y.name)
+    results = [torch.full(x.shape, torch.nan, dtype=y_dtype).to(device) for x in heads.pair]
+    pair, angles, weights = heads.on(device)
+    kernel.launch(stream, *arguments.of_heads(program, pair, [*angles, *weights], results, POSITIONS))
+
+    cos, sin = heads.of_tokens()
     verdict: Verdict = {}
-    for name, x, result in zip(heads, pair, results, strict=True):
-        s, found = x.cpu().float(), result.cpu()
-        scale = trial.scale({"weight": weights[f"{name}_weight"]}, program) if weights else None
+    for name, x, result in zip(HEADS, heads.pair, results, strict=True):
+        s, found, scale = x.float(), result.cpu(), heads.scale(name, program)
 
         def right(rstd: Tensor, s: Tensor = s, scale: Any = scale, found: Tensor = found) -> Tensor:
             return (rope_statements.rotated(trial.y(s, rstd, scale, program), cos, sin) == found).all(-1)
 
         verdict[f"{name}_out"] = trial.right_for_some(trial.rstd(s, program.spec), right)
+    return verdict
+
+
+def _rope_gradients(kernel: Kernel, program: Program, device: torch.device, stream: int) -> Verdict:
+    """Of gradients whose heads come before their tokens, as attention gives them."""
+    plan, n = program.plan, program.n
+    assert isinstance(plan, BackwardPlan)
+    heads = Heads.of(program, plan.block + 1)
+    tokens, dtype = len(heads.pair[0]), trial.torch_dtype(program.rounding.y.name)
+    row, column = trial.indices(tokens * sum(HEADS.values()), n)
+    dr = (1 - 2 * ((row + column // 2) % 2)).to(dtype).view(-1, tokens, n).transpose(0, 1)
+    results = [torch.full(x.shape, torch.nan, dtype=x.dtype).to(device) for x in heads.pair]
+    if heads.weights:
+        programs = rope_backward.programs_of((tokens * HEADS["q"], tokens * HEADS["k"]), plan)
+        results += [torch.full((count, n), torch.nan).to(device) for count in programs]
+    pair, angles, weights = heads.on(device)
+    whole = dr.to(device)
+    given = pair, angles, (whole[:, :3], whole[:, 3:]), weights, results
+    kernel.launch(stream, *arguments.of_gradients(program, *given))
+
+    cos, sin = heads.of_tokens()
+    unit_dtype = trial.torch_dtype(program.rounding.unit.name)
+    verdict: Verdict = {}
+    for at, (name, x, of_x) in enumerate(zip(HEADS, heads.pair, (dr[:, :3], dr[:, 3:]), strict=True)):
+        dy, scale = rope_statements.rotated_back(of_x, cos, sin), heads.scale(name, program)
+        rstd = trial.rstd(x.float(), program.spec).double()
+        g = (dy.float() if scale is None else dy.float() * scale).to(unit_dtype).double()
+        dx, allowed = trial.gradient(g, x.double(), rstd, plan, x.dtype)
+        verdict[f"d{name}"] = bool(((results[at].cpu().double() - dx).abs() <= allowed).all())
+        if heads.weights:
+            terms = (dy.double() * (x * rstd.float()).to(unit_dtype).double()).flatten(0, -2)
+            parts = results[2 + at].cpu().double().sum(0)
+            bound = 2 * ROUNDINGS[unit_dtype] * terms.abs().sum(0)
+            verdict[f"{name}_dweight"] = bool(((parts - terms.sum(0)).abs() <= bound).all())
     return verdict
 
 
@@ -121,4 +184,10 @@ def _gated_gradients(kernel: Kernel, program: Program, device: torch.device, str
     return verdict
 
 
-CHECKS = {"quantized": _quantized, "rope": _rope, "gated": _gated, "gated_backward": _gated_gradients}
+CHECKS = {
+    "quantized": _quantized,
+    "rope": _rope,
+    "rope_backward": _rope_gradients,
+    "gated": _gated,
+    "gated_backward": _gated_gradients,
+}

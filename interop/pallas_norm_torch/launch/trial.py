@@ -157,3 +157,18 @@ def right_for_some(rstd: Tensor, right: Callable[[Tensor], Tensor]) -> bool:
         if not left.any():
             return True
     return False
+
+
+NO_DS = torch.zeros(())
+
+
+def gradient(
+    g: Tensor, x: Tensor, rstd: Tensor, plan: Plan, dtype: torch.dtype, ds: Tensor = NO_DS
+) -> tuple[Tensor, Tensor]:
+    """dx without ds, and how far dx + ds may be off once it was rounded to dtype."""
+    unit = x * rstd
+    products = g * unit
+    dx = rstd * (g - unit * (products.sum(-1, keepdim=True) / plan.n))
+    spread = products.abs().sum(-1, keepdim=True) / plan.n
+    bound = 2.0**-24 * rstd * ((plan.depth + 16) * unit.abs() * spread + 8 * g.abs())
+    return dx, bound + ROUNDINGS[dtype] * ((dx + ds).abs() + bound + ds.abs())
