@@ -1,7 +1,9 @@
 """Gated norms on a GPU: every bit against the oracle, and times beside a copy kernel of the same bytes and the same
 steps unfused.
 
-    python -m bench.gated OUT.json [--short] [--times] [--commit=SHA]    --short: fewer widths and shapes; --times: no bits
+    python -m bench.gated OUT.json [--short] [--times] [--commit=SHA]
+
+--short: fewer widths and shapes; --times: no bits
 """
 
 # pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false

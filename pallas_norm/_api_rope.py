@@ -145,7 +145,11 @@ def _operands(
     rows: dict[str, Any], weights: dict[Any, Any], heads: tuple[int, int] | None, spec: Spec
 ) -> dict[str, jax.Array]:
     found = {name: _validate.array(name, value) for name, value in rows.items()}
-    first = found["qkv" if heads else "q"]
+    first = found[name := "qkv" if heads else "q"]
+    if not all(map(_validate.is_int, first.shape[-2 if heads else -1 :])):  # a symbolic dimension of jax.export, say
+        what = "last two axes" if heads else "last axis"
+        found_as = _validate.describe(first)
+        raise TypeError(f"{name} is {found_as}; needed ints as its {what}: a kernel is compiled for it")
     found |= {name: _validate.array(name, value) for name, value in weights.items() if value is not None}
     angles = {name: found.pop(name) for name in _rope.ANGLES}
     found = {name: _validate.settled(value, first) for name, value in found.items()}

@@ -21,6 +21,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from . import _sharding, _transforms, reference
 from ._dtypes import AS_S, GradientDtypes
+from ._held import held
 from ._inverse_root import inverse_root
 from ._row_sum import row_mean
 from ._spec import Spec
@@ -86,7 +87,7 @@ def _norm_backward(
     if "dy" in given:
         gradients = gradient(saved | given, spec, dx_dtypes)
     elif "ds" in given:
-        gradients = reference.passed_on(given["ds"], dx_dtypes)
+        gradients = reference.passed_on(held(given["ds"]), dx_dtypes)
     names = ("x", "residual", "weight") if "s" in cotangents else ("x", "weight")
     of = {"x": "dx", "residual": "dx" if dx_dtypes.dresidual is None else "dresidual", "weight": "dweight"}
     return ({name: gradients.get(of[name]) for name in names if name != "weight" or name in saved},)

@@ -18,6 +18,7 @@ import jax
 
 from . import _compat, _lowering, _partitioning, _sharding, _target, reference
 from ._dtypes import AS_S, GradientDtypes
+from ._held import apart
 from ._spec import Spec
 from .kernels import backward as backward_kernel
 from .kernels import forward as forward_kernel
@@ -223,7 +224,7 @@ class Call:
                 "needs whole rows; pass implementation=None, or gather the last axis of x first"
             )
         if self.spec.axis_name or 0 in x.shape:
-            return self.by_reference(operands)
+            return apart(self.by_reference)(operands)
         if forced == "interpret":
             return self.by_kernel(operands, interpret=True)
         return _lowering.chosen(self, operands)

@@ -17,6 +17,7 @@ import jax
 from jax.custom_batching import custom_vmap
 
 from . import _dispatch, _lowering, _partitioning, _sharding, _target, gated_reference, reference
+from ._held import all_held, apart
 from ._spec import Spec
 from .gated_reference import Form
 from .kernels import gated as kernel
@@ -144,6 +145,7 @@ def gradients(operands: Arrays, spec: Spec, form: Form, *, ordered: bool = True)
 
 def _batched(
     operands: Arrays,
+    spec: Spec,
     call: Callable[[Arrays], Arrays],
     of_members: Callable[[Arrays], Arrays],
     of_member: Callable[[Arrays], Arrays],
@@ -158,9 +160,12 @@ def _batched(
     @batched.def_vmap
     def rule(size: int, which: list[dict[str, bool]], operands: Arrays) -> tuple[Arrays, dict[str, bool]]:
         (is_batched,) = which
-        whole = _sharding.of_members(operands, is_batched, size)
-        own = is_batched.get("weight", False)
-        results = jax.vmap(of_member)(whole) if own else of_members(_sharding.aligned(whole))
+        whole = _sharding.aligned(_sharding.of_members(operands, is_batched, size))
+        if is_batched.get("weight"):
+            _lowering.not_forced(spec, _lowering.OWN_WEIGHTS)
+            results = jax.vmap(apart(of_member))(whole)
+        else:
+            results = of_members(whole)
         return results, dict.fromkeys(results, True)
 
     return batched(operands)
@@ -182,7 +187,7 @@ def forward(operands: Arrays, spec: Spec, form: Form, *, with_rstd: bool) -> Arr
         return forward(operands, spec, form, with_rstd=with_rstd)
 
     of_member = functools.partial(_forward_by_reference, spec=spec, form=form, with_rstd=with_rstd)
-    return _batched(operands, call, of_members, of_member)
+    return _batched(operands, spec, call, of_members, of_member)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "form", "with_dweight"))
@@ -208,7 +213,7 @@ def backward(operands: Arrays, spec: Spec, form: Form, *, with_dweight: bool) ->
     def of_members(operands: Arrays) -> Arrays:
         found = backward(operands, spec, form, with_dweight=False)
         if with_dweight:  # each member has one of its own, and the kernel adds up all rows
-            sums = jax.vmap(gated_reference.weight_gradient)(gradients(operands, spec, form)[1])
+            sums = jax.vmap(gated_reference.weight_gradient)(gradients(all_held(operands), spec, form)[1])
             found = found | {"dweight": dweight(sums, operands)}
         return found
 
@@ -216,4 +221,4 @@ def backward(operands: Arrays, spec: Spec, form: Form, *, with_dweight: bool) ->
         found, terms = gradients(operands, spec, form)
         return found | {"dweight": dweight(gated_reference.weight_gradient(terms), operands)} if with_dweight else found
 
-    return _batched(operands, call, of_members, of_member)
+    return _batched(operands, spec, call, of_members, of_member)

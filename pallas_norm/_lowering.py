@@ -20,6 +20,7 @@ import jax.extend.core
 from jax.interpreters import mlir
 
 from . import _compat, _partitioning, _target
+from ._held import apart
 from .plans.fitting import Misfit
 from .plans.hardware import H200, Gpu
 
@@ -50,22 +51,32 @@ _chosen.multiple_results = True
 def chosen(call: Any, operands: Arrays) -> Arrays:
     """call.by_kernel(operands) where that can run and nothing else was asked for, else call.by_reference(operands)."""
     values = [operands[name] for name in call.names]
-    reference = jax.make_jaxpr(functools.partial(_flat, call, call.by_reference))(*values)
+    reference = jax.make_jaxpr(functools.partial(_flat, call, apart(call.by_reference)))(*values)
     return dict(zip(call.results, _chosen.bind(*values, call=call, reference=reference), strict=True))
+
+
+OWN_WEIGHTS = "each member of a vmap has a weight of its own, and a kernel has one for all rows"
+KERNELS = ("mosaic_gpu", "interpret")  # implementations that run one
+
+
+def not_forced(spec: Any, reason: str) -> None:
+    """Raises where a kernel was asked for, which there is none for `reason`."""
+    if spec.implementation in KERNELS:
+        raise NotImplementedError(
+            f'implementation="{spec.implementation}" cannot run: {reason}; pass implementation=None to let XLA compile '
+            "the reference"
+        ) from None
 
 
 def forced_or_chosen(call: Any, operands: Arrays, *, empty: bool) -> Arrays:
     """By the path that call.spec forces, if it has a kernel for these, else by the one that is chosen; of no rows by
     the reference."""
     forced = call.spec.implementation
-    if forced in ("mosaic_gpu", "interpret"):
+    if forced in KERNELS:
         try:
             call.plan_on(H200, operands)
         except Misfit as reason:
-            raise NotImplementedError(
-                f'implementation="{forced}" cannot run: {reason}; pass implementation=None to let XLA compile the '
-                "reference"
-            ) from None
+            not_forced(call.spec, str(reason))
     if empty:
         return call.by_reference(operands)
     if forced == "interpret":
@@ -123,7 +134,7 @@ def _on_cpu(context: Any, *values: Any, call: Any, reference: Any) -> Any:
 def _elsewhere(context: Any, *values: Any, call: Any, reference: Any) -> Any:
     _check_not_forced(call)
     if _is_divided(context, call):
-        return mlir.lower_fun(functools.partial(_flat, call, call.in_any_order))(context, *values)
+        return mlir.lower_fun(functools.partial(_flat, call, apart(call.in_any_order)))(context, *values)
     return _inlined(context, values, reference)
 
 
@@ -135,8 +146,8 @@ def _by_kernel(context: Any, *values: Any, call: Any, reference: Any) -> Any:
         if not all(isinstance(size, int) for size in x.shape):
             rows = ", ".join(map(str, x.shape[:-1]))
             raise NotImplementedError(
-                f"x has {rows} rows, a number that this program does not know, and a kernel's grid is compiled for its "
-                'rows; export one program for each number of rows, or pass implementation="xla"'
+                f"{call.tensor} has {rows} rows, a number that this program does not know, and a kernel's grid is "
+                'compiled for its rows; export one program for each number of rows, or pass implementation="xla"'
             )
         if _compat.spans_devices(context):
             if not call.is_partitioned:

@@ -26,6 +26,7 @@ import numpy as np
 from jax import lax
 
 from . import _compat, _spmd, _target, reference
+from ._held import apart
 from ._sharding import COLUMNS, PER_ROW, SCALARS, needs_whole_rows
 from .plans.fitting import Misfit
 from .plans.hardware import Gpu
@@ -140,7 +141,8 @@ def _local(call: Any, rows: Any, gpu: Gpu | None) -> Callable[..., Any]:
 
     def run(*values: jax.Array) -> list[jax.Array]:
         operands = dict(zip(call.names, values, strict=True))
-        results = part.by_reference(operands) if is_split or gpu is None else part.by_kernel(operands, gpu=gpu)
+        by_reference = is_split or gpu is None
+        results = apart(part.by_reference)(operands) if by_reference else part.by_kernel(operands, gpu=gpu)
         if sums_dweight:
             total = lax.psum(results["dweight"], SHARDS, axis_index_groups=shared_out)
             results["dweight"] = reference.round_to(total, jnp.dtype(call.dweight_dtype))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from . import _dispatch, _lowering, _partitioning, _sharding, _transforms, quantized_reference, reference
+from ._held import all_held
 from ._sharding import COLUMNS, SCALARS
 from ._spec import Spec
 from .kernels import quantized as kernel
@@ -135,7 +136,7 @@ def _batched(operands: Arrays, spec: Spec, form: Form) -> Arrays:
         if not any(is_batched.get(name) for name in shared):
             results = _batched(_sharding.aligned(whole), spec, form)
         else:
-            results = _own_columns(whole, is_batched, spec, form)
+            results = _own_columns(_sharding.aligned(whole), is_batched, spec, form)
         return results, dict.fromkeys(results, True)
 
     return batched(operands)
@@ -150,6 +151,8 @@ def _own_columns(operands: Arrays, is_batched: dict[str, bool], spec: Spec, form
 
     found = jax.vmap(norm, in_axes=(rows,))({name: operands[name] for name in rows})
     y, scale = found["y"], operands.get("scale")
+    if scale is not None:
+        scale = all_held({"scale": scale})["scale"]
     of_scale = 0 if is_batched.get("scale") else None
 
     def of_member(y: jax.Array, scale: jax.Array | None) -> Arrays:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from . import _autodiff, _compat, _dispatch, _lowering, _sharding, _target, _transforms, reference, rope_reference
+from ._held import all_held, apart
 from ._spec import Spec
 from .kernels import rope as kernel
 from .kernels import rope_backward as backward_kernel
@@ -147,13 +148,15 @@ def steps(
 ) -> tuple[jax.Array, jax.Array | None]:
     """dx and dweight of q or of k: the gradient of the rotation, then that of the norm. Its rstd again, not kept: a row
     is read for the gradient anyhow. of_shard: dweight in float32, to be summed over shards."""
+    angles = all_held({"dr": jnp.asarray(dr), "cos": given["cos"], "sin": given["sin"]})
     operands = {"x": given[name]}
     if (weight := given.get(f"{name}_weight")) is not None:
         operands["weight"] = weight
     operands["rstd"] = _autodiff.norm(operands, spec, True)["rstd"]  # noqa: FBT003
-    operands["dy"] = rope_reference.rotated_back(jnp.asarray(dr), given["cos"], given["sin"])
+    operands["dy"] = rope_reference.rotated_back(**angles)
     if of_shard:
-        dweight = reference.weight_gradient(operands["x"], operands["rstd"], operands["dy"], **spec.unit)
+        rows = all_held({name: operands[name] for name in ("x", "rstd", "dy")})
+        dweight = reference.weight_gradient(**rows, **spec.unit)
         return _transforms.backward(operands, spec, with_dweight=False)["dx"], dweight
     gradients = _autodiff.gradient(operands, spec)
     return gradients["dx"], gradients.get("dweight")
@@ -175,7 +178,8 @@ def forward(operands: Arrays, spec: Spec, heads: Heads) -> Arrays:
         call = Call(tuple(operands), spec, heads)
         if any(is_batched.get(name) for name in WEIGHTS):  # each member has a weight of its own
             axes = {name: 0 if is_batched[name] else None for name in operands}
-            results = jax.vmap(call.by_reference, in_axes=(axes,))(operands)
+            _lowering.not_forced(spec, _lowering.OWN_WEIGHTS)
+            results = jax.vmap(apart(call.by_reference), in_axes=(axes,))(operands)
             return results, dict.fromkeys(results, True)
         tokens = operands[call.tensor].shape[:-2]
         tokens = tokens if is_batched[call.tensor] else (size, *tokens)

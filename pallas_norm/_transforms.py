@@ -21,6 +21,7 @@ from jax.custom_batching import custom_vmap
 
 from . import _dispatch, _sharding, reference
 from ._dtypes import AS_S, Dtypes, GradientDtypes, promoted
+from ._held import all_held, held
 from ._spec import Spec
 
 Arrays = dict[str, jax.Array]
@@ -77,11 +78,11 @@ def forward(operands: Arrays, spec: Spec, *, with_rstd: bool) -> Arrays:
         return forward(operands, spec, with_rstd=with_rstd)
 
     def with_own_weights(operands: Arrays) -> Arrays:
-        weight = operands["weight"]
+        weight = all_held({"weight": operands["weight"]})["weight"]
         dtypes = spec.dtypes(**{name: value.dtype for name, value in operands.items()})
         results = forward(_without(operands, "weight"), _weightless(spec, dtypes), with_rstd=with_rstd)
         y = results["y"].astype(F32) * _scale_of_members(weight, results["y"], spec, dtypes.weight)
-        return results | {"y": reference.round_to(y, dtypes.y)}
+        return results | {"y": held(reference.round_to(y, dtypes.y))}
 
     return _batched(call, of_members, with_own_weights)(operands)
 
@@ -109,8 +110,8 @@ def backward(
         # be many and small (one row each where a program is written for one token), so they are not looped over either.
         if not with_dweight:
             return {}
-        rows = operands["x"], operands["rstd"], operands["dy"]
-        sums = jax.vmap(functools.partial(reference.weight_gradient, **spec.unit))(*rows)
+        rows = all_held({name: operands[name] for name in ("x", "rstd", "dy")})
+        sums = jax.vmap(functools.partial(reference.weight_gradient, **spec.unit))(*rows.values())
         return {"dweight": _sharding.dweight_of_all(sums, _sharding.summed_over(operands), dtype)}
 
     def of_members(operands: Arrays) -> Arrays:
@@ -118,7 +119,7 @@ def backward(
         return dx | (dweight_of_members(operands, operands["weight"].dtype) if with_dweight else {})
 
     def with_own_weights(operands: Arrays) -> Arrays:
-        weight, dy = operands["weight"], operands["dy"]
+        weight, dy = all_held({name: operands[name] for name in ("weight", "dy")}).values()
         dtypes = spec.dtypes(operands["x"].dtype, weight=weight.dtype)
         g = reference.round_to(dy.astype(F32) * _scale_of_members(weight, dy, spec, dtypes.weight), dtypes.unit)
         if promoted(dtypes.unit, dy.dtype) == dy.dtype:  # which holds it: the plan is the one of dy

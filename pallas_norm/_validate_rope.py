@@ -81,9 +81,9 @@ def _angles(operands: Operands, name: str, y_dtype: Any, describe: Describe) -> 
 
 
 def without_ones(shape: Any) -> tuple[int, ...]:
-    """Without leading axes of size 1, all but the last two."""
+    """Without leading axes of size 1: one row of angles is that of every token."""
     shape = tuple(shape)
-    while len(shape) > 2 and shape[0] == 1:
+    while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
     return shape
 

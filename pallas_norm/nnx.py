@@ -23,7 +23,8 @@ class RMSNorm(nnx.RMSNorm):
     Arguments: those of flax.nnx.RMSNorm, of which `reduction_axes` and `feature_axes` have to be the last axis, and
         cast_before_scale: False, as Flax computes, multiplies in float32 and rounds once. True rounds before the scale,
             as Hugging Face's models do; the scale is rounded to the dtype of x in the kernel then, so that a float32
-            one gets a gradient that was never rounded to bfloat16.
+            one gets a gradient that was never rounded to bfloat16. With dtype=None Flax promotes x first: beside a
+            float32 scale it is float32 then, and nothing is rounded before the scale; pass dtype=x.dtype.
         implementation: as for `rms_norm`.
 
     Rounding: the dtypes are Flax's: x and scale are promoted to `dtype`, or to each other. The sum, rstd and the

@@ -59,11 +59,23 @@ def round_to(wide: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*s
     if dtype == jnp.bfloat16:
         wide = lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
     elif dtype == jnp.float16:
-        # reduce_precision flushes float16's subnormal numbers, which are the multiples of 2^-24 below 2^-14.
-        subnormal = lax.round(wide * 2.0**24, lax.RoundingMethod.TO_NEAREST_EVEN) * 2.0**-24
-        normal = lax.reduce_precision(wide, exponent_bits=5, mantissa_bits=10)
-        wide = jnp.where(jnp.abs(wide) < 2.0**-14, subnormal, normal)
+        wide = _rounded_to_half(wide)
     return wide.astype(dtype)
+
+
+@jax.custom_jvp
+def _rounded_to_half(wide: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Its derivative is one. That of lax.round is zero, and that of reduce_precision flushes what it is given: second
+    derivatives of small gradients vanished."""
+    # reduce_precision flushes float16's subnormal numbers, which are the multiples of 2^-24 below 2^-14.
+    subnormal = lax.round(wide * 2.0**24, lax.RoundingMethod.TO_NEAREST_EVEN) * 2.0**-24
+    normal = lax.reduce_precision(wide, exponent_bits=5, mantissa_bits=10)
+    return jnp.where(jnp.abs(wide) < 2.0**-14, subnormal, normal)
+
+
+@_rounded_to_half.defjvp
+def _(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    return _rounded_to_half(*primals), *tangents
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -11,8 +11,9 @@ Source: `apply_rotary_pos_emb` in Hugging Face's transformers, in its eager oper
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 
 from ._row_sum import product
@@ -58,5 +59,15 @@ def rotated_back(
     wide, cos, sin = dr.astype(F32), _of_heads(cos, dr), _of_heads(sin, dr)
     a = round_to(product(wide, cos), dr.dtype).astype(F32)
     b = round_to(product(wide, sin), dr.dtype).astype(F32)
-    dy = round_to(a - rotate_half(b), dr.dtype)
+    return _zeros_positive(round_to(a - rotate_half(b), dr.dtype))
+
+
+@jax.custom_jvp
+def _zeros_positive(dy: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Its derivative is one, also at zero: where a loss is least, dy is."""
     return jnp.where(dy == 0, jnp.zeros_like(dy), dy)
+
+
+@_zeros_positive.defjvp
+def _(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    return _zeros_positive(*primals), *tangents

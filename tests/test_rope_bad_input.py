@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pallas_norm
 from pallas_norm import rms_norm_rope, rms_norm_rope_qkv
+from tests import oracle
 from tests.oracle import BF16, F32
 from tests.rope_cases import operands
 
@@ -66,3 +69,25 @@ def test_a_forced_kernel_that_cannot_run_says_why() -> None:
         "the one 40 columns away are not at the same place of two lanes of a warp; pass implementation=None to let XLA "
         "compile the reference"
     )
+
+
+def test_sizes_that_no_program_knows_are_refused() -> None:
+    for function, shape, message in (
+        (lambda q, a: pallas_norm.rms_norm_rope(q, q, a, a), ("b, 4, 2*n", "b, 2*n"), "q is float32[b,4,2*n]; needed ints as its last axis: a kernel is compiled for it"),  # noqa: E501
+        (lambda q, a: pallas_norm.rms_norm_rope_qkv(q, a, a, q_heads=2, k_heads=1), ("b, h, 64", "b, 64"), "qkv is float32[b,h,64]; needed ints as its last two axes: a kernel is compiled for it"),  # noqa: E501
+    ):  # fmt: skip
+        scope = jax.export.SymbolicScope()
+        structs = [jax.ShapeDtypeStruct(jax.export.symbolic_shape(one, scope=scope), jnp.float32) for one in shape]
+        with pytest.raises(TypeError) as raised:
+            jax.export.export(jax.jit(function))(*structs)
+        assert str(raised.value) == message
+
+
+def test_one_row_of_angles_is_that_of_every_token() -> None:
+    q, k, cos, sin, *rest = operands(64, (3, 2), (7,), "bf16")
+    expected = pallas_norm.rms_norm_rope(q, k, np.tile(cos[:1], (7, 1)), np.tile(sin[:1], (7, 1)), *rest)
+    for angles in ([cos[0], sin[0]], [cos[:1], sin[:1]], [cos[None, None, 0], sin[None, None, 0]]):
+        for implementation in ("xla", "interpret"):
+            found = pallas_norm.rms_norm_rope(q, k, *angles, *rest, implementation=implementation)
+            for one, other in zip(found, expected, strict=True):
+                oracle.assert_same(one, other)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import pallas_norm
-from pallas_norm import reference
+from pallas_norm import _held, reference
 
 LAYERS, WIDTH, TOKENS, STEPS = 8, 64, 96, 20
 Params = dict[str, jax.Array]
@@ -28,16 +28,28 @@ def by_autodiff(x: jax.Array, residual: jax.Array, weight: jax.Array) -> tuple[j
 by_specification = jax.custom_vjp(by_autodiff)
 
 
+@_held.apart  # the model around it computes in bfloat16, and XLA keeps more
+def _results(given: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    s = reference.add(given["x"], given["residual"])
+    y, rstd = reference.forward(s, given["weight"])
+    return {"y": y, "s": s, "rstd": rstd}
+
+
+@_held.apart
+def _gradients(given: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    dx, dweight = reference.backward(given["s"], given["weight"], given["rstd"], given["dy"], given["ds"])
+    return {"dx": dx, "dweight": dweight}
+
+
 def _forward(x: jax.Array, residual: jax.Array, weight: jax.Array) -> Any:
-    s = reference.add(x, residual)
-    y, rstd = reference.forward(s, weight)
-    return (y, s), (s, rstd, weight)
+    found = _results({"x": x, "residual": residual, "weight": weight})
+    return (found["y"], found["s"]), (found["s"], found["rstd"], weight)
 
 
 def _backward(saved: Any, cotangents: Any) -> Any:
-    (s, rstd, weight), (dy, ds) = saved, cotangents
-    dx, dweight = reference.backward(s, weight, rstd, dy, ds)
-    return dx, dx, dweight
+    given = dict(zip(("s", "rstd", "weight", "dy", "ds"), (*saved, *cotangents), strict=True))
+    found = _gradients(given)
+    return found["dx"], found["dx"], found["dweight"]
 
 
 by_specification.defvjp(_forward, _backward)

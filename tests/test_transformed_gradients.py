@@ -209,7 +209,9 @@ WRONG = {
         "rows on an explicit mesh",
     ),
     "dweight of a member times another's dy": (
-        Rewrite("_transforms", "**spec.unit))(*rows)", "**spec.unit))(rows[0], rows[1], rows[2][::-1])"),
+        Rewrite(
+            "_transforms", "**spec.unit))(*rows.values())", "**spec.unit))(rows['x'], rows['rstd'], rows['dy'][::-1])"
+        ),
         "vmap",
     ),
     "a member takes another's weight": (

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_norm import add_rms_norm, rms_norm, rms_norm_gated
+from pallas_norm import add_rms_norm, rms_norm, rms_norm_gated, rms_norm_quantized, rms_norm_rope
 from tests.meshes import draw, mesh_of, on_eight
 from tests.rewrites import Rewrite, rewritten
 
@@ -57,3 +58,48 @@ def test_a_dweight_of_one_shard_is_seen(norm: str) -> None:
     )
     with rewritten(of_one), pytest.raises(ValueError, match="bwd rule"):
         jax.jit(gradient)(WEIGHTS["shared"][0], X)
+
+
+OF_MEMBERS: dict[str, Callable[[Any], Any]] = {
+    "norm": lambda weight: rms_norm(X, weight),
+    "gated": lambda weight: rms_norm_gated(X, X, weight),
+    "gradient of gated": lambda weight: jax.vjp(lambda x, w: rms_norm_gated(x, x, w), X, weight)[1](X),
+    "quantized": lambda weight: rms_norm_quantized(X, weight),
+    "scales": lambda weight: rms_norm_quantized(X, scale=jnp.abs(weight[0]) + 1)[0],
+    "heads": lambda weight: rms_norm_rope(X, X, X[:, 0], X[:, 0], weight, weight),
+}
+
+
+@pytest.mark.parametrize("kind", ["explicit", "auto"])
+@pytest.mark.parametrize("name", OF_MEMBERS)
+def test_members_may_lie_on_the_devices_of_an_axis(name: str, kind: str) -> None:
+    """Gated norms and 8-bit results mapped over operands of which one was split and others not: JAX refused."""
+    kinds = {"explicit": AxisType.Explicit, "auto": AxisType.Auto}
+    mesh = jax.make_mesh((8,), ("data",), devices=jax.devices("cpu")[:8], axis_types=(kinds[kind],))
+    weights = draw(8, N, seed=1, dtype="float32")
+    expected = jax.vmap(OF_MEMBERS[name])(weights)
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.vmap(OF_MEMBERS[name]))(jax.device_put(weights, NamedSharding(mesh, P("data"))))
+    *others, one = jax.tree.leaves(found)
+    *expected_others, other = jax.tree.leaves(expected)
+    for found_one, expected_one in zip(others, expected_others, strict=True):
+        assert np.asarray(found_one).tobytes() == np.asarray(expected_one).tobytes()
+    if name != "gradient of gated":  # whose last one is dweight, which XLA adds up in an order of its own
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    np.testing.assert_allclose(one, other, rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "interpret"])
+def test_a_kernel_that_was_asked_for_is_not_left_out_for_members(implementation: Any) -> None:
+    """XLA computed them without a word."""
+    calls: dict[str, Callable[[Any], Any]] = {
+        "gated": lambda weight: rms_norm_gated(X, X, weight, implementation=implementation),
+        "heads": lambda weight: rms_norm_rope(X, X, X[:, 0], X[:, 0], weight, weight, implementation=implementation),
+    }
+    for call in calls.values():
+        with pytest.raises(NotImplementedError) as raised:
+            jax.vmap(call)(WEIGHTS["own"][0])
+        assert str(raised.value) == (
+            f'implementation="{implementation}" cannot run: each member of a vmap has a weight of its own, and a '
+            "kernel has one for all rows; pass implementation=None to let XLA compile the reference"
+        )

@@ -1,0 +1,43 @@
+"""What a program computes before a call and after it, as values of its dtypes.
+
+A kernel reads its operands from memory. XLA's program of the specification may stand in one fusion with what computed
+them, and there XLA keeps float32 for 16 bits, moves constants from one product to the next, and adds to a product
+before that is rounded. So a norm of a + b had other bits in a program than outside: in bfloat16 18 % of y on a CPU, and
+of float32 15 % of rms_norm(x * 0.3). What goes in and comes out is rounded once more, which changes no value, and
+behind a barrier, since of constants nothing else is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from .reference import round_to
+
+Arrays = dict[str, jax.Array]
+F32 = jnp.float32
+
+
+def held(value: jax.Array) -> jax.Array:
+    """The value, whatever the program does with it."""
+    if value.dtype in (jnp.bfloat16, jnp.float16):
+        return round_to(value.astype(F32), value.dtype)
+    if value.dtype == F32:
+        return jnp.where(jnp.isnan(value), -value, value)  # as _row_sum.product
+    return value
+
+
+def all_held(operands: Arrays) -> Arrays:
+    """One by one: a barrier of several would have each vary over the devices over which any does."""
+    return {name: held(jax.lax.optimization_barrier(value)) for name, value in operands.items()}
+
+
+def apart(function: Callable[[Arrays], Arrays]) -> Callable[[Arrays], Arrays]:
+    """`function` of operands that are held, with results that are."""
+
+    def alone(operands: Arrays) -> Arrays:
+        return {name: held(value) for name, value in function(all_held(operands)).items()}
+
+    return alone
