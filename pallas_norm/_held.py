@@ -35,9 +35,11 @@ def all_held(operands: Arrays) -> Arrays:
 
 
 def apart(function: Callable[[Arrays], Arrays]) -> Callable[[Arrays], Arrays]:
-    """`function` of operands that are held, with results that are."""
+    """`function`, of the specification, of operands that are held, with results that are: those of 16 bits it rounded by
+    an operation that stays."""
 
     def alone(operands: Arrays) -> Arrays:
-        return {name: held(value) for name, value in function(all_held(operands)).items()}
+        found = function(all_held(operands))
+        return {name: held(value) if value.dtype == F32 else value for name, value in found.items()}
 
     return alone

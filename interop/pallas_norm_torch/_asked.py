@@ -15,7 +15,7 @@ Tensor = torch.Tensor
 
 
 def rms_norm(implementation: Any, x: Any, weight: Any, options: Any, out: Any, *, plain: Any) -> Tensor:
-    _check(implementation)
+    _check(implementation, x)
     spec = _options.spec(x, None, weight, *options, with_residual=False)
     differentiates = _differentiates(x, weight)
     if out is not None:
@@ -31,7 +31,7 @@ def rms_norm(implementation: Any, x: Any, weight: Any, options: Any, out: Any, *
 def add_rms_norm(
     implementation: Any, x: Any, residual: Any, weight: Any, options: Any, places: Any, *, plain: Any
 ) -> tuple[Tensor, Tensor]:
-    _check(implementation)
+    _check(implementation, x)
     spec = _options.spec(x, residual, weight, *options, with_residual=True)
     differentiates, to = _differentiates(x, residual, weight), _options.dtypes_of(spec, x, residual, weight)
     for name, place in places.items():
@@ -46,17 +46,19 @@ def add_rms_norm(
     return y, s
 
 
-def _check(implementation: Any) -> None:
+def _check(implementation: Any, x: Any) -> None:
     if not isinstance(implementation, str):
         raise TypeError(f"implementation is a {type(implementation).__name__}; needed None or 'jax'")
     if implementation != "jax":
         raise ValueError(
             f"implementation is {implementation!r}; needed None, which follows pallas_norm_torch.explain, or 'jax'"
         )
+    if torch.compiler.is_compiling():  # before anything that Dynamo may know no way through, with a message of its own
+        _check_eager(x, plain=False)
 
 
 def _check_eager(x: Tensor, *, plain: bool) -> None:
-    if torch.compiler.is_compiling() or not plain:
+    if not plain:
         raise NotImplementedError(
             "implementation is 'jax' under torch.compile, torch.func, a mode of torch, or with a subclass of "
             f"torch.Tensor or on meta (x: {_validate.describe(x)}); needed eager code on plain tensors: "

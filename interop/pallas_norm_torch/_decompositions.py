@@ -36,6 +36,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     The default table takes silu, which gated norms end in, apart into operators that round otherwise, so it is taken
     out of the table. The gradient has sigmoid alone, which the table keeps.
 
+    Inductor, and so AOTInductor, keeps float32 where these round, unless torch._inductor.config.emulate_precision_casts
+    is True when it compiles. It compiles operators that were left whole with the bits of eager code.
+
     torch.onnx.export(dynamo=True) finds them by itself.
     """
     return dict(_DECOMPOSITIONS)

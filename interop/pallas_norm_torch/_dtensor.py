@@ -18,7 +18,8 @@ _registered: set[str] = set()
 def register() -> None:
     """Once somebody has imported torch.distributed.tensor, as whoever holds a DTensor has; it takes 0.7 s to import.
 
-    The autograd rules of the operators call it: DTensors meet them in inference mode, too.
+    Whoever calls an operator for tensors that are not plain calls it first: in inference mode no autograd rule runs.
+    The autograd rules call it too, for operators that are called by their names, and for programs.
     """
     if _registered or not hasattr(sys.modules.get("torch.distributed.tensor"), "DTensor"):
         return
@@ -37,6 +38,17 @@ def register() -> None:
         register_sharding(overload)(rule)
         _torch_state.options_decide_sharding(overload, first_option)
     _registered.add("all")
+
+
+def refuse(**operands: Any) -> None:
+    """For an operator that has no rule below."""
+    dtensor: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    for name, value in operands.items():
+        if isinstance(value, dtensor):
+            raise NotImplementedError(
+                f"{name} is a DTensor, and a result of 8 bits is computed of plain tensors only; "
+                f"pass {name}.to_local(), of whole rows"
+            )
 
 
 # Each rule gives the acceptable placements on one axis of a mesh, as ([of the results], [of the arguments]). The last

@@ -248,7 +248,7 @@ class Gradient(torch.autograd.Function):
         x, weight, _, dy, ds, *options = inputs
         ctx.options, ctx.with_dweight = split(options)
         ctx.set_materialize_grads(False)
-        if not ctx.with_dweight:
+        if weight is None or not ctx.with_dweight:  # of no elements
             ctx.mark_non_differentiable(output[1])
         _torch_state.save(ctx, x, weight, dy, ds)
 

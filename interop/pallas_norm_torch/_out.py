@@ -1,5 +1,7 @@
 """What a call may write its results to: `out`, and in the residual form `s_out`."""
 
+# pyright: reportUntypedFunctionDecorator=false
+
 from __future__ import annotations
 
 import itertools
@@ -8,8 +10,9 @@ from typing import Any
 import torch
 
 from . import _torch_state
+from ._library import TAGS, library
 from ._options import Dtypes
-from ._overlap import may_overlap, overlaps_itself
+from ._overlap import address, may_overlap, overlaps_itself
 from ._validate import describe, dtype_name
 from .rows import ALIGNMENT
 
@@ -65,6 +68,10 @@ def form(name: str, value: Any, x: Tensor, dtype: torch.dtype, *, differentiates
 
 def memory(given: dict[str, Tensor], rows: dict[str, Tensor], weight: Tensor | None) -> None:
     """Each of `given` may be one of `rows`, the operands, or share no memory with any of them or with the other."""
+    if _torch_state.transformation() is not None:
+        bare = _torch_state.unwrapped
+        given, rows = ({name: bare(one) for name, one in of.items()} for of in (given, rows))
+        weight = None if weight is None else bare(weight)
     for name, value in given.items():
         if overlaps_itself(value):
             raise ValueError(
@@ -72,7 +79,7 @@ def memory(given: dict[str, Tensor], rows: dict[str, Tensor], weight: Tensor | N
                 "needed memory of its own for each: pass a tensor that was not expanded"
             )
         for operand, x in rows.items():
-            same = value.data_ptr() == x.data_ptr() and value.stride() == x.stride() and value.dtype == x.dtype
+            same = address(value) == address(x) and value.stride() == x.stride() and value.dtype == x.dtype
             if not same and may_overlap(value, x):
                 raise ValueError(
                     f"{name} overlaps {operand} without being {operand}: rows would be written before they are read; "
@@ -82,6 +89,48 @@ def memory(given: dict[str, Tensor], rows: dict[str, Tensor], weight: Tensor | N
             raise ValueError(f"{name} overlaps weight, which every row reads; pass memory of its own")
     if len(given) == 2 and may_overlap(given["out"], given["s_out"]):
         raise ValueError(TWICE)
+
+
+library.define("check_places(Tensor? out, Tensor? s_out, Tensor x, Tensor? residual, Tensor? weight) -> ()", tags=TAGS)
+
+
+def _check_places(
+    out: Tensor | None, s_out: Tensor | None, x: Tensor, residual: Tensor | None, weight: Tensor | None
+) -> None:
+    places, rows = {"out": out, "s_out": s_out}, {"x": x, "residual": residual}
+    given, operands = ({name: one for name, one in of.items() if one is not None} for of in (places, rows))
+    memory(given, operands, weight)
+
+
+library.impl("check_places", _check_places, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("pallas_norm::check_places", lib=library)
+def _(*operands: Tensor | None) -> None:
+    """All that a program has of the check: it sees what lies in one storage when it is made, and nothing of it stays
+    in the program, since an operator without a result is left out."""
+    sizes = (size for one in operands if one is not None for size in (*one.shape, *one.stride(), one.storage_offset()))
+    if not any(map(_torch_state.is_unbacked, sizes)):
+        _check_places(*operands)  # pyright: ignore[reportArgumentType]
+
+
+def _vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[None, None]:
+    """Members lie where their batch does."""
+    del info, in_dims
+    torch.ops.pallas_norm.check_places(*operands)
+    return None, None
+
+
+torch.library.register_vmap("pallas_norm::check_places", _vmap, lib=library)
+
+
+def check_program(
+    out: Tensor | None, s_out: Tensor | None, x: Tensor, residual: Tensor | None, weight: Tensor | None
+) -> None:
+    """As `memory`, of what torch.compile traces; of subclasses, which may hold no memory of their own, nothing."""
+    given = out, s_out, x, residual, weight
+    if all(one is None or type(one) in _torch_state.TENSORS for one in given):
+        torch.ops.pallas_norm.check_places(*given)
 
 
 def takes_y(out: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> bool:

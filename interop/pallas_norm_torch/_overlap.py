@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import torch
 
+from . import _torch_state
+
 Tensor = torch.Tensor
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
+def address(tensor: Tensor) -> int | torch.SymInt:
+    """Of the first element; where torch.compile makes a program there is no memory, but the place in a storage."""
+    if _torch_state.is_fake(tensor):
+        return tensor.storage_offset() * tensor.element_size()
+    return tensor.data_ptr()
+
+
+def _span(tensor: Tensor) -> tuple[int | torch.SymInt, int | torch.SymInt]:
     """The address of the first element, and the one behind the last."""
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+    start = address(tensor)
+    return start, start + (reach + 1) * tensor.element_size()
 
 
 def may_overlap(left: Tensor, right: Tensor) -> bool:
@@ -20,6 +30,8 @@ def may_overlap(left: Tensor, right: Tensor) -> bool:
     projection, where the columns are others.
     """
     if left.numel() == 0 or right.numel() == 0:
+        return False
+    if _torch_state.is_fake(left) and not _torch_state.is_of_storage(left, right):
         return False
     (left_start, left_end), (right_start, right_end) = _span(left), _span(right)
     if left_end <= right_start or right_end <= left_start:

@@ -135,8 +135,9 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def no_gradient(*operands: Any) -> None:
-    """Raises where a derivative would be asked for, that of a scale too: its rounding to 8 bits is of y / scale."""
-    tensors = [one for one in operands if isinstance(one, Tensor)]
+    """Raises where a derivative would be asked for, that of a scale too: its rounding to 8 bits is of y / scale. A
+    parameter that is not initialised requires grad, but lacks more than that."""
+    tensors = [one for one in operands if isinstance(one, Tensor) and not torch.nn.parameter.is_lazy(one)]
     backward = torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
     jvp = _torch_state.transformation() is not None and _torch_state.inside_jvp()
     if backward or jvp or any(map(_torch_state.has_tangent, tensors)):

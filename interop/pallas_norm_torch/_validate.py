@@ -39,10 +39,10 @@ def with_memory(name: str, value: Any) -> Tensor:
         )
     if torch.nn.parameter.is_lazy(value):
         raise TypeError(f"{name} is not initialised yet; needed its elements: run the module it belongs to once before")
+    if value.is_nested:  # before its layout, which may be jagged, and has no to_dense
+        raise TypeError(f"{name} is a nested tensor; needed a plain one: pass {name}.to_padded_tensor(0.0)")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} has the layout {value.layout}; needed torch.strided: pass {name}.to_dense()")
-    if value.is_nested:
-        raise TypeError(f"{name} is a nested tensor; needed a plain one: pass {name}.to_padded_tensor(0.0)")
     if value.is_neg():
         raise TypeError(
             f"{name} is negated lazily, so its memory holds other values; needed them themselves: "

@@ -13,7 +13,7 @@ from pallas_norm import _api_gated
 from pallas_norm._spec import Spec
 from pallas_norm.gated_reference import Form
 
-from . import _gated_library, _options, _torch_state, _validate, gated_statements, ops
+from . import _dtensor, _gated_library, _options, _torch_state, _validate, gated_statements, ops
 
 Tensor = torch.Tensor
 
@@ -89,6 +89,7 @@ def rms_norm_gated(
 
 def _operator(x: Tensor, gate: Tensor, weight: Tensor | None, spec: Spec, form: Form) -> Tensor:
     """As that of `ops`: torch.func differentiates no operators of a library, and functionalize no autograd.Function."""
+    _dtensor.register()
     options = _gated_library.Options.of(spec, form)
     transformed = _torch_state.transformation() is not None
     if transformed and not _torch_state.functionalized():

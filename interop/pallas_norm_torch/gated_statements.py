@@ -11,6 +11,7 @@ from torch.nn import functional
 from pallas_norm._spec import Spec  # pyright: ignore[reportPrivateUsage]
 from pallas_norm.gated_reference import Form
 
+from . import _torch_state
 from ._options import dtypes_of
 
 Tensor = torch.Tensor
@@ -32,10 +33,12 @@ def _gated_input(x: Tensor, gate: Tensor, form: Form) -> Tensor:
     return _grouped(h, form)
 
 
+@_torch_state.never_compiled
 def rstd_of(x: Tensor, gate: Tensor, spec: Spec, form: Form) -> Tensor:
     return torch.rsqrt(_gated_input(x, gate, form).pow(2).mean(-1, keepdim=True) + spec.eps).squeeze(-1)
 
 
+@_torch_state.never_compiled
 def forward(x: Tensor, gate: Tensor, weight: Tensor | None, spec: Spec, form: Form) -> tuple[Tensor, Tensor]:
     """(y, rstd); the bits of the bodies that docs/gated.md lists."""
     rstd = rstd_of(x, gate, spec, form)
@@ -99,6 +102,7 @@ def dweight_terms(
     return terms.dv * terms.unit
 
 
+@_torch_state.never_compiled
 def backward(
     x: Tensor,
     gate: Tensor,

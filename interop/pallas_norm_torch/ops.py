@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function
 
 from pallas_norm._spec import Spec
 
-from . import _asked, _eager, _library, _options, _out, _torch_state, _validate, launch
+from . import _asked, _dtensor, _eager, _library, _options, _out, _torch_state, _validate, launch
 from ._lookup import prepare, prepared_for, refuse
 from .prepared import ForwardCall
 
@@ -101,6 +101,7 @@ def rms_norm(
         if out is None:
             return y
         _out.form("out", out, x, y.dtype, differentiates=torch.is_grad_enabled() and _requires_grad(x, weight))
+        _out.check_program(out, None, x, None, weight)
         return out.copy_(y)
     call = prepared_for(x, None, weight, eps, cast_before_scale, weight_offset, rounding)
     if call is not None:
@@ -193,6 +194,8 @@ def add_rms_norm(
         _check_places(places, x, residual, weight, y.dtype, s.dtype)
         if out is not None and out is s_out:
             raise ValueError(_out.TWICE)
+        if places:
+            _out.check_program(out, s_out, x, residual, weight)
         return y if out is None else out.copy_(y), s if s_out is None else s_out.copy_(s)
     call = prepared_for(x, residual, weight, eps, cast_before_scale, weight_offset, rounding)
     if call is not None:
@@ -262,6 +265,7 @@ def _plain(*tensors: Tensor | None) -> bool:
 
 
 def _operator(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: Spec) -> Any:
+    _dtensor.register()
     options = _options.arguments(spec)
     if _transformation() is not None and _torch_state.functionalized():
         return _library.functional(x, residual, weight, spec)

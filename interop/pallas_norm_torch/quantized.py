@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function
 from pallas_norm import _api_quantized
 from pallas_norm._spec import Spec
 
-from . import _options, _quantized_library, _torch_state, _validate, ops
+from . import _dtensor, _options, _quantized_library, _torch_state, _validate, ops
 
 Tensor = torch.Tensor
 
@@ -139,6 +139,8 @@ def _norm(
         spec = Spec(eps, cast_before_scale, weight_offset)
         found: Any = _quantized_library.forward(x, residual, weight, scale, spec, dtype, group, with_y=with_y)
     else:
+        if not compiling:
+            _dtensor.refuse(x=x, residual=residual, weight=weight, scale=scale)
         options = dtype, group_size or 0, with_y, eps, cast_before_scale, weight_offset
         found = torch.ops.pallas_norm.rms_norm_quantized(x, residual, weight, scale, *options)
     q, scales, s, y = found

@@ -7,12 +7,13 @@ import torch
 from pallas_norm import quantized_reference
 from pallas_norm._spec import Spec  # pyright: ignore[reportPrivateUsage]
 
-from . import _validate, statements
+from . import _torch_state, _validate, statements
 
 Tensor = torch.Tensor
 Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor]  # q, scales, s, y
 
 
+@_torch_state.never_compiled
 def forward(
     x: Tensor,
     residual: Tensor | None,

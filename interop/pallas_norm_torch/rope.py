@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function
 
 from pallas_norm._spec import Spec
 
-from . import _rope_library, _torch_state, _validate, ops
+from . import _dtensor, _rope_library, _torch_state, _validate, ops
 
 Tensor = torch.Tensor
 
@@ -86,6 +86,8 @@ def rms_norm_rope(
 def _operator(operands: tuple[Any, ...], options: tuple[Any, ...], *, compiling: bool) -> tuple[Tensor, Tensor]:
     """As that of `gated`: torch.func differentiates no operators of a library, and functionalize no
     autograd.Function."""
+    if not compiling:
+        _dtensor.register()
     transformed = not compiling and _torch_state.transformation() is not None
     if transformed and not _torch_state.functionalized():
         return _rope_library.differentiable(*operands, *options)

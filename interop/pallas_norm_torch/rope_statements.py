@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from . import _torch_state
+
 Tensor = torch.Tensor
 
 
@@ -14,12 +16,14 @@ def half_rotated(y: Tensor) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
+@_torch_state.never_compiled
 def rotated(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """y (..., heads, n) by the angles of each token, (..., n): apply_rotary_pos_emb of transformers."""
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return (y * cos) + (half_rotated(y) * sin)
 
 
+@_torch_state.never_compiled
 def rotated_back(dr: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The gradient of y, as autograd gives it for rotated: it adds to zeros, so no zero of it is negative."""
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
+from . import _torch_state
 from .ops import add_rms_norm, rms_norm
 
 Tensor = torch.Tensor
 
 
 def is_supported_rmsnorm_hf_hidden_size(hidden_size: Any) -> bool:
-    """Whether `rmsnorm_hf` takes rows of this length: every positive int (SGLang's own: multiples of 512). Raises
-    nothing.
+    """Whether `rmsnorm_hf` takes rows of this length: every positive int (SGLang's own: multiples of 512, and below
+    them of 32). Raises nothing.
 
-    Source: sglang.jit_kernel.rmsnorm_hf.
+    Source: sglang.kernels.ops.layernorm.rmsnorm_hf.
     """
     try:
         return not isinstance(hidden_size, bool) and operator.index(hidden_size) > 0
@@ -42,7 +43,7 @@ def rmsnorm_hf(input: Tensor, weight: Tensor, eps: float = 1e-6, out: Tensor | N
     Example:
         y = rmsnorm_hf(x, weight, 1e-5)
 
-    Source: sglang.jit_kernel.rmsnorm_hf.
+    Source: sglang.kernels.ops.layernorm.rmsnorm_hf.
     """
     _check(input, weight)
     if out is None:
@@ -74,6 +75,8 @@ def fused_add_rmsnorm(
 
     Source: sglang.kernels.ops.layernorm.norm.fused_add_rmsnorm.
     """
+    if not _torch_state.is_stand_in(input):
+        _check_tensors(input=input)
     unit = input.dtype if cast_x_before_out_mul else torch.float32
     with torch.no_grad():
         places: Any = {"out": input, "s_out": residual}
@@ -92,8 +95,9 @@ def forward_cuda(
         sglang.srt.layers.layernorm.RMSNorm.forward_cuda = pallas_norm_torch.sglang.forward_cuda
 
     Its own takes kernels only for some flags and sizes, and torch's statements, six launches, where there is a residual
-    in batch-invariant mode, a float32 weight beside a cast, `fp32_residual` or `override_orig_dtype`. A row's bits here
-    do not depend on the batch.
+    or a cast in batch-invariant mode, or a float32 weight beside a cast. Its kernels are not told of `fp32_residual`
+    and `override_orig_dtype`, which are followed here everywhere, so s or y may have another dtype than there. Where
+    a kernel is launched, a row's bits do not depend on the batch.
 
     Arguments, and what it returns: those of the layer's forward. x and residual are not written to.
         post_residual_addition: added to the residual first, as in the layer's own way with kernels.
@@ -127,10 +131,14 @@ def forward_cuda(
     return add_rms_norm(x, residual, weight, eps, s_dtype=s_dtype, **options)
 
 
+def _check_tensors(**named: Any) -> None:
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; needed a torch.Tensor: wrap it with torch.as_tensor")
+
+
 def _check(input: Any, weight: Any) -> None:
-    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
-        name, value = ("weight", weight) if isinstance(input, Tensor) else ("input", input)
-        raise TypeError(f"{name} is a {type(value).__name__}; needed a torch.Tensor: wrap it with torch.as_tensor")
+    _check_tensors(input=input, weight=weight)
     if input.dtype not in (torch.float16, torch.bfloat16):
         raise RuntimeError(f"rmsnorm_hf: input must be fp16 or bf16, got {input.dtype}; for float32 call rms_norm")
     if weight.dtype != input.dtype:

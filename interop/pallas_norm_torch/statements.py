@@ -15,6 +15,7 @@ from ._options import dtypes_of
 Tensor = torch.Tensor
 
 
+@_torch_state.never_compiled
 def forward(
     x: Tensor,
     residual: Tensor | None,
@@ -47,6 +48,7 @@ def forward(
     return y, s, rstd.squeeze(-1) if with_rstd else None
 
 
+@_torch_state.never_compiled
 def backward(
     x: Tensor,
     weight: Tensor | None,

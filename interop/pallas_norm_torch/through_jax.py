@@ -65,6 +65,7 @@ _in_use: collections.deque[tuple[torch.cuda.Event, dict[str, Tensor]]] = collect
 _lock = threading.Lock()
 
 
+@_torch_state.never_compiled  # nor is JAX, which Dynamo goes into where it has broken a graph
 def forward(
     x: Tensor,
     residual: Tensor | None,
@@ -84,6 +85,7 @@ def forward(
     return y, s, results.get("rstd")
 
 
+@_torch_state.never_compiled
 def backward(
     x: Tensor,
     weight: Tensor | None,

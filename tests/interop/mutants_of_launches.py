@@ -35,7 +35,7 @@ MUTANTS = {
     "a head of another stream": Mutant("launch/kernels", "memory.grid != grid or memory.stream != stream", "memory.grid != grid", "test_launch_driver.py::test_the_driver_reads"),
     "any trial is passed": Mutant("launch/proof", "    if wrong := [name", "    if wrong := [] and [name", "test_trial_run.py::test_a_refusal"),
     "y may be anything in a trial": Mutant("launch/trial", "left = wrong if left is None else left & wrong", "left = wrong & False", "test_trial_run.py::test_a_kernel_that_computes"),
-    "dx may be anything in a trial": Mutant("launch/proof", "    bound += ROUNDINGS", "    bound += 1e9 * ROUNDINGS", "test_trial_run.py::test_a_kernel_that_computes"),
+    "dx may be anything in a trial": Mutant("launch/trial", "return dx, bound + ROUNDINGS", "return dx, bound + 1e9 * ROUNDINGS", "test_trial_run.py::test_a_kernel_that_computes"),
     "one key for every GPU": Mutant("launch/compiling", "{_source_digest()} {program.gpu} {program.plan}", "{_source_digest()} {program.plan}", "test_cache_hostile.py::test_another_gpu"),
     "one key for every release": Mutant("launch/compiling", "b\"\\0\".join([release.encode(), *(", "b\"\\0\".join([*(", "test_cache_hostile.py::test_a_release_without_sources"),
     "an unknown JAX is launched": Mutant("launch/lowering", "if KNOWN_JAX[0] <= jax.__version_info__[:2] < KNOWN_JAX[1]:", "if True:", "test_launch.py::test_an_unknown_jax"),

@@ -14,7 +14,19 @@ import pytest
 import torch
 from torch import nn
 
-from pallas_norm_torch import RMSNorm, _library, add_rms_norm, call_jax, explain, rms_norm, rmsnorm_hf, to_jax, to_torch
+from pallas_norm_torch import (
+    RMSNorm,
+    _library,
+    add_rms_norm,
+    call_jax,
+    explain,
+    rms_norm,
+    rms_norm_quantized,
+    rmsnorm_hf,
+    sglang,
+    to_jax,
+    to_torch,
+)
 from tests.interop.cases import bits
 
 X = torch.arange(8 * 64).reshape(8, 64).to(torch.bfloat16)
@@ -66,6 +78,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "x is sparse": (lambda: rms_norm(torch.eye(64).to_sparse()), TypeError, "x has the layout torch.sparse_coo; needed torch.strided: pass x.to_dense()"),
     "x is quantized": (lambda: rms_norm(torch.quantize_per_tensor(torch.zeros(4, 64), 0.1, 0, torch.qint8)), TypeError, "x is quantized (torch.qint8); needed a plain tensor: pass x.dequantize()"),
     "x is nested": (lambda: rms_norm(torch.nested.nested_tensor([torch.zeros(64)])), TypeError, "x is a nested tensor; needed a plain one: pass x.to_padded_tensor(0.0)"),
+    "x is jagged": (lambda: rms_norm(torch.nested.nested_tensor([W, W[:3]], layout=torch.jagged)), TypeError, "x is a nested tensor; needed a plain one: pass x.to_padded_tensor(0.0)"),  # to_dense knows no such layout
+    "x is uninitialised, for 8 bits": (lambda: rms_norm_quantized(nn.UninitializedParameter()), TypeError, "x is not initialised yet; needed its elements: run the module it belongs to once before"),  # and requires grad
+    "weight is uninitialised, for 8 bits": (lambda: rms_norm_quantized(X, nn.UninitializedParameter()), TypeError, "weight is not initialised yet; needed its elements: run the module it belongs to once before"),
     "x is negated lazily": (lambda: rms_norm(torch._neg_view(X)), TypeError, "x is negated lazily, so its memory holds other values; needed them themselves: pass x.resolve_neg()"),
     "x is a zero tensor": (lambda: rms_norm(torch._efficientzerotensor(4, 64)), TypeError, "x is a zero tensor without memory; needed one with: pass torch.zeros_like(x)"),  # it was read at the address 0
     "x is uninitialised": (lambda: rms_norm(nn.UninitializedParameter()), TypeError, "x is not initialised yet; needed its elements: run the module it belongs to once before"),
@@ -174,6 +189,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "module of integers": (lambda: RMSNorm(64, dtype=torch.int32), TypeError, "dtype is int32; needed torch.bfloat16, torch.float16 or torch.float32"),
     "to_jax of four bits": (lambda: to_jax(torch.empty(4, dtype=torch.int4)), TypeError, "tensor is int4[4]; needed a dtype that JAX has too: view it as one, or cast it"),  # they came as int8
     "to_jax of a zero tensor": (lambda: to_jax(torch._efficientzerotensor(4)), TypeError, "tensor is a zero tensor without memory; needed one with: pass torch.zeros_like(tensor)"),
+    "fused_add_rmsnorm of a list": (lambda: sglang.fused_add_rmsnorm([1.0], X, W), TypeError, "input is a list; needed a torch.Tensor: wrap it with torch.as_tensor"),  # it was asked for its dtype
     "to_jax of a nested tensor": (lambda: to_jax(torch.nested.nested_tensor([W])), TypeError, "tensor is nested; needed a plain one: pass tensor.to_padded_tensor(0.0)"),
     "to_torch of four bits": (lambda: to_torch(jnp.ones(4, "int4")), TypeError, "array is int4[4]; needed a dtype that torch has too: cast it with astype"),
     "to_torch of a key": (lambda: to_torch(jax.random.key(0)), TypeError, "array is key<fry>[]; needed a dtype that torch has too: cast it with astype"),

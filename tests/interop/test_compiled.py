@@ -27,6 +27,8 @@ def test_opcheck(weighted: bool, device: str) -> None:  # noqa: FBT001
         (ops.rms_norm, (x, weight, *OPTIONS)),
         (ops.add_rms_norm, (x, residual, weight, *OPTIONS)),
         (ops.rms_norm_backward, (*backward, *OPTIONS, weighted)),
+        # Without a weight, dweight is of no elements, and no derivative of it is there to be compared.
+        (ops.rms_norm_backward, (x, *backward[1:4], residual, *OPTIONS, True)),
     ):
         results = torch.library.opcheck(operator.default, operands)
         assert len(results) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 import torch.distributed.device_mesh
 import torch.multiprocessing
 
-from pallas_norm_torch import add_rms_norm, rms_norm, rms_norm_gated, rms_norm_rope
+from pallas_norm_torch import add_rms_norm, rms_norm, rms_norm_gated, rms_norm_quantized, rms_norm_rope
 from tests.interop import dtensor_cases
 from tests.interop.cases import assert_same, draw
 
@@ -168,4 +169,54 @@ def test_dtensor_is_not_imported_for_those_who_do_not_use_it() -> None:
     )
     environment = {"PYTHONPATH": ":".join(filter(None, sys.path)), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_a_result_of_8_bits_is_not_that_of_a_dtensor(name: str, mesh_of_one: Any) -> None:
+    """torch's own error is of a strategy that is not registered, and says nothing of what to do."""
+    from torch.distributed.tensor import Replicate
+
+    given = {"x": torch.ones(4, 64), "weight": torch.ones(64)}
+    given[name] = placed(mesh_of_one, given[name], Replicate())
+    message = (
+        f"{name} is a DTensor, and a result of 8 bits is computed of plain tensors only; "
+        f"pass {name}.to_local(), of whole rows"
+    )
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}$"):
+        rms_norm_quantized(**given)
+
+
+FIRST_CALLS = """
+import os
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from pallas_norm_torch import add_rms_norm, rms_norm, rms_norm_gated, rms_norm_rope
+
+torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+x, heads, angles = (DTensor.from_local(torch.ones(shape), mesh, [Shard(0)]) for shape in ((2, 8), (2, 4, 8), (2, 8)))
+weight = DTensor.from_local(torch.ones(8), mesh, [Replicate()])
+for call in (
+    lambda: rms_norm(x, weight),
+    lambda: add_rms_norm(x, x, weight),
+    lambda: rms_norm_gated(x, x, weight),
+    lambda: rms_norm_rope(heads, heads, angles, angles, weight, weight),
+):
+    if not (child := os.fork()):
+        with torch.inference_mode():
+            call()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_the_first_call_of_a_process_may_be_in_inference_mode() -> None:
+    """No autograd rule runs there, and it was these that told DTensor how the operators are sharded: each call here is
+    the first of a process."""
+    environment = {"PYTHONPATH": ":".join(filter(None, sys.path)), "PATH": ""}
+    call = [sys.executable, "-W", "ignore", "-c", FIRST_CALLS]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
