@@ -58,7 +58,8 @@ def forward_plans(n: int, dtype: str) -> dict[str, Plan]:
         "read twice": dataclasses.replace(alone, source=Source.MEMORY),
         "shared and read twice": dataclasses.replace(alone, source=Source.MEMORY, warpgroups=2),
     }
-    return {"the table's": plan_for(n, DTYPES[dtype])} | in_warps | narrow | shared | twice
+    plans = {"the table's": plan_for(n, DTYPES[dtype])} | in_warps | narrow | shared | twice
+    return {name: plan for name, plan in plans.items() if plan.width <= n}  # as an order's is
 
 
 def backward_plans(n: int, dtype: str) -> dict[str, BackwardPlan]:
@@ -89,7 +90,7 @@ def backward_plans(n: int, dtype: str) -> dict[str, BackwardPlan]:
     plans = in_warps | shared | {"weight read for every row": read_again}
     plans |= {"the table's": backward_plan_for(n, DTYPES[dtype])}
     # Few programs, so that each takes several rows.
-    return {name: dataclasses.replace(plan, programs=2) for name, plan in plans.items()}
+    return {name: dataclasses.replace(plan, programs=2) for name, plan in plans.items() if plan.width <= n}
 
 
 PUSHED = {  # of the interpreted plans, those that every push runs: one for each way to share or to read a row
