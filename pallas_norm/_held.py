@@ -35,8 +35,8 @@ def all_held(operands: Arrays) -> Arrays:
 
 
 def apart(function: Callable[[Arrays], Arrays]) -> Callable[[Arrays], Arrays]:
-    """`function`, of the specification, of operands that are held, with results that are: those of 16 bits it rounded by
-    an operation that stays."""
+    """`function`, of the specification, of operands that are held, with results that are: those of 16 bits it rounded
+    by an operation that stays."""
 
     def alone(operands: Arrays) -> Arrays:
         found = function(all_held(operands))
