@@ -60,6 +60,7 @@ def _gradients(function: Callable[..., Any], operands: list[Tensor]) -> list[Ten
     return [*results, *pullback(cotangents if len(cotangents) > 1 else cotangents[0])]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CALLS)
 def test_torch_func_in_a_program_with_breaks_has_the_bits_of_eager(name: str) -> None:
     call, count = CALLS[name]
@@ -96,6 +97,7 @@ def test_eight_bits_in_a_program_with_breaks_are_those_of_eager() -> None:
         assert_same(found, expected)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CALLS)
 def test_compiled_autograd_behind_an_eager_forward_has_the_bits_of_eager(name: str) -> None:
     """It takes the gradient of eager calls as Python that Dynamo compiles; the operators are not in it."""
@@ -141,6 +143,7 @@ def test_a_torch_without_marks_has_wrappers(monkeypatch: pytest.MonkeyPatch) -> 
         torch.compile(lambda x: wrapped(x), fullgraph=True, backend="eager")(torch.ones(2))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm"])
 def test_the_way_of_jax_goes_between_two_graphs(name: str) -> None:
     """Dynamo went into JAX, which failed on what its calls became."""
