@@ -77,8 +77,8 @@ def forced_or_chosen(call: Any, operands: Arrays, *, empty: bool) -> Arrays:
             call.plan_on(H200, operands)
         except Misfit as reason:
             not_forced(call.spec, str(reason))
-    if empty:
-        return call.by_reference(operands)
+    if empty:  # of some operand, perhaps not of all: of q's heads, say, and not of k's
+        return apart(call.by_reference)(operands)
     if forced == "interpret":
         return call.by_kernel(operands, interpret=True)
     return chosen(call, operands)

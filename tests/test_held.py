@@ -122,6 +122,15 @@ def test_members_with_weights_of_their_own_change_no_bit() -> None:
         oracle.assert_same(np.asarray(found).astype(np.float32), np.asarray(alone).astype(np.float32))
 
 
+def test_heads_of_k_alone_change_no_bit() -> None:
+    """Where q has none no kernel is asked, and the specification was computed among the rest of the program."""
+    x, gate, weight = operands("bfloat16")
+    none, angles, columns = jnp.zeros((ROWS, 0, N // 4), x.dtype), x[:, : N // 4], weight[: N // 4]
+    call = lambda k: rms_norm_rope(none, k, angles, angles, columns, columns)[1]  # noqa: E731
+    heads = (x.reshape(ROWS, 4, N // 4), gate.reshape(ROWS, 4, N // 4))
+    oracle.assert_same(jax.jit(lambda a, b: call(a + b))(*heads), jax.jit(call)(jax.jit(jnp.add)(*heads)))
+
+
 def held_apart(dtype: str) -> None:
     """In the program that is traced, whatever XLA makes of it here: an operand is behind a barrier, and rounded or
     chosen before anything is computed of it."""

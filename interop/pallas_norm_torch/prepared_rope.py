@@ -82,7 +82,7 @@ class RopeBackwardCall:
         used = rope_backward.programs_of((dq.numel() // n, dk.numel() // n), self._plan)
         # The sums read whole tiles, and leave out what no CTA wrote.
         parts = [] if self._sum is None else [unwritten(dq, max(count, TILE), n) for count in used]
-        grid, at = arguments.of_gradients(self._program, read, angles, dr, of_weights, [dq, dk, *parts])
+        grid, at = arguments.of_gradients(self._program, read, angles, dr, of_weights, [dq, dk, *parts], used)
         elsewhere, stream = self.device != _current_device(), _stream(self.device)
         (self._run.elsewhere if elsewhere else self._run.launch)(stream, grid, at)
         if self._sum is None:

@@ -50,6 +50,16 @@ def programs_of(rows: tuple[int, int], plan: Plan) -> int:
     return sum(blocks_of(count, plan) for count in rows)
 
 
+def heads_of(named: dict[str, Any], own: dict[str, Any]) -> Lying:
+    """q and k, or the tensor of a projection that holds both."""
+    tensors = [named[name] for name in (*PAIR, "qkv") if name in named]
+    return Lying(tensors, own["outer"], own["inner"], own["offset"])
+
+
+def angles_of(named: dict[str, Any], numbers: dict[str, Any], n: int) -> dict[str, Lying]:
+    return {name: Lying([named[name]], n, 0, tokens=numbers["positions"]) for name in ("cos", "sin")}
+
+
 class Refs(NamedTuple):
     """Of q and k, and of what belongs to them. weight: None where there is none."""
 
@@ -130,14 +140,10 @@ def rope(
         numbers |= {name: count(named[name], interpret=interpret) for name in NUMBERS if name in named}
         block, own = block_of(plan, numbers, lax.axis_index("program"), interpret=interpret)
         weights = [named[f"{name}_weight"] for name in PAIR if f"{name}_weight" in named]
-        cos, sin = (Lying([named[name]], plan.n, 0, tokens=numbers["positions"]) for name in ("cos", "sin"))
         lying = Refs(
-            x=Lying(
-                [named[name] for name in (*PAIR, "qkv") if name in named], own["outer"], own["inner"], own["offset"]
-            ),
+            **angles_of(named, numbers, plan.n),
+            x=heads_of(named, own),
             weight=Lying(weights, 0, 0) if weights else None,
-            cos=cos,
-            sin=sin,
             out=Lying([named["q_out"], named["k_out"]], own["heads"] * plan.n, plan.n),
         )
         normalise_and_rotate(block, lying, dtypes=dtypes, spec=spec)

@@ -27,7 +27,17 @@ from . import dweight_sum, mosaic, weight
 from .block import Chunks, ColumnReduction
 from .heads import HeadRows, Lying
 from .launch_arguments import count
-from .rope import INTERPRETED_ROWS, OF_EACH, PAIR, STRIDES, blocks_of, numbers_of, of_tensor
+from .rope import (
+    INTERPRETED_ROWS,
+    OF_EACH,
+    PAIR,
+    STRIDES,
+    angles_of,
+    blocks_of,
+    heads_of,
+    numbers_of,
+    of_tensor,
+)
 from .rows import Fetched
 
 F32 = jnp.float32
@@ -116,14 +126,11 @@ def backward(
 ) -> dict[str, jax.Array]:
     """As partial_dweights, but the sums of the parts, rounded to dweight_dtype."""
     found = partial_dweights(operands, plan=plan, interpret=interpret, **options)
-    for name, used in zip(PAIR, programs_of(_rows(found), _here(plan, interpret=interpret)), strict=True):
+    rows = len(found["dq"]), len(found["dk"])
+    for name, used in zip(PAIR, programs_of(rows, _here(plan, interpret=interpret)), strict=True):
         if (parts := found.get(f"{name}_dweight")) is not None:
             found[f"{name}_dweight"] = dweight_sum.column_sum(parts, used, dweight_dtype, interpret=interpret)
     return found
-
-
-def _rows(found: dict[str, jax.Array]) -> tuple[int, int]:
-    return len(found["dq"]), len(found["dk"])
 
 
 def _here(plan: BackwardPlan, *, interpret: bool) -> BackwardPlan:
@@ -171,14 +178,10 @@ def partial_dweights(
         own = of_tensor(is_k, numbers, ("programs", *OF_EACH, *OF_GRADIENT))
         program -= is_k * numbers["q_programs"]
         blocks = HeadBlocks(plan, program, own["programs"], own, is_k, interpret)
-        cos, sin = (Lying([named[name]], n, 0, tokens=numbers["positions"]) for name in ("cos", "sin"))
         lying = Refs(
-            x=Lying(
-                [named[name] for name in (*PAIR, "qkv") if name in named], own["outer"], own["inner"], own["offset"]
-            ),
+            **angles_of(named, numbers, n),
+            x=heads_of(named, own),
             dr=Lying([named[f"d{name}_out"] for name in PAIR], own["dr_outer"], own["dr_inner"], own["dr_offset"]),
-            cos=cos,
-            sin=sin,
             weight=Lying([named[f"{name}_weight"] for name in PAIR], 0, 0) if with_dweight else None,
             dx=Lying([named[f"d{name}"] for name in PAIR], own["heads"] * n, n),
         )

@@ -84,14 +84,14 @@ def of_gradients(
     gradients: Sequence[Tensor],
     weights: Sequence[Tensor],
     results: Sequence[Tensor],
+    programs: tuple[int, int],
 ) -> tuple[int, list[int]]:
-    """As of_heads, of the kernel of their gradients, which lie as they like too; of dweight's parts the first one."""
+    """As of_heads, of the kernel of their gradients, which lie as they like too, with so many programs for q and k."""
     plan = program.plan
     assert isinstance(plan, BackwardPlan)
-    starts, numbers, counts = _of_pair(pair, plan)
+    starts, numbers, _ = _of_pair(pair, plan)
     dr_starts, of_dr, _ = _of_pair(gradients, plan)
     numbers |= {f"{name}_dr_{stride}": of_dr[f"{name}_{stride}"] for name in heads.PAIR for stride in heads.STRIDES}
-    programs = heads_backward.programs_of(counts, plan)
     numbers |= {"positions": angles[0].numel() // program.n, "q_programs": programs[0], "k_programs": programs[1]}
     inputs = [*starts, *_addresses(angles), *dr_starts, *_addresses(weights)]
     return sum(programs), _in_order(program, inputs, numbers, results)

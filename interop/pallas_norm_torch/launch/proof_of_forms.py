@@ -121,12 +121,12 @@ def _rope_gradients(kernel: Kernel, program: Program, device: torch.device, stre
     row, column = trial.indices(tokens * sum(HEADS.values()), n)
     dr = (1 - 2 * ((row + column // 2) % 2)).to(dtype).view(-1, tokens, n).transpose(0, 1)
     results = [torch.full(x.shape, torch.nan, dtype=x.dtype).to(device) for x in heads.pair]
+    programs = rope_backward.programs_of((tokens * HEADS["q"], tokens * HEADS["k"]), plan)
     if heads.weights:
-        programs = rope_backward.programs_of((tokens * HEADS["q"], tokens * HEADS["k"]), plan)
         results += [torch.full((count, n), torch.nan).to(device) for count in programs]
     pair, angles, weights = heads.on(device)
     whole = dr.to(device)
-    given = pair, angles, (whole[:, :3], whole[:, 3:]), weights, results
+    given = pair, angles, (whole[:, :3], whole[:, 3:]), weights, results, programs
     kernel.launch(stream, *arguments.of_gradients(program, *given))
 
     cos, sin = heads.of_tokens()
