@@ -139,7 +139,7 @@ library.impl("rms_norm_gated", _rms_norm_gated, "CompositeExplicitAutograd")
 library.impl("rms_norm_gated_backward", _rms_norm_gated_backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("pallas_norm::rms_norm_gated", lib=library)
+@_torch_state.register_fake("pallas_norm::rms_norm_gated", library)
 def _(x: Tensor, gate: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     given = _checked(x, gate, weight, *options)
     y = _options.dtypes_of(given.spec(), x, None, weight).y
@@ -148,7 +148,7 @@ def _(x: Tensor, gate: Tensor, weight: Tensor | None, *options: Any) -> tuple[Te
     return torch.empty(x.shape, dtype=y, device=x.device), rstd
 
 
-@torch.library.register_fake("pallas_norm::rms_norm_gated_backward", lib=library)
+@_torch_state.register_fake("pallas_norm::rms_norm_gated_backward", library)
 def _(
     x: Tensor, gate: Tensor, weight: Tensor | None, rstd: Tensor, dy: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,7 @@ OF_UNIT = "ScalarType? unit_dtype=None, bool round_weight=False"
 ROUNDING = f"{OF_UNIT}, ScalarType? out_dtype=None"
 
 library = torch.library.Library("pallas_norm", "DEF")
-TAGS = (torch.Tag.pt2_compliant_tag,)
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 library.define(f"rms_norm(Tensor x, Tensor? weight, {OPTIONS}, {ROUNDING}) -> (Tensor, Tensor)", tags=TAGS)
 library.define(
     f"add_rms_norm(Tensor x, Tensor residual, Tensor? weight, {OPTIONS}, {ROUNDING}, ScalarType? s_dtype=None) "
@@ -161,20 +161,20 @@ def _rstd_like(x: Tensor) -> Tensor:
     return torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
 
 
-@torch.library.register_fake("pallas_norm::rms_norm", lib=library)
+@_torch_state.register_fake("pallas_norm::rms_norm", library)
 def _(x: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     _check(x, None, weight, options)
     return _like(x, _options.dtypes_of(_options.of(options), x, None, weight).y), _rstd_like(x)
 
 
-@torch.library.register_fake("pallas_norm::add_rms_norm", lib=library)
+@_torch_state.register_fake("pallas_norm::add_rms_norm", library)
 def _(x: Tensor, residual: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, residual, weight, options)
     to = _options.dtypes_of(_options.of(options), x, residual, weight)
     return _like(x, to.y), _like(x, to.s), _rstd_like(x)
 
 
-@torch.library.register_fake("pallas_norm::rms_norm_backward", lib=library)
+@_torch_state.register_fake("pallas_norm::rms_norm_backward", library)
 def _(
     x: Tensor, weight: Tensor | None, rstd: Tensor, dy: Tensor, ds: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:

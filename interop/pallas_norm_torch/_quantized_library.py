@@ -116,7 +116,7 @@ def in_steps(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(0) if one is None else one for one in (q, scales, s, y if with_y else None))
 
 
-@torch.library.register_fake("pallas_norm::rms_norm_quantized", lib=library)
+@_torch_state.register_fake("pallas_norm::rms_norm_quantized", library)
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     x, residual, weight, scale, dtype, group, with_y, *options = arguments
     group = _checked(*arguments)

@@ -134,7 +134,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 library.impl("rms_norm_rope_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("pallas_norm::rms_norm_rope", lib=library)
+@_torch_state.register_fake("pallas_norm::rms_norm_rope", library)
 def _(*arguments: Any) -> Pair:
     operands = arguments[:6]
     spec = _checked(operands, arguments[6:])
@@ -143,7 +143,7 @@ def _(*arguments: Any) -> Pair:
     return torch.empty(q.shape, dtype=dtype, device=q.device), torch.empty(k.shape, dtype=dtype, device=k.device)
 
 
-@torch.library.register_fake("pallas_norm::rms_norm_rope_backward", lib=library)
+@_torch_state.register_fake("pallas_norm::rms_norm_rope_backward", library)
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     _checked_gradient(*arguments)
     q, k, _, _, q_weight, k_weight = arguments[:6]

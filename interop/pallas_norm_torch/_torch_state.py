@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -48,6 +50,27 @@ def register_decomposition(overload: torch._ops.OpOverload[..., Any], function: 
     """
     torch._decomp.decomposition_table[overload] = function
     torch._decomp.meta_table[overload] = overload
+
+
+def register_fake(name: str, library: torch.library.Library) -> Callable[[Callable[..., Any]], None]:
+    """As torch.library.register_fake, of an operator that register_decomposition knows as well.
+
+    Where the variable CI is set, as it is on most services that run tests, inductor raises at an operator that has a
+    decomposition and was left whole, unless its list has the name. Inductor takes seconds to import, so the name goes
+    into the list when inductor, imported by then, asks what the operator returns.
+    """
+
+    def register(fake: Callable[..., Any]) -> None:
+        @functools.wraps(fake)
+        def listed(*arguments: Any) -> Any:
+            lowering = sys.modules.get("torch._inductor.lowering")
+            if lowering is not None:
+                lowering.FALLBACK_ALLOW_LIST.add(name)
+            return fake(*arguments)
+
+        torch.library.register_fake(name, listed, lib=library)
+
+    return register
 
 
 def is_stand_in(*values: Any) -> bool:

@@ -86,6 +86,7 @@ MUTANTS = {
     "gradients negated lazily are launched": Mutant("_torch_state", " and not is_batched(tensor) and not is_lazy(tensor))", " and not is_batched(tensor))", "test_what_memory_means.py::test_gradients_that"),
     "tensors of inference mode saved": Mutant("_torch_state", "tensor.clone() if tensor.is_inference() else tensor", "tensor", "test_what_memory_means.py::test_operands_made"),
     # programs that torch makes
+    "inductor raises where CI is set": Mutant("_torch_state", "lowering.FALLBACK_ALLOW_LIST.add(name)", "pass", "test_compiled.py::test_inductor_leaves"),
     "proxies refused": Mutant("_torch_state", "    return any(not isinstance(value, Tensor) and", "    return False and any(not isinstance(value, Tensor) and", "test_programs.py::test_symbolic_trace_keeps"),
     "a proxy for x alone": Mutant("ops", "_torch_state.is_stand_in(x, weight, out)", "_torch_state.is_stand_in(x)", "test_programs.py::test_a_proxy"),
     "fake tensors decompose": Mutant("_torch_state", "    torch._decomp.meta_table[overload] = overload\n", "", "test_programs.py::test_the_decompositions"),

@@ -7,7 +7,14 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pallas_norm_torch import add_rms_norm, rms_norm
+from pallas_norm_torch import (
+    add_rms_norm,
+    decompositions,
+    rms_norm,
+    rms_norm_gated,
+    rms_norm_quantized,
+    rms_norm_rope,
+)
 from tests.interop.cases import DEVICES, OPTIONS, assert_same, draw, leaf
 
 # Whatever of torch is imported first, by inductor, may still use torch.jit.script.
@@ -64,6 +71,39 @@ def test_one_frame_for_every_batch_size(backend: str, device: str) -> None:
     # torch looks at a frame twice where a float, such as eps, comes in as an argument. No batch size makes it a third.
     assert frames == {counter.frame_count}
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_inductor_leaves_the_operators_whole_where_tests_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CI set it raised at operators that torch.onnx.export can take apart, once in a process for each."""
+    from torch._inductor import config, lowering
+
+    monkeypatch.setenv("CI", "true")
+    monkeypatch.setattr(config, "fx_graph_cache", False)
+    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
+    listed = {name for name in lowering.FALLBACK_ALLOW_LIST if not name.startswith("pallas_norm::")}
+    monkeypatch.setattr(lowering, "FALLBACK_ALLOW_LIST", listed)
+    monkeypatch.setattr("torch._inductor.graph.FALLBACK_ALLOW_LIST", listed)
+    for operator in decompositions():
+        monkeypatch.delitem(lowering.lowerings, operator, raising=False)
+    x, weight = leaf(3, 64), leaf(64, seed=1)
+    heads, angles = leaf(3, 2, 64, seed=2), draw(3, 64, dtype=torch.bfloat16, seed=3)
+
+    def every_operator(x: torch.Tensor, weight: torch.Tensor, heads: torch.Tensor) -> list[torch.Tensor]:
+        y, s = add_rms_norm(rms_norm(x, weight), x, weight)
+        q, k = rms_norm_rope(heads, heads, angles, angles, weight, weight)
+        gated = rms_norm_gated(y, s, weight)
+        with torch.no_grad():
+            values, scale = rms_norm_quantized(x, weight, dtype=torch.int8)
+        return [y, s, q, k, gated, values.to(x.dtype), scale.to(x.dtype)]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(every_operator, fullgraph=True)
+    found, expected = (function(x, weight, heads) for function in (compiled, every_operator))
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
+    for results in (found, expected):
+        torch.autograd.backward([one.sum() for one in results if one.requires_grad], inputs=[x, weight, heads])
+    assert {operator for operator in decompositions() if operator in lowering.lowerings} == set(decompositions())
 
 
 def test_out_and_refusals_under_compile() -> None:
