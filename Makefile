@@ -20,7 +20,7 @@ help:
 	@echo 'make test-nightly  the tests that are too long for every push'
 	@echo 'make test-gpu      the tests that need an NVIDIA GPU of compute capability 9.0 or newer'
 	@echo 'make test-gpus     the tests that need two of them in one host; under five minutes'
-	@echo 'make evidence      the result files that docs show, on a GPU, of this commit; 40 minutes with every peer, again: goes on'
+	@echo 'make evidence      the result files that docs show, on a GPU, of this commit; again: goes on'
 	@echo 'make test-newest   those of make test that need no torch, with the newest supported JAX (needs Python >= 3.12)'
 	@echo 'make lint          ruff and pyright'
 	@echo 'make docs          the pages of docs/ and of the API, in site/; a warning is an error'

@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument("--repetitions", type=int, default=21, help="samples of each provider and case")
     running.add_argument("--retry", action="store_true", help="measure cases again in which a provider failed")
     running.add_argument("--workers", type=int, default=4, help="threads that compile JAX programs")
+    running.add_argument("--ahead", type=int, default=0, metavar="PROCESSES", help="that build every case first")
 
     comparing = commands.add_parser("compare", help="what changed by more than the spread")
     comparing.add_argument("before", type=Path, metavar="A")
@@ -141,6 +142,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         out = arguments.out or results.default_path(f"run_{arguments.suite}")
         options = {"commit": arguments.commit, "time_limit_s": arguments.time_limit}
         options |= {"repetitions": arguments.repetitions, "workers": arguments.workers, "retry": arguments.retry}
+        options["processes"] = arguments.ahead
         return run.run(arguments.suite, baselines.named(arguments.providers), out, **options)
     return 0
 

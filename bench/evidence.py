@@ -1,19 +1,21 @@
 """python -m bench evidence: every result file that docs show, of one commit and one device, step by step.
 
 Each step is a command of its own, and what it wrote is kept: the same command again goes on where the last stopped,
-also on another day. FOLDER holds KIND_DEVICE_DATE.json of the steps that are done, the log of the GPU tests under such
-a name, `evidence.json` with the machine, and in `work` what a step has so far.
+also on another day. Steps that time nothing run first, side by side; then the others, each alone. FOLDER holds
+KIND_DEVICE_DATE.json of the steps that are done, the log of the GPU tests under such a name, `evidence.json` with the
+machine, and in `work` what a step has so far.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +31,22 @@ class Step:
 
     kind: str
     words: str
-    seconds: int  # on an H200, with every peer; about
-    resumes: bool = False  # keeps what it has, and takes a time limit
+    seconds: int  # on an H200 with 16 cores, with every peer; about
+    times: bool = True  # so nothing may run beside it
 
     @property
     def suffix(self) -> str:
         return ".log" if self.kind == "gpu_tests" else ".json"
 
 
-# Short ones first: together they fill one call of ten minutes.
 STEPS = (
-    Step("accuracy", "accuracy --folder {folder}", 150),
+    Step("accuracy", "accuracy --folder {folder}", 560, times=False),
+    Step("parity", "parity --out {out}", 560, times=False),
+    Step("gpu_tests", "scripts/gpu-tests {folder}/gpu-tests {python} tests", 560, times=False),
     Step("training", "training --folder {folder}", 60),
     Step("overhead", "overhead --out {out}", 90),
-    Step("parity", "parity --out {out}", 150),
     Step("model", "model --repetitions 5 --out {out}", 200),
-    Step("run", "run --suite full --time-limit {seconds} --out {out}", 60, resumes=True),
-    Step("gpu_tests", "scripts/gpu-tests {folder}/gpu-tests {python} tests", 560),
+    Step("run", "run --suite full --ahead {processes} --time-limit {seconds} --out {out}", 120),
 )
 
 
@@ -96,9 +97,8 @@ def begin(folder: Path, commit: str | None) -> dict[str, Any]:
 
 def command(step: Step, work: Path, *, seconds: float, commit: str) -> list[str]:
     out = work / f"{step.kind}{step.suffix}"
-    filled = [
-        word.format(folder=work, out=out, seconds=int(seconds), python=sys.executable) for word in step.words.split()
-    ]
+    given = {"folder": work, "out": out, "seconds": int(seconds), "python": sys.executable}
+    filled = [word.format(**given, processes=os.cpu_count() or 1) for word in step.words.split()]
     if step.kind == "gpu_tests":
         return filled
     return [sys.executable, "-m", "bench", *filled, "--commit", commit]
@@ -124,6 +124,18 @@ def keep(step: Step, folder: Path, state: dict[str, Any]) -> Path:
     return folder / name
 
 
+def ended(running: dict[Step, subprocess.Popen[bytes]]) -> Iterator[tuple[Step, int]]:
+    """(step, exit status) of each as soon as it ends."""
+    left = dict(running)
+    while left:
+        for step, process in list(left.items()):
+            status = process.poll()
+            if status is not None:
+                del left[step]
+                yield step, status
+        time.sleep(0.05)
+
+
 def run(
     folder: Path, *, commit: str | None = None, seconds: float = float("inf"), steps: Sequence[Step] = STEPS
 ) -> int:
@@ -138,25 +150,26 @@ def run(
         (folder / "evidence.json").write_text(json.dumps(state, indent=1) + "\n")
 
     write()
-    for step in steps:
-        if state["steps"].get(step.kind, {}).get("whole"):
-            continue
+    for group in ([step for step in steps if not step.times], *([step] for step in steps if step.times)):
         left = seconds - (time.monotonic() - began)
-        if left < step.seconds:
-            print(f"{step.kind}: not begun, it takes about {step.seconds} s and {max(0, left):.0f} are left")
-            continue
-        print(f"{step.kind}: begins", flush=True)
-        start = time.monotonic()
         limit = min(left, 3600) - 20  # a suite starts nothing that would end later
-        status = subprocess.run(
-            command(step, work, seconds=limit, commit=state["commit"]), cwd=ROOT, check=False
-        ).returncode
-        entry = state["steps"].setdefault(step.kind, {"seconds": 0})
-        entry["seconds"] = round(entry["seconds"] + time.monotonic() - start, 1)
-        entry |= {"status": status, "whole": whole(step, work, status)}
-        if entry["whole"]:
-            entry["file"] = keep(step, folder, state).name
-        write()
+        running: dict[Step, subprocess.Popen[bytes]] = {}
+        for step in group:
+            if state["steps"].get(step.kind, {}).get("whole"):
+                continue
+            if left < step.seconds:
+                print(f"{step.kind}: not begun, it takes about {step.seconds} s and {max(0, left):.0f} are left")
+                continue
+            print(f"{step.kind}: begins", flush=True)
+            running[step] = subprocess.Popen(command(step, work, seconds=limit, commit=state["commit"]), cwd=ROOT)
+        start = time.monotonic()
+        for step, status in ended(running):
+            entry = state["steps"].setdefault(step.kind, {"seconds": 0})
+            entry["seconds"] = round(entry["seconds"] + time.monotonic() - start, 1)
+            entry |= {"status": status, "whole": whole(step, work, status)}
+            if entry["whole"]:
+                entry["file"] = keep(step, folder, state).name
+            write()
     return report(folder, state, steps)
 
 

@@ -17,8 +17,7 @@ from .suite import Case
 HOST_BYTES = 16 << 20  # host time is measured where the kernels are short: it does not depend on the size
 
 
-def _built(provider: str, operands: Operands) -> Call:
-    """Compiled, and run once."""
+def _run_once(provider: str, operands: Operands) -> Call:
     call = BASELINES[provider](operands)
     timing.wait(call())
     return call
@@ -34,24 +33,23 @@ def _checked(provider: str, call: Call, operands: Operands) -> dict[str, Any]:
     return {"wrong_outputs": wrong, **rounding.judge(operands, outputs)}
 
 
-def measure_case(
-    case: Case, providers: Sequence[str], *, repetitions: int, flush: timing.Flush | None, workers: int = 1
-) -> list[dict[str, Any]]:
-    """Device times after `flush`; without one, wall times. Host times in both, of cases up to HOST_BYTES.
+def built(
+    operands: Operands, providers: Sequence[str], workers: int = 1
+) -> tuple[dict[str, dict[str, Any]], dict[str, Call]]:
+    """(a row for each provider, the calls of those that run), each compiled, run once and checked.
 
-    workers: threads that compile what runs in JAX, beside the main thread, which builds what runs in torch. Nothing is
-    timed before all are built.
+    workers: threads that compile what runs in JAX, beside the main thread, which builds what runs in torch.
     """
-    operands = Operands(case)
+    case = operands.case
     operands.arrays  # noqa: B018  drawn here, before the threads ask for it
     common = {"key": case.label, **dataclasses.asdict(case), "bytes": case.bytes}
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Call] = {}
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         builds: dict[str, Callable[[], Call]] = {
-            provider: pool.submit(_built, provider, operands).result
+            provider: pool.submit(_run_once, provider, operands).result
             if provider in IN_JAX
-            else functools.partial(_built, provider, operands)
+            else functools.partial(_run_once, provider, operands)
             for provider in providers
         }
         for provider in sorted(providers, key=lambda name: name in IN_JAX):
@@ -71,7 +69,17 @@ def measure_case(
         except Exception as error:
             del calls[provider]
             rows[provider] |= {"status": "failed", "reason": failure(error)}
-    calls = {provider: calls[provider] for provider in providers if provider in calls}
+    return rows, {provider: calls[provider] for provider in providers if provider in calls}
+
+
+def measure_case(
+    case: Case, providers: Sequence[str], *, repetitions: int, flush: timing.Flush | None, workers: int = 1
+) -> list[dict[str, Any]]:
+    """Device times after `flush`; without one, wall times. Host times in both, of cases up to HOST_BYTES.
+
+    Nothing is timed before all are built.
+    """
+    rows, calls = built(Operands(case), providers, workers)
     if calls:
         try:
             _timed(case, calls, rows, repetitions=repetitions, flush=flush)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import record, table
+from . import ahead, record, table
 from .baselines import OURS
 from .measuring import measure_case
 from .operands import on_gpu
@@ -30,10 +30,14 @@ def run(
     time_limit_s: float | None = None,
     repetitions: int = 21,
     workers: int = 4,
+    processes: int = 0,
     retry: bool = False,
     cases: Sequence[Case] | None = None,
 ) -> int:
-    """Measures what `out` does not have yet; 0, or 1 where ours failed or gave a wrong output."""
+    """Measures what `out` does not have yet; 0, or 1 where ours failed or gave a wrong output.
+
+    processes: that build the cases ahead of that; none: each is built when its turn comes.
+    """
     began = time.monotonic()
     wanted = {case.label: case for case in (SUITES[suite] if cases is None else cases)}
     options = {"suite": suite, "providers": list(providers), "repetitions": repetitions}
@@ -45,6 +49,8 @@ def run(
     left = {key: case for key, case in wanted.items() if key not in finished}
     if finished:
         print(f"{out} has {len(finished)} cases; {len(left)} are left", flush=True)
+    if left and processes:
+        ahead.build(list(left.values()), providers, processes)
     flush = Flush() if on_gpu() and left else None
     progress, longest_s = Progress(len(left)), 0.0
     for key, case in list(left.items()):

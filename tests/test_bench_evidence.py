@@ -70,6 +70,30 @@ def test_a_step_for_which_there_is_no_time_is_left_and_said(tmp_path: Path, caps
     assert [path.name for path in shown.evidence(tmp_path).values()] == ["training_h100_2026-12-01.json"]
 
 
+def test_steps_that_time_nothing_run_side_by_side_and_before_the_others(tmp_path: Path) -> None:
+    """The first two end only when both have begun; the third looks whether both have ended."""
+    meet = (
+        "import pathlib, sys, time; path = pathlib.Path(sys.argv[1]); path.with_suffix('.began').touch(); "
+        "other = path.with_name('OTHER.began'); end = time.monotonic() + 60\n"
+        "while not other.exists():\n    assert time.monotonic() < end\n    time.sleep(0.01)\n"
+    ) + WRITE
+    alone = (
+        "import pathlib, sys; here = pathlib.Path(sys.argv[1]).parent; "
+        "assert (here / 'accuracy.json').exists() and (here / 'parity.json').exists()\n"
+    ) + WRITE
+    steps = (
+        Step("training", alone, 1),
+        Step("accuracy", meet.replace("OTHER", "parity"), 1, times=False),
+        Step("parity", meet.replace("OTHER", "accuracy"), 1, times=False),
+    )
+    assert evidence.run(tmp_path, steps=steps) == 0
+    state = json.loads((tmp_path / "evidence.json").read_text())["steps"]
+    assert {kind: entry["whole"] for kind, entry in state.items()} == dict.fromkeys(
+        ("accuracy", "parity", "training"), True
+    )
+    assert all(step.times == (step.kind not in {"accuracy", "parity", "gpu_tests"}) for step in STEPS)
+
+
 def test_a_step_that_dies_is_not_whole(tmp_path: Path) -> None:
     assert evidence.run(tmp_path, steps=(Step("accuracy", WRITE + "; sys.exit(2)", 1),)) == 3
     assert shown.evidence(tmp_path) == {}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import jax
 import pytest
 
-from bench import __main__, measuring, record, run, suite
+from bench import __main__, ahead, measuring, record, run, suite
 from bench.baselines import BASELINES, named
 from bench.suite import Case
 
@@ -197,3 +200,44 @@ def test_a_broken_record_is_named(tmp_path: Path, out: Path) -> None:
 def test_providers_are_named_without_regard_to_case_and_punctuation() -> None:
     assert named(None) == list(BASELINES)
     assert named("hf-eager,F.RMS_norm,copy") == ["copy", "HF eager", "F.rms_norm"]
+
+
+BUILT_AHEAD = """
+from pathlib import Path
+from bench import ahead, run
+from bench.suite import Case
+
+def kept():
+    return {path.name for path in ahead.CACHE.iterdir() if not path.name.endswith("-atime")}
+
+cases, providers = [Case("forward", 8, 128), Case("backward", 8, 64, "float32")], ["XLA", "plain jit"]
+ahead.build(cases, providers, 2)
+before = kept()
+assert before
+run.run("smoke", providers, Path("OUT"), commit="c0ffee", repetitions=2, cases=cases)
+print("compiled again:", sorted(kept() - before))
+"""
+
+
+def test_cases_built_ahead_are_not_compiled_again(tmp_path: Path) -> None:
+    """In a process of its own, as this one has compiled programs that no disk knows of."""
+    out = tmp_path / "run.json"
+    done = subprocess.run(
+        [sys.executable, "-c", BUILT_AHEAD.replace("OUT", str(out))],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    assert done.stdout.splitlines()[0] == "2 cases are built by 2 processes"
+    assert done.stdout.splitlines()[-1] == "compiled again: []"
+    assert record.read(out)["left"] == []
+
+
+def test_a_process_that_ends_early_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ahead, "keep_programs", lambda _: None)  # here, in the process of the other tests
+    ahead.build([Case("no operation", 8, 128)], ["XLA"], 1, tmp_path)
+    assert "1 processes ended early, and their cases are built as they are measured" in capfd.readouterr().out

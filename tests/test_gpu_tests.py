@@ -43,6 +43,7 @@ def test_the_summary_names_every_group_and_fails_with_one(tmp_path: Path) -> Non
         *("kernels-bf16", "torch-launch", "others"),
         *("sanitizers", "stress", "memory", "reruns", "older-gpus", "as-ampere-jax", "as-ampere-torch"),
         *("order", "roots", "sigmoids"),
+        *("properties-backward", "nightly-backward-1"),
     } <= set(groups)
     assert all(line[3:] == ["s", "3", "passed"] for line in lines)
 
@@ -65,7 +66,7 @@ def test_the_summary_names_every_group_and_fails_with_one(tmp_path: Path) -> Non
     assert [line[:3] for line in lines if line[0] == "xla"] == [["xla", "timed", "out"]]
 
 
-def test_tests_and_proof_may_be_two_commands_with_one_summary(tmp_path: Path) -> None:
+def test_the_parts_may_be_several_commands_with_one_summary(tmp_path: Path) -> None:
     assert run_gpu_tests(tmp_path / "run", "tests", failing="test_gpu_xla")[0] == 1
     status, lines = run_gpu_tests(tmp_path / "run", "proof")
     assert status == 1
@@ -89,4 +90,4 @@ def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
     command = [str(ROOT / "scripts" / "gpu-tests"), str(tmp_path), sys.executable, "some"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 2
-    assert "some is none of tests, proof, all" in done.stderr
+    assert "some is none of tests, nightly, proof, all" in done.stderr
