@@ -12,6 +12,8 @@ import argparse
 import os
 import sys
 
+import jax
+
 from . import _doctor, _untested
 from .plans import report
 
@@ -37,9 +39,10 @@ def _examine() -> int:
     # Before JAX's backend starts, which would take three quarters of the GPU's memory from whoever else is on it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     lines: list[_doctor.Line] = []
-    for line in _doctor.examine(preallocates=preallocates):
-        lines.append(line)
-        print(line, flush=True)  # noqa: T201  as it is found out: a GPU's kernels take a while to compile
+    with jax.transfer_guard("allow"):  # the checks take NumPy's arrays, which a guard of the user's would refuse
+        for line in _doctor.examine(preallocates=preallocates):
+            lines.append(line)
+            print(line, flush=True)  # noqa: T201  as it is found out: a GPU's kernels take a while to compile
     for line in _untested.block(lines, _untested.cards()):
         print(line)  # noqa: T201
     text, status = _doctor.verdict(lines)

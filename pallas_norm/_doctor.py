@@ -31,7 +31,7 @@ from . import _compat, _golden, _selfcheck, _target
 from .plans.lengths import LARGEST_N
 
 Device: TypeAlias = Any  # jax.Device is no type to a type checker
-REPORT = "open an issue with the whole of this output"
+REPORT = _selfcheck.REPORT
 # The last two have no kernel.
 SHOWN_LENGTHS = (128, 4096, 131072, 16, LARGEST_N + 1)
 PACKAGES = ("jax", "jaxlib", "ml_dtypes", "numpy", "torch", "transformers")
@@ -248,11 +248,7 @@ def self_check(device: Device) -> Iterator[Line]:
         return f"kernel ({_selfcheck.kind(pallas_norm.plan_for(case.n, case.dtype))})"
 
     cases = _selfcheck.all_cases(_target.here().gpu) if by_kernel else _selfcheck.XLA_CASES
-    step = (
-        f'pass implementation="xla" meanwhile, and {REPORT}'
-        if by_kernel
-        else f"install a jax that docs/compatibility.md calls tested, and {REPORT}"
-    )
+    step = _selfcheck.next_step(by_kernel=by_kernel)
     yield from check_cases(f"JAX on {device.platform}", cases, lambda case: check_case(case, device), what, step)
 
 

@@ -75,7 +75,7 @@ def digest(value: Array) -> str:
 
 @functools.cache
 def _recorded() -> dict[str, list[str]]:
-    text = importlib.resources.files("pallas_norm").joinpath("golden_bits.txt").read_text()
+    text = importlib.resources.files("pallas_norm").joinpath("golden_bits.txt").read_text(encoding="utf-8")
     lines = (line for line in text.splitlines() if not line.startswith("#"))
     return {label: found.split() for label, found in (line.split(": ") for line in lines)}
 

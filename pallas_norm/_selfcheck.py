@@ -8,6 +8,7 @@ every path. NumPy and ml_dtypes only: XLA may drop the rounding that is being ch
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -32,6 +33,20 @@ OTHER_BITS = (
     "within the bounds of any order of additions, but with other bits than this version has: another order, or another "
     "rounding of a product, a root or a quotient (docs/order.md)"
 )
+REPORT = "open an issue with the whole of this output"
+FAST_MATH = "--xla_cpu_enable_fast_math"
+
+
+def next_step(*, by_kernel: bool) -> str:
+    """What somebody does whose bits are wrong."""
+    given = [word for word in os.environ.get("XLA_FLAGS", "").split() if word.split("=")[0] == FAST_MATH]
+    if given and not by_kernel and not given[-1].endswith(("=false", "=0")):
+        return (
+            f"take {given[-1]} out of XLA_FLAGS: with it XLA's code for CPUs does not add and divide as it is written"
+        )
+    if by_kernel:
+        return f'pass implementation="xla" meanwhile, and {REPORT}'
+    return f"install a jax that docs/compatibility.md calls tested, and {REPORT}"
 
 
 # --- what is checked --------------------------------------------------------------------------------------------------

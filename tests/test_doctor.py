@@ -59,6 +59,15 @@ def test_a_backend_that_does_not_start_is_a_wrong_line_and_no_traceback() -> Non
     assert shown.stdout.splitlines()[-1].endswith("Next: unset JAX_PLATFORMS, or install a JAX for these devices")
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_guard_of_the_user_s_against_transfers_is_no_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    jax.config.update("jax_transfer_guard", "disallow")
+    try:
+        assert report(capsys)[0] == 0
+    finally:
+        jax.config.update("jax_transfer_guard", None)
+
+
 @pytest.mark.parametrize("given", [None, "true"])
 def test_memory_is_not_preallocated_unless_the_user_says_so(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []

@@ -36,6 +36,26 @@ def test_a_norm_that_rounds_once_is_named(capsys: pytest.CaptureFixture[str], mo
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--xla_cpu_enable_fast_math=true", True),
+        ("--xla_dump_to=x --xla_cpu_enable_fast_math", True),
+        ("--xla_cpu_enable_fast_math=true --xla_cpu_enable_fast_math=false", False),
+        ("--xla_cpu_enable_fast_min_max=true", False),
+    ],
+)
+def test_a_flag_under_which_no_bits_are_right_is_the_next_step(
+    flags: str,
+    named: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    step = _selfcheck.next_step(by_kernel=False)
+    assert step.startswith("take --xla_cpu_enable_fast_math" if named else "install a jax that ")
+    assert _selfcheck.next_step(by_kernel=True).startswith("pass implementation=")
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_programs")
 def test_a_rounding_that_is_dropped_is_found() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 import pallas_norm
 from tests.modules_compared import assert_close, draw
+from tests.people_s_norms import equinox_norm, llama
 
 # Flax's and Equinox's own norms, beside which ours stand, multiply what has other dtypes and ranks.
 pytestmark = pytest.mark.usefixtures("implicit_promotion")
@@ -165,3 +166,20 @@ def test_norms_in_a_block_that_is_named_after_them() -> None:
     restored, report = pallas_norm.unpatch(patched)
     assert report.restored == {"equinox RMSNorm": 2}
     assert jax.tree.structure(restored) == jax.tree.structure(model)
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("setting", ["debug_nans", "debug_infs", "check_tracer_leaks", "transfer_guard"])
+def test_what_looks_for_faults_of_a_program_finds_none_in_a_proof(setting: str) -> None:
+    """As its variable sets it, for every thread: a context that a test enters is of its own thread alone."""
+    norm, x = equinox_norm(llama), draw(4, 96, dtype="bfloat16")
+    expected, name = norm(x), f"jax_{setting}"
+    before = getattr(jax.config, name)
+    jax.config.update(name, "disallow" if setting == "transfer_guard" else True)
+    try:
+        patched, report = pallas_norm.patch(norm)
+        found = patched(x)
+    finally:
+        jax.config.update(name, before)
+    assert report.replaced == {"PersonsRMSNorm": 1}
+    assert np.array_equal(found, expected)

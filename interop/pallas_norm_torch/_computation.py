@@ -23,7 +23,7 @@ from ._launches import DTYPES
 from ._outside import outside_of
 from ._sizes import Asked, elsewhere, same_for_any_columns, same_for_any_shape
 from ._terms import Term, Unknown
-from ._trace import matched, run, shapes
+from ._trace import matched, run, said, shapes
 from ._twin import Seen, Twin
 
 Tensor = torch.Tensor
@@ -110,7 +110,7 @@ def _gradients_are_its_own(twin: Twin, n: int, form: Form, eps: float) -> None:
     except RuntimeError as error:
         if "modified by an inplace operation" in str(error):  # then nobody has trained with it
             return
-        raise Unknown(f"has no gradients: {str(error).splitlines()[0][:80]}") from error
+        raise Unknown(f"has no gradients: {said(error)}") from error
     for one, other in zip(actual, expected, strict=True):
         if (one - other).abs().max() > 1e-3 * other.abs().max():
             raise Unknown("has other gradients than its formula")

@@ -15,6 +15,12 @@ from ._twin import Twin
 Tensor = torch.Tensor
 
 
+def said(error: Exception) -> str:
+    """Its kind, and the first line of what it says; a bare assertion says nothing."""
+    line = next(iter(str(error).splitlines()), "")[:80]
+    return f"{type(error).__name__} ({line})" if line else type(error).__name__
+
+
 def run(twin: Twin, x: Tensor, parameters: Mapping[str, Tensor | None], *, training: bool) -> tuple[Recorder, Any]:
     """The recorded call, and its result."""
     twin.set(parameters, training=training)
@@ -29,7 +35,7 @@ def run(twin: Twin, x: Tensor, parameters: Mapping[str, Tensor | None], *, train
     except Unknown:
         raise
     except Exception as error:
-        raise Unknown(f"raises {type(error).__name__} when it is traced: {str(error).splitlines()[0][:80]}") from error
+        raise Unknown(f"raises {said(error)} when it is traced") from error
     if not isinstance(y, Tensor):
         raise Unknown(f"returns a {type(y).__name__}, not a tensor")
     if id(y) not in recorder.terms or y is x:

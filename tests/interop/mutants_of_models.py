@@ -25,6 +25,7 @@ MUTANTS = {
     "side effects passed by": Mutant("_purity", "    _check_instructions(function, code)\n    for name", "    for name", "test_huggingface_computed.py::test_what_is_wrong_by_a_step_is_left[SetsByObject]"),
     "a function of nobody knows what passed by": Mutant("_purity", '            raise Unknown(f"uses {name}, of which is not known what it does")', "            pass", "test_huggingface_computed.py::test_what_is_wrong_by_a_step_is_left[Printing]"),
     "branches on shapes passed by": Mutant("_sizes", "    if asked_of := branches():\n", "    if False:\n", "test_huggingface_computed.py::test_what_is_wrong_by_a_step_is_left[BranchesOnRows]"),
+    "the first line of an error that says nothing": Mutant("_trace", 'next(iter(str(error).splitlines()), "")', "str(error).splitlines()[0]", "test_huggingface_computed.py::test_what_is_wrong_by_a_step_is_left[Unfinished]"),
     "gradients not compared": Mutant("_computation", "    _gradients_are_its_own(twin, n, *found)\n", "", "test_huggingface_computed.py::test_what_is_wrong_by_a_step_is_left[StatisticsWithoutGrad]"),
     "bits not compared": Mutant("_computation", "        if y.dtype != expected.dtype or not torch.equal(_bits(y), _bits(expected)):\n", "        if False:\n", "test_huggingface_computed.py::test_the_proof_finds_a_wrong_form"),
     "what it read may change": Mutant("_computed", "                and (not has_read or all(_read(self, path) == value for path, value in read))\n", "", "test_huggingface_computed.py::test_an_attribute_that_changes"),

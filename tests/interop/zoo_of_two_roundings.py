@@ -37,6 +37,16 @@ class SumOverN(Base):
 
 
 @computes("llama")
+class WithBareAssertion(Base):
+    """Which raises an error without a word for a row alone: of that, the report took the first line."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dim() > 1
+        h = x.float()
+        return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+@computes("llama")
 class UnsqueezedMean(Base):
     def forward(self, x: Tensor) -> Tensor:
         h = x.float()

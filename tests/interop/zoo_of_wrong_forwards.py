@@ -174,6 +174,12 @@ class StatisticsWithoutGrad(Base):
         return self.weight * (h * rstd).to(x.dtype)
 
 
+@refused("raises NotImplementedError when it is traced")
+class Unfinished(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
 @refused("has no gradients")
 class NoGrad(Base):
     @torch.no_grad()
