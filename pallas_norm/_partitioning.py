@@ -6,7 +6,8 @@ and no other process can use, and wants one concrete mesh for the whole program.
 program, and the devices come from the operands' own shardings.
 
 Each device works on its own rows. Where the last axis is split, XLA compiles the reference for the shards, with a psum
-of (rows,), and gathers nothing.
+of (rows,), and gathers nothing. Axes that the devices do not divide are gathered where they are summed over: the last
+one, and for dweight those of the rows.
 """
 
 # pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
@@ -104,11 +105,21 @@ def _tiles(call: Any, arg_shapes: Sequence[Any], arg_shardings: Sequence[Any]) -
     at = call.names.index("x")
     given = [sharding for sharding in arg_shardings if sharding is not None and not sharding.is_replicated()]
     devices = max([math.prod(sharding.tile_assignment_dimensions()) for sharding in given], default=1)
-    tiling = _spmd.tiling(arg_shardings[at], len(arg_shapes[at].dimensions()), devices)
-    if not needs_whole_rows((*call.names, *call.results)):
-        return tiling
-    *batch, columns, replicas, manual = tiling.shape
-    return tiling.reshape(*batch, 1, columns * replicas, manual)
+    sizes = arg_shapes[at].dimensions()
+    tiling = _spmd.tiling(arg_shardings[at], len(sizes), devices)
+    columns, whole_rows = len(sizes) - 1, needs_whole_rows((*call.names, *call.results))
+    for axis, size in enumerate(sizes):
+        # XLA fills uneven tiles up with whatever its other programs left there, which a sum may not see.
+        is_summed = axis == columns or "dweight" in call.results
+        if (is_summed and size % tiling.shape[axis]) or (whole_rows and axis == columns):
+            tiling = _replicated(tiling, axis)
+    return tiling
+
+
+def _replicated(tiling: Any, axis: int) -> Any:
+    """The tiling with the tiles of that axis among the replicas: every device has it whole."""
+    *others, tiles, replicas, manual = np.moveaxis(tiling, axis, -3).shape
+    return np.expand_dims(np.moveaxis(tiling, axis, -3).reshape(*others, tiles * replicas, manual), axis)
 
 
 def _numbers(rows: Any, mesh: Sequence[tuple[int, bool]]) -> Any:

@@ -133,6 +133,16 @@ def check_program(
         torch.ops.pallas_norm.check_places(*given)
 
 
+def takes_x(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether a prepared call may write y to x itself."""
+    if x.is_inference():
+        return False
+    if x.is_contiguous():
+        start = x.data_ptr()
+        return weight is None or _is_apart(weight, x, start, start + x.nbytes)
+    return not overlaps_itself(x) and (weight is None or not may_overlap(x, weight))
+
+
 def takes_y(out: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether a prepared call may write y to `out`: all of the above holds at a glance, a kernel can write there."""
     if (
@@ -142,6 +152,7 @@ def takes_y(out: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> b
         or out.get_device() != x.get_device()
         or not out.is_contiguous()
         or out.is_neg()
+        or out.is_inference()
         or (out.requires_grad and torch.is_grad_enabled())
     ):
         return False
@@ -150,11 +161,17 @@ def takes_y(out: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> b
     return (
         bool(start)
         and not start % ALIGNMENT
-        and all(
-            operand is None or operand.data_ptr() >= end or operand.data_ptr() + operand.nbytes <= start
-            for operand in (x, weight)
-        )
+        and _is_apart(x, out, start, end)
+        and (weight is None or _is_apart(weight, out, start, end))
     )
+
+
+def _is_apart(operand: Tensor, place: Tensor, start: int, end: int) -> bool:
+    """Whether it shares no memory with `place`, which is contiguous and lies from start to end."""
+    if not operand.is_contiguous():  # it reaches over more bytes than it has
+        return not may_overlap(place, operand)
+    at = operand.data_ptr()
+    return at >= end or at + operand.nbytes <= start
 
 
 def takes_both(out: Any, s_out: Any, x: Tensor, residual: Tensor, weight: Tensor | None, to: Dtypes) -> bool:
@@ -174,6 +191,6 @@ def takes_both(out: Any, s_out: Any, x: Tensor, residual: Tensor, weight: Tensor
     if out is s_out or not all(tensor.data_ptr() for tensor in given):
         return False
     ranges = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in given)
-    return all(tensor.is_contiguous() for tensor in operands) and all(
+    return all(tensor.is_contiguous() for tensor in given) and all(
         end <= start for (_, end), (start, _) in itertools.pairwise(ranges)
     )

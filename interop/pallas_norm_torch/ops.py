@@ -113,7 +113,7 @@ def rms_norm(
                 return call.plain(x, weight)
             elif (
                 out is None
-                or (out is x and call.y_dtype is None and not x.is_inference())
+                or (out is x and call.y_dtype is None and _out.takes_x(x, weight))
                 or _takes_y(out, x, weight, call.to.y)
             ):
                 return call(x, None, weight, out)[0]
