@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 Describe = Callable[[Any], str]
 Operands = Mapping[str, Any]  # q and k, or qkv; cos, sin; q_weight and k_weight, None where there is none
 PARTIAL = "rotate part of a head in steps of your own"
 
 
-def fit(operands: Operands, heads: tuple[int, int] | None, y_dtype: Any, describe: Describe) -> None:
+class Sizes(NamedTuple):
+    """How sizes are compared: torch's may be known only when a program runs."""
+
+    same: Callable[[Any, Any], bool] = operator.eq  # of shapes
+    is_one: Callable[[Any], bool] = lambda size: bool(size == 1)
+
+
+KNOWN = Sizes()
+
+
+def fit(
+    operands: Operands,
+    heads: tuple[int, int] | None,
+    y_dtype: Any,
+    describe: Describe,
+    sizes: Sizes = KNOWN,
+) -> None:
     """heads: of q and k, in the tensor of a projection. y_dtype: that of cos and sin, once what is normalised is known
     to have one."""
     name = "qkv" if heads else "q"
-    _heads(operands, name, heads, describe)
+    _heads(operands, name, heads, describe, sizes)
     _weights(operands, name, describe)
-    _angles(operands, name, y_dtype, describe)
+    _angles(operands, name, y_dtype, describe, sizes)
 
 
-def _heads(operands: Operands, name: str, heads: tuple[int, int] | None, describe: Describe) -> None:
+def _heads(operands: Operands, name: str, heads: tuple[int, int] | None, describe: Describe, sizes: Sizes) -> None:
     q = operands[name]
     if len(q.shape) < 2:
         raise ValueError(f"{name} is {describe(q)}; needed [..., heads, n]: an axis of heads and one of their elements")
@@ -34,7 +51,7 @@ def _heads(operands: Operands, name: str, heads: tuple[int, int] | None, describ
             )
         return
     k = operands["k"]
-    if len(k.shape) != len(q.shape) or k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
+    if len(k.shape) != len(q.shape) or not sizes.same(_but_heads(k), _but_heads(q)):
         raise ValueError(f"k is {describe(k)} but q is {describe(q)}; needed the same shape but for the heads")
     if k.dtype != q.dtype:
         raise TypeError(f"k is {describe(k)} but q is {describe(q)}; needed the same dtype: cast one of them first")
@@ -60,13 +77,13 @@ def _weights(operands: Operands, name: str, describe: Describe) -> None:
         )
 
 
-def _angles(operands: Operands, name: str, y_dtype: Any, describe: Describe) -> None:
+def _angles(operands: Operands, name: str, y_dtype: Any, describe: Describe, sizes: Sizes) -> None:
     q, cos, sin = operands[name], operands["cos"], operands["sin"]
-    if tuple(sin.shape) != tuple(cos.shape):
+    if not sizes.same(tuple(sin.shape), tuple(cos.shape)):
         raise ValueError(f"sin is {describe(sin)} but cos is {describe(cos)}; needed the same shape")
-    needed = (*q.shape[:-2], q.shape[-1])
-    shape = without_ones(cos.shape)
-    if not shape or len(shape) > len(needed) or shape != needed[len(needed) - len(shape) :]:
+    needed = _but_heads(q)
+    shape = without_ones(cos.shape, sizes)
+    if not shape or len(shape) > len(needed) or not sizes.same(shape, needed[len(needed) - len(shape) :]):
         some = f" ({PARTIAL})" if cos.shape and cos.shape[-1] != q.shape[-1] else ""
         raise ValueError(
             f"cos is {describe(cos)} but {name} is {describe(q)}; needed [{','.join(map(str, needed))}] or the last "
@@ -80,10 +97,14 @@ def _angles(operands: Operands, name: str, y_dtype: Any, describe: Describe) -> 
             )
 
 
-def without_ones(shape: Any) -> tuple[int, ...]:
+def _but_heads(x: Any) -> tuple[int, ...]:
+    return (*x.shape[:-2], x.shape[-1])
+
+
+def without_ones(shape: Any, sizes: Sizes = KNOWN) -> tuple[int, ...]:
     """Without leading axes of size 1: one row of angles is that of every token."""
     shape = tuple(shape)
-    while len(shape) > 1 and shape[0] == 1:
+    while len(shape) > 1 and sizes.is_one(shape[0]):
         shape = shape[1:]
     return shape
 

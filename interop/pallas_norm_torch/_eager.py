@@ -41,6 +41,7 @@ class KernelNorm(torch.autograd.Function):
         if s is None:
             return y
         ctx.set_materialize_grads(False)
+        _library.mark_constants(ctx, s)
         return y, s
 
     @staticmethod
@@ -58,7 +59,6 @@ class KernelNorm(torch.autograd.Function):
             or not (_torch_state.is_memory(dy) and _torch_state.is_memory(ds))
         ):
             options = _library.joined(_options.arguments(call.kernel.spec), wants_weight)
-            rstd = rstd.view(x.shape[:-1])
             total, dweight = cast(tuple[Any, Any], _library.Gradient.apply(x, weight, rstd, dy, ds, *options))
             dx, dresidual = _library.passed_on(total, dtypes, wanted)
         else:
@@ -89,7 +89,7 @@ def _gradient(
         pass
     except launch.Unavailable as reason:  # raised before anything is written
         direct.refuse(call.n, call.device, str(reason))
-    rstd, kernel = rstd.view(x.shape[:-1]), call.kernel
+    kernel = call.kernel
     dx, dweight = _library.backward(x, weight, rstd, dy, ds, kernel.spec, with_dweight=with_dweight)
     return *_library.passed_on(dx, (kernel.x, kernel.residual), (True, True)), dweight
 
@@ -104,7 +104,10 @@ class Norm(torch.autograd.Function):
         ctx.spec, ctx.passed_on = spec, (x.dtype, None if residual is None else residual.dtype)
         ctx.set_materialize_grads(False)
         _torch_state.save(ctx, x if s is None else s, weight, rstd)
-        return y if s is None else (y, s)
+        if s is None:
+            return y
+        _library.mark_constants(ctx, s)
+        return y, s
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> tuple[Any, ...]:

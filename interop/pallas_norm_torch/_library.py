@@ -202,8 +202,8 @@ class Norm(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, residual, weight, *ctx.options = inputs
         *_, rstd = output
+        mark_constants(ctx, None if residual is None else output[1], rstd)
         ctx.passed_on = x.dtype, None if residual is None else residual.dtype
-        ctx.mark_non_differentiable(rstd)
         ctx.set_materialize_grads(False)
         _torch_state.save(ctx, x if residual is None else output[1], weight, rstd)
 
@@ -222,6 +222,14 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
         return _vmap.members(Norm.apply, info.batch_size, in_dims, arguments, weight_at=2, shared_results=())
+
+
+def mark_constants(ctx: Any, s: Tensor | None, *rstd: Tensor) -> None:
+    """s requires grad where x or the residual does, and not for the weight's sake; rstd never does."""
+    wants_x, wants_residual, *_ = ctx.needs_input_grad
+    constants = rstd if s is None or wants_x or wants_residual else (s, *rstd)
+    if constants:
+        ctx.mark_non_differentiable(*constants)
 
 
 def passed_on(

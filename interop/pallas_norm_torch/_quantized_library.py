@@ -65,8 +65,10 @@ def _positive(value: Any) -> Any:
     """A number that varies is a symbol to torch.compile, of which NumPy knows nothing; a comparison becomes a guard of
     the program, so for a number beyond there is another, or none."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if torch.compiler.is_compiling() and is_number and _api_quantized.BELOW < value <= LARGEST:
-        return value
+    if torch.compiler.is_compiling() and is_number:
+        if _api_quantized.BELOW < value <= LARGEST:
+            return value
+        raise ValueError("scale is no positive float32 number; needed one: y is divided by it")
     return _api_quantized.positive(value)
 
 

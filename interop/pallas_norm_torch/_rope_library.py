@@ -31,6 +31,13 @@ library.define(
 )
 
 
+def _is_one(size: Any) -> bool:
+    return not _torch_state.is_unbacked(size) and bool(size == 1)
+
+
+SIZES = _validate_rope.Sizes(_validate.same_sizes, _is_one)
+
+
 def check(operands: Sequence[Any], spec: Spec) -> None:
     """operands: q, k, cos, sin, q_weight and k_weight."""
     named = dict(zip(("q", "k", "cos", "sin", "q_weight", "k_weight"), operands, strict=True))
@@ -41,7 +48,7 @@ def check(operands: Sequence[Any], spec: Spec) -> None:
     for name, value in named.items():
         if value is not None and value.device != q.device:
             raise ValueError(f"{name} is on {value.device} but q is on {q.device}; move one of them with .to")
-    _validate_rope.fit(named, None, _options.dtypes_of(spec, q, None, weight).y, _validate.describe)
+    _validate_rope.fit(named, None, _options.dtypes_of(spec, q, None, weight).y, _validate.describe, SIZES)
 
 
 def _checked(operands: Sequence[Any], options: Sequence[Any]) -> Spec:
@@ -62,7 +69,7 @@ def constant(differentiated: bool) -> None:  # noqa: FBT001
 
 
 def angles(cos: Tensor, sin: Tensor) -> Pair:
-    shape = _validate_rope.without_ones(cos.shape)
+    shape = _validate_rope.without_ones(cos.shape, SIZES)
     return cos.reshape(shape), sin.reshape(shape)
 
 
@@ -171,12 +178,17 @@ class NormRope(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
         ctx.options, ctx.of_y = inputs[6:], output[0].dtype
         ctx.set_materialize_grads(False)  # it would make plain tensors of zeros beside DTensors
+        of_q, of_k = (ctx.needs_input_grad[x] or ctx.needs_input_grad[weight] for x, weight in ((0, 4), (1, 5)))
+        ctx.mark_non_differentiable(*(y for y, of_y in zip(output, (of_q, of_k), strict=True) if not of_y))
         constant(ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
         _torch_state.save(ctx, *inputs[:6])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         q, k, cos, sin, *weights = ctx.saved_tensors
+        nothing = (None,) * len(ctx.options)
+        if gradients == (None, None):
+            return (None,) * 6 + nothing
         dq_out, dk_out = (
             torch.zeros_like(x, dtype=ctx.of_y) if one is None else one
             for one, x in zip(gradients, (q, k), strict=True)
@@ -185,9 +197,12 @@ class NormRope(torch.autograd.Function):
             found = _differentiable((q, k), cos, sin, weights, (dq_out, dk_out), ctx.options)
         else:
             found = torch.ops.pallas_norm.rms_norm_rope_backward(q, k, cos, sin, *weights, dq_out, dk_out, *ctx.options)
-        dq, dk, *dweights = found
-        dweights = [None if weight is None else one for one, weight in zip(dweights, weights, strict=True)]
-        return dq, dk, None, None, *dweights, *(None,) * len(ctx.options)
+        # A result that was not used has no gradient: zeros times what is in the rows may be NaN.
+        (dq, dq_weight), (dk, dk_weight) = (
+            (None, None) if dy is None else (dx, None if weight is None else dweight)
+            for dy, dx, dweight, weight in zip(gradients, found[:2], found[2:], weights, strict=True)
+        )
+        return dq, dk, None, None, dq_weight, dk_weight, *nothing
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:

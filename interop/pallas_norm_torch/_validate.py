@@ -66,7 +66,7 @@ def tensor(name: str, value: Any) -> Tensor:
     return value
 
 
-def _same_sizes(found: Sequence[int], needed: Sequence[int]) -> bool:
+def same_sizes(found: Sequence[int], needed: Sequence[int]) -> bool:
     """What torch.compile knows when the program runs, sizes of unbacked symbols, is checked then."""
     if torch.SymInt not in map(type, (*found, *needed)):
         return tuple(found) == tuple(needed)
@@ -117,7 +117,7 @@ def operands(x: Any, residual: Any, weight: Any, *, with_residual: bool, beside:
         residual = tensor(beside, residual)
         if residual.device != x.device:
             raise ValueError(f"{beside} is on {residual.device} but x is on {x.device}; move one of them with .to")
-        if not _same_sizes(residual.shape, x.shape):
+        if not same_sizes(residual.shape, x.shape):
             raise ValueError(
                 f"{beside} is {describe(residual)} but x is {describe(x)}; needed the same shape: expand it first"
             )
@@ -125,7 +125,7 @@ def operands(x: Any, residual: Any, weight: Any, *, with_residual: bool, beside:
         weight = tensor("weight", weight)
         if weight.device != x.device:
             raise ValueError(f"weight is on {weight.device} but x is on {x.device}; move one of them with .to")
-        if not _same_sizes(weight.shape, x.shape[-1:]):
+        if not same_sizes(weight.shape, x.shape[-1:]):
             raise ValueError(
                 f"weight has shape {tuple(weight.shape)} but the last axis of x has length {x.shape[-1]} "
                 f"(x: {describe(x)}); pass the weight of this layer, or slice x"
@@ -136,7 +136,7 @@ def belongs(
     name: str, value: Tensor, x: Tensor, shape: Sequence[int], dtypes: Collection[torch.dtype], of: str = "x"
 ) -> None:
     """What an operator for gradients is given beside its operands, of which a kernel gets no more than the address."""
-    if not _same_sizes(value.shape, shape):
+    if not same_sizes(value.shape, shape):
         raise ValueError(f"{name} has shape {tuple(value.shape)}; needed {tuple(shape)}, which belongs to {of}")
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device} but {of} is on {x.device}; move one of them with .to")

@@ -85,8 +85,7 @@ def forward(
     s_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, s, rstd). `out` receives y and `s_out` s: each an operand itself, or memory that none shares."""
-    y, s, rstd = call_of(x, residual, weight, spec, with_rstd=with_rstd)(x, residual, weight, out, s_out)
-    return y, s, None if rstd is None else rstd.view(x.shape[:-1])
+    return call_of(x, residual, weight, spec, with_rstd=with_rstd)(x, residual, weight, out, s_out)
 
 
 def backward(

@@ -21,7 +21,7 @@ from .prepared_gradient import BackwardCall, backward_call
 from .rows import ALIGNMENT
 
 Tensor = torch.Tensor
-Results = tuple[Tensor, Tensor | None, Tensor | None]  # y, s, rstd, which is flat
+Results = tuple[Tensor, Tensor | None, Tensor | None]  # y, s, rstd
 
 MOST_LAYOUTS = 1024  # kept for each call
 NO_LIMIT = 1 << 62  # of the blocks that have a CTA each
@@ -49,7 +49,7 @@ class ForwardCall:
         self._most, self._cluster = program.plan.programs or NO_LIMIT, program.plan.cluster
         self._layouts: dict[Any, Any] = {}  # by shape, strides and offsets, the numbers; None: to be copied
         self._at_strides: Any = None
-        self._rstd = torch.empty(0)  # of as many rows as the last call's: what rstd is made like
+        self._rstd = torch.empty(0)  # of the shape of the last call's: what rstd is made like
         self._training: ForwardCall | None = self if kernel.with_rstd else None
         self._gradients: dict[tuple[torch.dtype, bool, bool], BackwardCall] = {}
 
@@ -136,9 +136,10 @@ class ForwardCall:
             y, _, rstd = self(x, None, weight)
             assert rstd is not None
             return y, rstd
-        like = self._rstd  # of this thread from here on
-        if like.shape[0] != count:
-            self._rstd = like = x.new_empty(count, dtype=torch.float32)
+        # Of the shape that every other way gives it: checkpointing compares what a forward pass and its rerun save.
+        like, shape = self._rstd, x.shape[:-1]  # `like` is of this thread from here on
+        if like.shape != shape:
+            self._rstd = like = x.new_empty(shape, dtype=torch.float32)
         y = _empty_like(x) if self.y_dtype is None else _empty_like(x, dtype=self.y_dtype)
         rstd = _empty_like(like)  # 1 us less than by its shape, dtype and device
         blocks = count // self.plan.block
@@ -182,7 +183,7 @@ class ForwardCall:
             s = _empty_like(x, dtype=self.s_dtype) if s is None else s
             at.append(s.data_ptr())
         if self.kernel.with_rstd:
-            rstd = _empty(x.numel() // self.n, dtype=torch.float32, device=x.device)
+            rstd = _empty(x.shape[:-1], dtype=torch.float32, device=x.device)
             at.append(rstd.data_ptr())
         if full + left:
             self._launch(self._run, (full + left) * self._cluster, at)
@@ -266,7 +267,7 @@ class ForwardCall:
             s = _empty(x.shape, dtype=self.to.s, device=x.device) if s_out is None else s_out
             at.append(s.data_ptr() // ALIGNMENT * ALIGNMENT)
         if self.kernel.with_rstd:
-            rstd = _empty(count, dtype=torch.float32, device=x.device)
+            rstd = _empty(x.shape[:-1], dtype=torch.float32, device=x.device)
             at.append(rstd.data_ptr())
         if count:
             self._launch(self._at_strides, (blocks + left) * self._cluster, at)

@@ -134,6 +134,19 @@ def test_where_y_is_unused_the_sum_s_gradient_passes_whatever_is_in_the_rows(dev
         assert dweight is None
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_sum_requires_grad_where_its_operands_do(device: str) -> None:
+    """Not because the weight does: a residual stream would be kept, and gone through backward, for nothing."""
+    x, weight = draw(2, 64, dtype=torch.float32, device=device), leaf(64, dtype=torch.float32, device=device)
+    for norm in (add_rms_norm, lambda *operands: torch.ops.pallas_norm.add_rms_norm(*operands, 0.0, True, 0.0)[:2]):  # noqa: FBT003
+        y, s = norm(x, x, weight)
+        assert y.requires_grad
+        assert not s.requires_grad
+        (y * s).sum().backward()
+        for operands in ((x, x.clone().requires_grad_()), (x.clone().requires_grad_(), x)):
+            assert norm(*operands, weight)[1].requires_grad
+
+
 def test_the_second_derivative_with_a_residual() -> None:
     x, residual = (leaf(3, 64, dtype=torch.float32, seed=seed) for seed in range(2))
     weight = leaf(64, dtype=torch.float32)

@@ -71,3 +71,10 @@ def test_the_short_way_writes_to_aligned_memory_apart_from_the_operands_and_no_o
     assert not takes_y(x, x, weight, torch.float32)
     assert not takes_y(weight, x, weight, torch.float32)
     assert not takes_y(out, x, weight, torch.bfloat16)
+    wide = memory[start : start + 512].view(4, 128)  # rows at strides reach over more bytes than they have
+    assert not takes_y(memory[start + 256 : start + 512].view(4, 64), wide[:, :64], None, torch.float32)
+    assert takes_y(memory[start + 512 : start + 768].view(4, 64), wide[:, :64], None, torch.float32)
+    assert not takes_y(out, x, memory[start : start + 256].view(64, 4)[:, 0], torch.float32)
+    with torch.inference_mode():
+        frozen = torch.zeros(1024)
+    assert not takes_y(frozen[-frozen.data_ptr() % 256 // 4 :][:64], x, weight, torch.float32)

@@ -148,3 +148,29 @@ def test_threads_with_other_row_counts_share_no_rstd(monkeypatch: pytest.MonkeyP
     y = rms_norm(x, weight)
     (saved,) = [tensor for tensor in y.grad_fn.saved_tensors if tensor.dim() == 1 and tensor.shape != weight.shape]
     assert saved.shape == (64,)
+
+
+@pytest.mark.parametrize("shape", [(128,), (2, 4, 128), (3, 37, 128)])
+def test_autograd_saves_the_same_of_every_way(shape: tuple[int, ...]) -> None:
+    """Checkpointing compares what a forward pass and its rerun save: a mode around the first one took another way."""
+    x, weight = draw(*shape, dtype=torch.float32).requires_grad_(), draw(128, dtype=torch.float32, seed=1)
+    wide = torch.zeros(*shape[:-1], 256)[..., :128].requires_grad_()  # whose rows lie at strides
+
+    def saved(function: Any, *operands: Any) -> list[tuple[Any, ...]]:
+        found: list[tuple[Any, ...]] = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            found.append((tensor.shape, tensor.dtype))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            function(*operands)
+        return found
+
+    operator = torch.ops.pallas_norm
+    by_operator = saved(lambda: operator.rms_norm(x, weight, 1e-6, True, 0.0))  # noqa: FBT003
+    added = saved(lambda: operator.add_rms_norm(x, x, weight, 1e-6, True, 0.0))  # noqa: FBT003
+    for _ in range(2):
+        assert saved(rms_norm, x, weight) == saved(rms_norm, wide, weight) == by_operator
+        assert saved(add_rms_norm, x, x, weight) == saved(add_rms_norm, wide, wide, weight) == added
+    assert {shape for shape, _ in by_operator} == {x.shape, weight.shape, x.shape[:-1]}

@@ -89,3 +89,40 @@ def test_rows_at_strides_that_were_seen_are_launched_in_one_step(monkeypatch: py
     y = rms_norm(x, weight)
     assert y.is_contiguous()
     assert_same(y, expected(x, weight)[0])
+
+
+def _aligned(elements: int) -> torch.Tensor:
+    memory = torch.zeros(elements + 256, dtype=torch.bfloat16)
+    return memory[-memory.data_ptr() % 256 // 2 :][:elements].copy_(draw(elements, dtype=torch.bfloat16))
+
+
+WRITTEN_TWICE = {
+    "out over later rows of x": "out overlaps x without being x",
+    "one row for all": "out is .*, so several of its elements are one",
+    "the weight is a row": "out overlaps weight, which every row reads",
+    "a weight at strides inside": "out overlaps weight, which every row reads",
+}
+
+
+@pytest.mark.parametrize("prepared_before", [False, True])
+@pytest.mark.parametrize("case", WRITTEN_TWICE)
+def test_a_call_that_was_prepared_before_refuses_what_the_first_one_does(case: str, *, prepared_before: bool) -> None:
+    """It looked at the first and the last byte of tensors with gaps, and in place at nothing: a kernel would have read
+    rows, or the weight, that it had written."""
+    n, memory, weight = 128, _aligned(2 * 64 * 128), draw(128, dtype=torch.bfloat16, seed=1)
+    x = memory.view(64, 2 * n)[:, :n]
+    out = memory[64 * n :].view(64, n)
+    if case == "one row for all":
+        x = out = memory[:n].expand(16, n)
+    elif case == "the weight is a row":
+        x = out = memory.view(128, n)
+        weight = x[3]
+    elif case == "a weight at strides inside":
+        x, out, weight = draw(2, n, dtype=torch.bfloat16), memory[: 2 * n].view(2, n), memory[: 4 * n : 4]
+    if prepared_before:
+        rms_norm(x.clone(), weight.clone())
+        rms_norm(x.clone(), weight.clone(), out=torch.empty_like(x.contiguous()))
+    before = memory.clone()
+    with pytest.raises(ValueError, match=WRITTEN_TWICE[case]):
+        rms_norm(x, weight, out=out)
+    assert torch.equal(memory, before)

@@ -113,3 +113,26 @@ def test_what_has_no_derivative_says_so(made: dict[Program, FakeKernel]) -> None
         made.clear()
     with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
         torch.func.jvp(lambda q: rms_norm_rope(q, k, cos, sin)[0], (q,), (q,))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_what_was_not_used_has_no_gradient(used: int) -> None:
+    """Zeros times an infinity in the rows are NaN, and a gradient of zeros lets an optimiser's decay move a weight."""
+    q, k, cos, sin, *weights = operands(64, torch.float32)
+    (q, k)[1 - used][0, 0, 0, 3] = torch.inf
+    given = [one.clone().requires_grad_() for one in (q, k, *weights)]
+    results = rms_norm_rope(*given[:2], cos, sin, *given[2:])
+    for create_graph in (False, True):
+        loss = results[used].sum()
+        found = torch.autograd.grad(loss, given, allow_unused=True, create_graph=create_graph, retain_graph=True)
+        assert [one is not None for one in found] == [used == 0, used == 1] * 2
+        assert all(one.isfinite().all() for one in found if one is not None)
+
+
+def test_heads_require_grad_where_they_or_their_weight_do() -> None:
+    q, k, cos, sin, *weights = operands(64, torch.float32)
+    for at in range(4):
+        given = [one.detach().clone() for one in (q, k, *weights)]
+        given[at].requires_grad_()
+        results = rms_norm_rope(*given[:2], cos, sin, *given[2:])
+        assert [one.requires_grad for one in results] == [at in (0, 2), at in (1, 3)]

@@ -87,6 +87,24 @@ def test_compiled_programs_give_the_bits_of_eager_calls() -> None:
     assert all(torch.equal(bits(one), bits(other)) for one, other in pairs)
 
 
+@pytest.mark.parametrize("leading", [(), (2,)])
+def test_unbacked_tokens_compile(leading: tuple[int, ...]) -> None:
+    """Whose number a program knows when it runs: a comparison of it is a guard, which has nothing to look at."""
+    q, k, cos, sin, *weights = operands(64, torch.bfloat16, tokens=(14,))
+
+    def packed(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        return rms_norm_rope(*(one.expand(*leading, *one.shape) for one in (q, k, cos, sin)), *weights)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    for tokens in (9, 1):
+        given = [one[:tokens].clone() for one in (q, k, cos, sin)]
+        for one in given:
+            torch._dynamo.decorators.mark_unbacked(one, 0)
+        for one, other in zip(compiled(*given), packed(*given), strict=True):
+            assert torch.equal(one, other)
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*LeafSpec:FutureWarning")  # torch.export's own
 @pytest.mark.parametrize("with_weights", [True, False], ids=["weights", "bare"])
