@@ -84,7 +84,7 @@ SEAM = {
     "_spec": {"Spec"},
     "_target": {"assemble_for", "assembled_for_another", "takes", "too_old"},
     "_validate": {"*"},
-    "_validate_rope": {"fit", "without_ones"},
+    "_validate_rope": {"Sizes", "fit", "without_ones"},
     "kernels.backward": {"partial_dweight_rows", "partial_dweights"},
     "kernels.dweight_sum": {"TILE", "column_sum"},
     "kernels.forward": {"forward"},

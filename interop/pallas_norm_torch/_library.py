@@ -227,9 +227,7 @@ class Norm(torch.autograd.Function):
 def mark_constants(ctx: Any, s: Tensor | None, *rstd: Tensor) -> None:
     """s requires grad where x or the residual does, and not for the weight's sake; rstd never does."""
     wants_x, wants_residual, *_ = ctx.needs_input_grad
-    constants = rstd if s is None or wants_x or wants_residual else (s, *rstd)
-    if constants:
-        ctx.mark_non_differentiable(*constants)
+    ctx.mark_non_differentiable(*(rstd if s is None or wants_x or wants_residual else (s, *rstd)))
 
 
 def passed_on(

@@ -15,7 +15,7 @@ MUTANTS = {
     "8 bits: tangents silently zero": Mutant("_quantized_library", " or any(map(_torch_state.has_tangent, tensors)):", ":", "test_quantized_transforms.py::test_forward_mode"),
     "8 bits: a scale of any memory": Mutant("_quantized_library", "        _validate.with_memory(\"scale\", value)\n", "        pass\n", "test_quantized.py::test_a_scale_that_is_not"),
     "8 bits: a scale that varies has no program": Mutant("_quantized_library", "    if torch.compiler.is_compiling() and is_number", "    if False and is_number", "test_quantized_transforms.py::test_a_scale_that_varies"),
-    "8 bits: programs divide by any scale": Mutant("_quantized_library", " and _api_quantized.BELOW < value <= LARGEST:", ":", "test_quantized_transforms.py::test_a_scale_that_varies"),
+    "8 bits: programs divide by any scale": Mutant("_quantized_library", "if _api_quantized.BELOW < value <= LARGEST:", "if True:", "test_quantized_transforms.py::test_a_scale_that_varies"),
     "8 bits: an array taken for a dtype": Mutant("_quantized_library", "not isinstance(value, torch.dtype) or value", "value", "test_quantized.py::test_bad_input_is_told"),
     "8 bits: a scale that fx traces": Mutant("quantized", "is_stand_in(x, residual, weight, scale)", "is_stand_in(x, residual, weight)", "test_quantized_transforms.py::test_fx_keeps"),
     "8 bits: vmap shares a scale that is not shared": Mutant("_quantized_library", "if not any(is_batched[len(rows) :]):", "if True:", "test_quantized_transforms.py::test_vmap_is_a_loop"),
