@@ -21,8 +21,10 @@ from jax.custom_batching import custom_vmap
 
 from . import _dispatch, _sharding, reference
 from ._dtypes import AS_S, Dtypes, GradientDtypes, promoted
-from ._held import all_held, held
+from ._held import all_held, apart, held
 from ._spec import Spec
+from .plans.backward import backward_order
+from .plans.order import Order
 
 Arrays = dict[str, jax.Array]
 Function = Callable[[Arrays], Arrays]
@@ -51,6 +53,12 @@ def _scale_of_members(weight: jax.Array, rows: jax.Array, spec: Spec, dtype: Any
     """The float32 factors (members, 1, ..., 1, n) of rows (members, ..., n)."""
     scale = reference.scale(weight, spec.weight_offset, dtype)
     return lax.expand_dims(scale, range(1, rows.ndim - 1))
+
+
+def _order(operands: Arrays, dy: Any) -> Order:
+    """Of the products in the rows of dx."""
+    x = operands["x"]
+    return backward_order(x.shape[-1], x.dtype, dy_dtype=dy, residual="ds" in operands)
 
 
 def _weightless(spec: Spec, dtypes: Dtypes) -> Spec:
@@ -124,8 +132,13 @@ def backward(
         g = reference.round_to(dy.astype(F32) * _scale_of_members(weight, dy, spec, dtypes.weight), dtypes.unit)
         if promoted(dtypes.unit, dy.dtype) == dy.dtype:  # which holds it: the plan is the one of dy
             g = g.astype(dy.dtype)
-        rest = _without(operands, "weight") | {"dy": g}
-        dx = backward(rest, _weightless(spec, dtypes), dx_dtypes=dx_dtypes)
+        if _order(operands, g.dtype) == _order(operands, dy.dtype):
+            rest = _without(operands, "weight") | {"dy": g}
+            dx = backward(rest, _weightless(spec, dtypes), dx_dtypes=dx_dtypes)
+        else:  # at some n, of float32 rows whose dy has 16 bits
+            alone = _dispatch.Call("backward", tuple(operands), spec, dx_dtypes=dx_dtypes)
+            by_kernel = spec.implementation in ("mosaic_gpu", "interpret")
+            dx = lax.map(alone.run, operands) if by_kernel else jax.vmap(apart(alone.by_reference))(operands)
         return dx | dweight_of_members(operands, weight.dtype)
 
     return _batched(call, of_members, with_own_weights)(operands)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_norm import add_rms_norm, rms_norm
+from pallas_norm import _transforms, add_rms_norm, rms_norm
 
 
 def draw(*shape: int, seed: int = 0, dtype: str = "bfloat16") -> jax.Array:
@@ -153,3 +154,32 @@ def test_a_weight_for_each_member_is_one_program_without_a_loop(options: Any) ->
         assert np.allclose(
             np.asarray(dweight[member], np.float32), np.asarray(one[2], np.float32), rtol=2**-7, atol=1e-5
         )
+
+
+@pytest.mark.sampled(9)
+@pytest.mark.parametrize("n", [128, 800, 1312])
+@pytest.mark.parametrize("form", ["norm", "add", "interpreted"])
+def test_dx_of_members_has_the_order_of_their_own_dy(form: str, n: int) -> None:
+    """Of float32 rows with a dy of 16 bits it is another one at 800 and 1312 than that of dy * weight, in float32."""
+    x, weights = draw(2, 3, n, dtype="float32"), draw(2, n, seed=1, dtype="float32")
+    dy, ds = draw(2, 3, n, seed=2), draw(2, 3, n, seed=3, dtype="float32")
+    implementation: Any = "interpret" if form == "interpreted" else None
+
+    def dx(x: Any, weight: Any, dy: Any, ds: Any) -> Any:
+        if form == "add":
+            norm = functools.partial(add_rms_norm, weight=weight, out_dtype="bfloat16")
+            return jax.vjp(norm, x, x)[1]((dy, ds))
+        norm = functools.partial(rms_norm, weight=weight, out_dtype="bfloat16", implementation=implementation)
+        return jax.vjp(norm, x)[1](dy)
+
+    members = [jax.tree.leaves(dx(*member)) for member in zip(x, weights, dy, ds, strict=True)]
+    for found, own in zip(jax.tree.leaves(jax.vmap(dx)(x, weights, dy, ds)), zip(*members, strict=True), strict=True):
+        assert np.array_equal(found, np.stack(own))
+
+
+def test_another_order_for_members_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_transforms, "_order", lambda operands, dy: None)
+    jax.clear_caches()
+    with pytest.raises(AssertionError):
+        test_dx_of_members_has_the_order_of_their_own_dy("norm", 1312)
+    jax.clear_caches()
