@@ -62,6 +62,7 @@ def kernels_unavailable() -> str | None:
 
 OLDEST_CAPABILITY = (8, 0)  # of GPUs that kernels are compiled for, by the JAX that can
 VERSION = jax.__version__
+COMPUTES_OPERANDS_AGAIN = jax.__version_info__[:2] < (0, 11)  # on CPUs, in other instructions: see _held
 
 
 def oldest_capability() -> tuple[int, int]:
