@@ -220,7 +220,7 @@ def one_scale(value: Any) -> jax.Array:
         if isinstance(value, np.ndarray):  # one of JAX's would have to be waited for
             positive(float(value.reshape(())))
         return jnp.asarray(value).reshape(())
-    return jnp.float32(positive(value))
+    return jax.device_put(np.float32(positive(value)))  # by name: a guard refuses transfers that are not asked for
 
 
 BELOW = 2.0**-150  # and at it, float32 rounds to zero

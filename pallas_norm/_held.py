@@ -7,7 +7,8 @@ of float32 15 % of rms_norm(x * 0.3). What goes in and comes out is rounded once
 behind a barrier, since of constants nothing else is left.
 
 XLA of jax 0.10 also computes a cheap operand again in each of its loops on a CPU, and made one instruction of a * b + c
-in one loop and two in another: y was that of one x, rstd that of another. What is divided it computes once. Of bfloat16 it made one array anyhow.
+in one loop and two in another: y was that of one x, rstd that of another. What is divided it computes once. Of
+bfloat16 it made one array anyhow.
 """
 
 # pyright: reportUnknownVariableType=false

@@ -47,10 +47,13 @@ class RMSNorm(nn.RMSNorm):
     def __call__(self, x: Any, *, mask: Any = None) -> Any:
         _flax.check(self)
         _flax.no_mask(mask)
+        x = jnp.asarray(x)
         scale = self.param("scale", self.scale_init, (x.shape[-1],), self.param_dtype) if self.use_scale else None
         given = [x] if scale is None else [x, scale]
         with jax.numpy_dtype_promotion("standard"):  # this promotion is Flax's, whatever the program around allows
             dtype = dtypes.canonicalize_dtype(*given, dtype=self.dtype)
+            if x.dtype.name not in DTYPES:  # such as integers, which Flax computes in float32
+                x = x.astype(dtype)
         y = rms_norm(
             x,
             scale,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_norm import _transforms, add_rms_norm, rms_norm
+from pallas_norm import _transforms, add_rms_norm, rms_norm, rms_norm_quantized
 
 
 def draw(*shape: int, seed: int = 0, dtype: str = "bfloat16") -> jax.Array:
@@ -183,3 +183,13 @@ def test_another_order_for_members_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(AssertionError):
         test_dx_of_members_has_the_order_of_their_own_dy("norm", 1312)
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("scale", [0.02, np.float32(0.02)], ids=repr)
+def test_a_scale_that_is_a_number_is_a_transfer_that_was_asked_for(scale: Any) -> None:
+    x = jax.block_until_ready(draw(3, 64))
+    expected = rms_norm_quantized(x, scale=scale)
+    with jax.transfer_guard("disallow"):
+        found = rms_norm_quantized(x, scale=scale)
+    for own, other in zip(found, expected, strict=True):
+        assert jnp.array_equal(own, other)

@@ -145,3 +145,15 @@ def test_importing_pallas_norm_imports_neither_flax_nor_equinox() -> None:
     code = "import sys, pallas_norm; print([name for name in ('flax', 'equinox') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int32", "float16"])
+def test_linen_takes_the_dtypes_that_flax_s_takes(dtype: str) -> None:
+    """NumPy's float64 is what examples draw, and float32 without x64; integers Flax computes in float32."""
+    linen = pytest.importorskip("flax.linen", reason="needs flax (pip install flax)")
+    from pallas_norm.linen import RMSNorm
+
+    x = (4 * np.random.default_rng(0).standard_normal((3, 96))).astype(dtype)
+    ours, flax_s = (kind().init_with_output(jax.random.key(0), x)[0] for kind in (RMSNorm, linen.RMSNorm))
+    assert ours.dtype == flax_s.dtype == jnp.float32
+    np.testing.assert_allclose(ours, flax_s, rtol=1e-5, atol=1e-6)
