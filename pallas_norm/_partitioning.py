@@ -50,6 +50,13 @@ def _decoded(text: str) -> Any:
     return _decoders[json.loads(text)["operation"]](text)
 
 
+def version() -> str:
+    """In the program's text, which is the key of JAX's caches on disk: what this file makes of a call is not."""
+    from . import __version__
+
+    return __version__
+
+
 def lowered(context: Any, values: Sequence[Any], call: Any, gpu: Gpu | None, *, platform: str = "cuda") -> Any:
     """The call, still to be partitioned, in the program that is being lowered; for that GPU, where it is known."""
     rank = len(context.avals_in[call.names.index("x")].shape)
@@ -73,7 +80,13 @@ def lowered(context: Any, values: Sequence[Any], call: Any, gpu: Gpu | None, *, 
         values,
         target=TARGET,
         config=json.dumps(
-            {"call": call.encoded(), "mesh": _compat.mesh_around(context), "gpu": gpu, "platform": platform}
+            {
+                "call": call.encoded(),
+                "mesh": _compat.mesh_around(context),
+                "gpu": gpu,
+                "platform": platform,
+                "version": version(),
+            }
         ),
         rule=rule,
         replicated=tuple(sorted(replicated, key=rule.split().index)),  # as Shardy numbers them

@@ -82,5 +82,22 @@ def test_columns(form: str, n: int) -> None:
 @pytest.mark.parametrize("mistaken", [lambda: test_rows("norm", 6), lambda: test_columns("norm", 62)])
 def test_a_sum_over_uneven_tiles_is_found(mistaken: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_partitioning, "_replicated", lambda tiling, axis: tiling)
+    monkeypatch.setattr(_partitioning, "version", lambda: "a mistaken one")  # not what a cache has
     with pytest.raises(AssertionError):
         mistaken()
+
+
+def test_a_cache_on_disk_tells_versions_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its key is the program's text, in which a call is still to be partitioned: programs of a version that sums what
+    lies in uneven tiles would be found by the next one."""
+
+    def text() -> str:
+        given = on_devices(jnp.ones((4, N)), axis=0)
+        return jax.jit(lambda x: rms_norm(x)).lower(given).as_text()
+
+    assert "pallas_norm" in text()
+    assert text() == text()
+    before = text()
+    monkeypatch.setattr(_partitioning, "version", lambda: "another")
+    jax.clear_caches()
+    assert text() != before
