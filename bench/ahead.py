@@ -1,7 +1,7 @@
 """Builds the cases of a suite in processes of their own, side by side, before any is measured.
 
-With every peer a case took 10 s on an H200, most of it compilation on one core. JAX, Triton, inductor and Quack keep
-what they compiled on disk, so the process that measures finds it there. Nothing is timed while these run.
+Providers compile, mostly on one core. JAX, Triton, inductor and Quack keep what they compiled on disk, so the process
+that measures finds it there. Nothing is timed while these run.
 """
 
 from __future__ import annotations

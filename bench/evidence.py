@@ -31,7 +31,7 @@ class Step:
 
     kind: str
     words: str
-    seconds: int  # on an H200 with 16 cores, with every peer; about
+    seconds: int  # that have to be left for it to begin
     times: bool = True  # so nothing may run beside it
 
     @property

@@ -27,7 +27,6 @@ from .reference import round_to
 
 Arrays = dict[str, jax.Array]
 F32 = jnp.float32
-READ_ONCE = ("rstd", "ds", "cos", "sin", "scale")  # in one loop of XLA's
 
 
 def held(value: jax.Array) -> jax.Array:
@@ -48,15 +47,15 @@ def _divided(value: jax.Array) -> jax.Array:
     return (wide / one).astype(value.dtype)
 
 
-def _computed_once(name: str, value: jax.Array) -> jax.Array:
-    if not _compat.COMPUTES_OPERANDS_AGAIN or name in READ_ONCE or value.dtype not in (jnp.float16, F32):
+def _computed_once(value: jax.Array) -> jax.Array:
+    if not _compat.COMPUTES_OPERANDS_AGAIN or value.dtype not in (jnp.float16, F32):
         return value
     return lax.platform_dependent(value, cpu=_divided, default=jnp.positive)
 
 
 def all_held(operands: Arrays) -> Arrays:
     """One by one: a barrier of several would have each vary over the devices over which any does."""
-    return {name: held(_computed_once(name, lax.optimization_barrier(value))) for name, value in operands.items()}
+    return {name: held(_computed_once(lax.optimization_barrier(value))) for name, value in operands.items()}
 
 
 def apart(function: Callable[[Arrays], Arrays]) -> Callable[[Arrays], Arrays]:

@@ -120,7 +120,7 @@ def test_a_call_is_of_one_x(shape: tuple[int, int], dtype: str) -> None:
 
 @pytest.mark.skipif(not _compat.COMPUTES_OPERANDS_AGAIN, reason="XLA of jax 0.11 and newer does not")
 def test_a_call_of_two_x_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_held, "_computed_once", lambda name, value: value)
+    monkeypatch.setattr(_held, "_computed_once", lambda value: value)
     jax.clear_caches()
     with pytest.raises(AssertionError):
         test_a_call_is_of_one_x((16, 256), "float32")

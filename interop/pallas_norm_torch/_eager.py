@@ -41,7 +41,7 @@ class KernelNorm(torch.autograd.Function):
         if s is None:
             return y
         ctx.set_materialize_grads(False)
-        _library.mark_constants(ctx, s)
+        _torch_state.mark_constants(ctx, s)
         return y, s
 
     @staticmethod
@@ -106,7 +106,7 @@ class Norm(torch.autograd.Function):
         _torch_state.save(ctx, x if s is None else s, weight, rstd)
         if s is None:
             return y
-        _library.mark_constants(ctx, s)
+        _torch_state.mark_constants(ctx, s)
         return y, s
 
     @staticmethod

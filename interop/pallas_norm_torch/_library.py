@@ -26,6 +26,7 @@ OF_UNIT = "ScalarType? unit_dtype=None, bool round_weight=False"
 ROUNDING = f"{OF_UNIT}, ScalarType? out_dtype=None"
 
 library = torch.library.Library("pallas_norm", "DEF")
+# The second is torch's default, which inductor leaves out for operators of its list: _torch_state.register_fake.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 library.define(f"rms_norm(Tensor x, Tensor? weight, {OPTIONS}, {ROUNDING}) -> (Tensor, Tensor)", tags=TAGS)
 library.define(
@@ -202,7 +203,7 @@ class Norm(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, residual, weight, *ctx.options = inputs
         *_, rstd = output
-        mark_constants(ctx, None if residual is None else output[1], rstd)
+        _torch_state.mark_constants(ctx, None if residual is None else output[1], rstd)
         ctx.passed_on = x.dtype, None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)
         _torch_state.save(ctx, x if residual is None else output[1], weight, rstd)
@@ -222,12 +223,6 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
         return _vmap.members(Norm.apply, info.batch_size, in_dims, arguments, weight_at=2, shared_results=())
-
-
-def mark_constants(ctx: Any, s: Tensor | None, *rstd: Tensor) -> None:
-    """s requires grad where x or the residual does, and not for the weight's sake; rstd never does."""
-    wants_x, wants_residual, *_ = ctx.needs_input_grad
-    ctx.mark_non_differentiable(*(rstd if s is None or wants_x or wants_residual else (s, *rstd)))
 
 
 def passed_on(

@@ -187,7 +187,7 @@ class NormRope(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         q, k, cos, sin, *weights = ctx.saved_tensors
         nothing = (None,) * len(ctx.options)
-        if gradients == (None, None):
+        if all(one is None for one in gradients):
             return (None,) * 6 + nothing
         dq_out, dk_out = (
             torch.zeros_like(x, dtype=ctx.of_y) if one is None else one

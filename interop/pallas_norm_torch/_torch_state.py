@@ -171,6 +171,14 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*tensors)
 
 
+def mark_constants(ctx: Any, s: Tensor | None, *rstd: Tensor) -> None:
+    """s requires grad where x or the residual does, and not for the weight's sake; rstd never does."""
+    wants_x, wants_residual, *_ = ctx.needs_input_grad
+    constants = rstd if s is None or wants_x or wants_residual else (s, *rstd)
+    if constants:
+        ctx.mark_non_differentiable(*constants)
+
+
 def options_decide_sharding(overload: torch._ops.OpOverload[..., Any], first: str) -> None:
     """Has DTensor keep what it propagated apart for other options, from the argument of that name on.
 

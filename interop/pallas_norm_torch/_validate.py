@@ -74,7 +74,7 @@ def same_sizes(found: Sequence[int], needed: Sequence[int]) -> bool:
     unknown = [_torch_state.is_unbacked(size) or _torch_state.is_unbacked(other) for size, other in pairs]
     for (size, other), later in zip(pairs, unknown, strict=True):
         if later:
-            _torch_state.holds_later(size == other, lambda: "the shapes of x, residual and weight do not fit")
+            _torch_state.holds_later(size == other, lambda: "the shapes of the operands do not fit")
     return len(found) == len(needed) and all(later or a == b for (a, b), later in zip(pairs, unknown, strict=True))
 
 

@@ -91,7 +91,7 @@ MUTANTS = {
     "in place at a glance: the weight in x": Mutant("_out", "        return weight is None or _is_apart(weight, x, start, start + x.nbytes)\n", "        return True\n", "test_prepared_rows.py::test_a_call_that_was_prepared"),
     "at a glance: rows with gaps end early": Mutant("_out", "        return not may_overlap(place, operand)\n", "        pass\n", "test_prepared_rows.py::test_a_call_that_was_prepared"),
     "rstd is saved flat": Mutant("prepared", "        like, shape = self._rstd, x.shape[:-1]", "        like, shape = self._rstd, (count,)", "test_prepared.py::test_autograd_saves"),
-    "s requires grad for the weight's sake": Mutant("_library", "rstd if s is None or wants_x or wants_residual else (s, *rstd)", "rstd", "test_derivatives.py::test_the_sum_requires"),
+    "s requires grad for the weight's sake": Mutant("_torch_state", "rstd if s is None or wants_x or wants_residual else (s, *rstd)", "rstd", "test_derivatives.py::test_the_sum_requires"),
     "proxies refused": Mutant("_torch_state", "    return any(not isinstance(value, Tensor) and", "    return False and any(not isinstance(value, Tensor) and", "test_programs.py::test_symbolic_trace_keeps"),
     "a proxy for x alone": Mutant("ops", "_torch_state.is_stand_in(x, weight, out)", "_torch_state.is_stand_in(x)", "test_programs.py::test_a_proxy"),
     "fake tensors decompose": Mutant("_torch_state", "    torch._decomp.meta_table[overload] = overload\n", "", "test_programs.py::test_the_decompositions"),
