@@ -77,3 +77,13 @@ def _add_gradients(
 def gradients_by_jax(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(dx, dweight) of x, weight, dy; (dx, dresidual, dweight) of x, residual, weight, dy, ds."""
     return pallas_norm_torch.call_jax(_gradients if len(operands) == 3 else _add_gradients, *operands)
+
+
+def assert_sums(found: torch.Tensor, expected: torch.Tensor, terms: torch.Tensor) -> None:
+    """Both are float32 sums of these over all axes but the last, each in an order of its own: every addition rounds a
+    sum that is no larger than that of their magnitudes."""
+    assert found.dtype == expected.dtype == torch.float32
+    assert found.shape == expected.shape == terms.shape[-1:]
+    additions = terms.numel() // terms.shape[-1]
+    magnitudes = terms.double().abs().sum(tuple(range(terms.ndim - 1)))
+    assert ((found.double() - expected.double()).abs() <= 2 * additions * 2**-24 * magnitudes).all()
