@@ -19,7 +19,7 @@ import jax
 import jax.extend.core
 from jax.interpreters import mlir
 
-from . import _compat, _partitioning, _target
+from . import _compat, _partitioning, _spmd, _target
 from ._held import apart
 from .plans.fitting import Misfit
 from .plans.hardware import H200, Gpu
@@ -120,13 +120,17 @@ def _is_divided(context: Any, call: Any) -> bool:
     return call.is_partitioned and _compat.spans_devices(context) and all(isinstance(size, int) for size in sizes)
 
 
+def _asks(context: Any, call: Any) -> bool:
+    return _is_divided(context, call) and _spmd.unavailable() is None
+
+
 def _inlined(context: Any, values: Any, reference: Any) -> Any:
     return mlir.lower_fun(jax.extend.core.jaxpr_as_fun(reference))(context, *values)
 
 
 def _on_cpu(context: Any, *values: Any, call: Any, reference: Any) -> Any:
     _check_not_forced(call)
-    if _is_divided(context, call) and not _compat.is_exported(context):
+    if _asks(context, call) and not _compat.is_exported(context):
         return _partitioning.lowered(context, values, call, None, platform="cpu")
     return _inlined(context, values, reference)
 
@@ -154,6 +158,8 @@ def _by_kernel(context: Any, *values: Any, call: Any, reference: Any) -> Any:
                 raise _target.NoKernel(
                     "the program is divided over devices, and this kernel runs inside shard_map only"
                 )
+            if (reason := _spmd.unavailable()) is not None:
+                raise _target.NoKernel(f"the program is divided over devices, and {reason}")
             return _partitioning.lowered(context, values, call, target.gpu if target.device is not None else None)
         with _target.in_mosaic(target):
             kernel = functools.partial(_flat, call, functools.partial(call.by_kernel, gpu=target.gpu))
@@ -166,7 +172,7 @@ def _by_kernel(context: Any, *values: Any, call: Any, reference: Any) -> Any:
         reason = f"its plan for n = {x.shape[-1]} takes more shared memory than the GPU has ({error})"
     if call.spec.implementation == "mosaic_gpu":
         raise _cannot_run(reason)
-    if _is_divided(context, call):
+    if _asks(context, call):
         return _partitioning.lowered(context, values, call, None)
     return _inlined(context, values, reference)
 

@@ -41,7 +41,7 @@ _decoders: dict[str, Callable[[str], Any]] = {}  # by operation
 
 def register(operation: str, decode: Callable[[str], Any]) -> None:
     """On import: a program from a file or a cache may hold calls that this process never lowered."""
-    if not _decoders:
+    if not _decoders and _spmd.unavailable() is None:
         _spmd.register_partitioner(TARGET, _partition, _infer)
     _decoders[operation] = decode
 

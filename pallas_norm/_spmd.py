@@ -1,6 +1,7 @@
 """JAX's partitioner, which has no public names: custom calls with a rule of their own, local programs, HLO shardings.
 
-Kept for `_partitioning`, tested with JAX 0.10.2, 0.11.2 and 0.12.0.1.
+Kept for `_partitioning`, tested with JAX 0.10.2, 0.11.2 and 0.12.0.1. Where a newer one has a name no longer, the
+partitioner is not asked, and XLA divides the specification's program as any other.
 """
 
 # pyright: reportMissingTypeStubs=false, reportPrivateImportUsage=false, reportPrivateUsage=false
@@ -16,6 +17,33 @@ from typing import Any
 import jax
 
 from ._compat import ir
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the partitioner cannot be asked; None where it can."""
+    try:
+        from jax._src import core, xla_bridge
+        from jax._src import custom_partitioning_sharding_rule as rules
+        from jax._src.interpreters import mlir
+        from jax._src.lib import xla_client
+        from jax.interpreters.mlir import SPMDAxisContext
+
+        needed = {
+            core: ("extend_axis_env_nd",),
+            xla_bridge: ("register_plugin_callbacks",),
+            rules: ("sdy_sharding_rule_to_mlir", "str_to_sdy_sharding_rule"),
+            mlir: ("build_mlir_module_helper", "module_to_bytecode", "aval_to_ir_type", "i32_attr"),
+            xla_client: ("register_custom_call_partitioner", "HloSharding", "OpSharding"),
+        }
+        del SPMDAxisContext
+    except ImportError as error:
+        return f"jax {jax.__version__} has no partitioner that this package knows ({error})"
+    for module, names in needed.items():
+        for name in names:
+            if not hasattr(module, name):
+                return f"jax {jax.__version__} has no partitioner that this package knows ({module.__name__}.{name})"
+    return None
 
 
 def _as_used(sharding: Any, shape: Any, config: Any) -> Any:
