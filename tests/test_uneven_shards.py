@@ -9,16 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_norm import _partitioning, add_rms_norm, rms_norm, rms_norm_gated, rms_norm_rope
-from tests.meshes import assert_close, assert_equal, draw, mesh_of, on_eight
+from tests.meshes import assert_equal, draw, mesh_of, on_eight
 
 pytestmark = on_eight
-N, MOST, U32 = 64, 8, 2.0**-24
+N, MOST = 64, 8
 
 
 def of_heads(x: Any, weight: Any) -> Any:
@@ -42,7 +41,7 @@ def on_devices(values: Any, axis: int) -> Any:
 
 
 @pytest.mark.sampled(24)
-@pytest.mark.parametrize("rows", [1, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7])
 @pytest.mark.parametrize("form", FORMS)
 def test_rows(form: str, rows: int) -> None:
     """exp, of which a padding of zeros is ones."""
@@ -55,16 +54,14 @@ def test_rows(form: str, rows: int) -> None:
 
     expected = jax.jit(functools.partial(results, place=lambda value: value))(x, weight)
     found = jax.jit(functools.partial(results, place=functools.partial(on_devices, axis=1)))(x, weight)
-    assert_equal(found[:2], expected[:2])
-    size = np.abs(np.asarray(expected[2])).max() + rows
-    assert_close(found[2], expected[2], 2 * rows * MOST * U32 * size)  # of another order of additions
+    assert_equal(found, expected)
 
 
 @pytest.mark.sampled(12)
-@pytest.mark.parametrize("n", [5, 62, 63, 64])
+@pytest.mark.parametrize("n", [5, 61, 62, 63])
 @pytest.mark.parametrize("form", ["norm", "add", "gated"])
 def test_columns(form: str, n: int) -> None:
-    """Of a slice, and of neighbours that devices share: bits are those of whole rows, but where each has a part."""
+    """Of a slice of columns that devices share."""
     x, weight = draw(4, N, seed=0, dtype="float32"), draw(N, seed=1, dtype="float32")
 
     def results(x: Any, weight: Any, place: Any) -> Any:
@@ -73,10 +70,7 @@ def test_columns(form: str, n: int) -> None:
 
     expected = jax.jit(functools.partial(results, place=lambda value: value))(x, weight)
     found = jax.jit(functools.partial(results, place=functools.partial(on_devices, axis=-1)))(x, weight)
-    if n % 4:
-        assert_equal(found[:2], expected[:2])
-    for own, other in zip(found, expected, strict=True):
-        assert_close(own, other, 2 * N * U32 * np.abs(np.asarray(other)).max())
+    assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("mistaken", [lambda: test_rows("norm", 6), lambda: test_columns("norm", 62)])
