@@ -31,13 +31,16 @@ ROWS = 300
 
 EVENTS = {
     "arrive": r"mbarrier\.arrive\.release",
-    "wait": r"mbarrier\.try_wait",
-    "cluster_arrive": r"barrier\.cluster\.arrive\.release\.aligned",
+    "wait": r"mbarrier\.try_wait(?!\.parity\.relaxed)",
+    # An exchange of a cluster: what one CTA has initialised the others may find, once all have arrived.
+    "open": r"mbarrier\.init\.shared::cta.*fence\.mbarrier_init\.release\.cluster",
+    "cluster_arrive": r"barrier\.cluster\.arrive\.relaxed\.aligned",
     "cluster_wait": r"barrier\.cluster\.wait\.acquire\.aligned",
+    "send": r"st\.async\.weak\.shared::cluster\.mbarrier::complete_tx.*mbarrier\.arrive\.expect_tx",
+    "receive": r"try_wait\.parity\.relaxed\.cluster.*fence\.acquire\.sync_restrict::shared::cluster\.cluster",
     "copy": r"cp\.async\.bulk",
     "write": r'llvm\.store"\(%\S+, %\S+\).*!llvm\.ptr<3>\)|memref\.store.*address_space<workgroup>',
     "read": r'llvm\.load"\(%\S+\).*\(!llvm\.ptr<3>\)|memref\.load.*address_space<workgroup>',
-    "read_of_another_cta": r"memref\.load.*, 7 : i32>",
 }
 
 
@@ -103,7 +106,7 @@ FORWARD = {
     "in warps": Plan(128, Regime.WARP, 8, 16, 8),
     "pipeline, cluster": Plan(4096, **SHARED, cluster=2, **PIPED, rows_in_registers=True),
 }
-PIPELINE = backward_plan_for(4096, "bfloat16")
+PIPELINE = BackwardPlan(4096, Regime.CTA, 8, source=Source.PIPELINE, stages=3, rows_in_registers=True, programs=264)
 BACKWARD = {
     "rows in warps": backward_plan_for(128, "bfloat16"),
     "rows in warps, two chunks": BackwardPlan(512, Regime.WARP, 8, 32, 4, source=Source.MEMORY),
@@ -118,19 +121,19 @@ BACKWARD = {
 
 # A row's sum: each warp's part is written, the warpgroups meet, all parts are read.
 SUM = "write arrive wait read"
-# Then the CTA's total is written, the cluster meets, the totals are read; before the end it meets again, so that no
-# CTA is gone while another reads.
-CLUSTER = "write arrive wait write cluster_arrive cluster_wait read_of_another_cta cluster_arrive cluster_wait"
-# In a pipeline the total is written, and the CTA arrives, when a row has been read; it waits for the others before it
-# arrives for another row.
-BEGIN = "copy wait write arrive wait write cluster_arrive"
-END = "cluster_wait read_of_another_cta"
-LEAVE = "cluster_arrive cluster_wait"
+# A cluster's CTAs arrive when their exchanges are open, and before the first total is sent all have; a total is read
+# when all have come, which nobody can be late for: the kernel ends with what was received.
+OPEN = "open cluster_arrive"
+CLUSTER = f"{OPEN} {SUM} cluster_wait send receive read"
+# In a pipeline the total is sent when a row has been read, and the stage is filled again before those of the others
+# are waited for.
+BEGIN = f"{OPEN} copy wait {SUM} cluster_wait send"
+END = "receive read"
 # A chunk of dweight: all have read the chunk before, the rows are written, all have written, they are read.
 COLUMNS = "arrive wait write arrive wait read"
 EXPECTED = {
     **{("forward", name): value for name, value in {"shared": SUM, "cluster": CLUSTER, "in warps": ""}.items()},
-    ("forward", "pipeline, cluster"): f"{BEGIN} copy {END} {LEAVE}",
+    ("forward", "pipeline, cluster"): f"{BEGIN} copy {END}",
     ("backward", "rows in warps"): COLUMNS,
     ("backward", "rows in warps, two chunks"): f"{COLUMNS} {COLUMNS}",
     # A stage is read after its copy has arrived, and filled again between the two readings of the next row; or where
@@ -142,7 +145,7 @@ EXPECTED = {
     ("backward", "cluster"): CLUSTER,
     # The warps meet, so that all have read the stage that is filled again.
     ("backward", "pipeline in warps"): f"copy wait arrive wait copy read {COLUMNS} {COLUMNS}",
-    ("backward", "pipeline, cluster"): f"{BEGIN} copy {END} read {LEAVE}",
+    ("backward", "pipeline, cluster"): f"{BEGIN} copy {END}",
 }
 
 
@@ -160,10 +163,11 @@ MEET = "mosaic.arrive_and_wait(self.exchange.barrier)"
 BEFORE_A_CHUNK = "mosaic.arrive_and_wait(reduction.barrier)  # all have read the chunk before"
 AFTER_A_CHUNK = "mosaic.arrive_and_wait(reduction.barrier)\n            rows"
 ARRIVE, WAIT = "    plgpu.barrier_arrive(barrier)\n", "(barrier)\n    plgpu.barrier_wait(barrier)\n"
-CLUSTER_ARRIVE, CLUSTER_WAIT = "            mosaic.cluster_arrive()\n", "        mosaic.cluster_wait()\n"
+CLUSTER_ARRIVE, CLUSTER_WAIT = "            mosaic.cluster_arrive()\n", "            self._meet_first()\n"
+SEND, RECEIVE = "            self.exchange.totals.send(slot, total)\n", "inline(self.barriers, jnp.int32(slot), lax"
+NOTHING = "(lambda *_: None)(self.barriers, jnp.int32(slot), lax"
 READ_BY_ALL = "mosaic.arrive_and_wait(self.pipeline.read)"
 ARRIVED = "mosaic.wait(self.arrived.at[lax.rem(step, jnp.int32(self.plan.stages))])"
-AT_THE_END = "    mosaic.cluster_arrive()\n            mosaic.cluster_wait()\n"
 FILLED_EARLY = Rewrite(
     "rows",
     "stage = self.pipeline.wait(step)\n",
@@ -177,17 +181,20 @@ WITHOUT: dict[str, tuple[Rewrite, str, str]] = {
     "wait": (Rewrite("mosaic", WAIT, "(barrier)\n"), "backward", "shared"),
     "before a chunk": (Rewrite("warp", BEFORE_A_CHUNK, "pass"), "backward", "rows in warps, two chunks"),
     "after a chunk": (Rewrite("warp", AFTER_A_CHUNK, "rows"), "backward", "rows in warps"),
-    "cluster": (Rewrite("cta", CLUSTER_ARRIVE, "", also=(CLUSTER_WAIT, "")), "forward", "cluster"),
-    "cluster, arrival": (Rewrite("cta", CLUSTER_ARRIVE, ""), "forward", "cluster"),
+    "cluster, arrival": (Rewrite("launch", CLUSTER_ARRIVE, "            pass\n"), "forward", "cluster"),
     "cluster, wait": (Rewrite("cta", CLUSTER_WAIT, ""), "backward", "cluster"),
+    "cluster, opened": (Rewrite("cta", "        totals.open()\n", ""), "forward", "cluster"),
+    "cluster, sent": (Rewrite("cta", SEND, ""), "forward", "pipeline, cluster"),
+    "cluster, received": (Rewrite("cluster", RECEIVE, NOTHING), "backward", "cluster"),
     "warps that share no sum": (Rewrite("rows", READ_BY_ALL, "pass"), "backward", "pipeline in warps"),
-    "cluster, at the end": (Rewrite("launch", AT_THE_END, "    pass\n"), "forward", "cluster"),
-    "cluster, release": (
-        Rewrite("mosaic", "arrive.release.aligned", "arrive.relaxed.aligned"),
+    "cluster, release": (Rewrite("cluster", " @p fence.mbarrier_init.release.cluster;", ""), "forward", "cluster"),
+    "cluster, acquire": (Rewrite("mosaic", "wait.acquire.aligned", "wait.aligned"), "forward", "cluster"),
+    "cluster, bytes": (Rewrite("cluster", "mbarrier.arrive.expect_tx", "mbarrier.arrive"), "forward", "cluster"),
+    "cluster, totals": (
+        Rewrite("cluster", "fence.acquire.sync_restrict::shared::cluster.cluster;", ""),
         "forward",
         "cluster",
     ),
-    "cluster, acquire": (Rewrite("mosaic", "wait.acquire.aligned", "wait.aligned"), "forward", "cluster"),
     "a stage's arrival": (Rewrite("pipeline", ARRIVED, "pass"), "backward", "pipeline"),
     "before a stage is filled again": (FILLED_EARLY, "backward", "pipeline, shared"),
     "before the stage of rows that are kept is": (FILLED_EARLY, "backward", "pipeline, rows kept"),

@@ -123,7 +123,7 @@ def test_every_kind_of_kernel_that_synchronises_is_among_them() -> None:
 
 
 MEET = Rewrite("cta", test_barriers.MEET, "pass")
-ONE_SLOT = Rewrite("grid", "SLOTS = 2", "SLOTS = 1")
+ONE_SLOT = Rewrite("cta", "SLOTS = 2", "SLOTS = 1")
 # As many waits and copies as before, so nothing hangs: the wait for a stage follows its reads, a copy precedes them.
 READ_UNWAITED = Rewrite(
     "pipeline",

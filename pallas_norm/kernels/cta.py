@@ -13,8 +13,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..plans.hardware import WARPS
+from ..plans.plan import Plan
 from . import layouts, mosaic
 from .block import Block
+from .cluster import Totals
+
+SLOTS = 2  # of an exchange: while some warps still read one row's partial sums, others already write the next row's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +50,34 @@ def _neighbours_added(values: Iterable[Any]) -> Any:
 class Exchange:
     """Where the warps of several warpgroups, and of several CTAs, meet to add up a row."""
 
-    partials: Any  # SMEM f32 (slots, warpgroups * parts, WARPS)
+    partials: Any  # SMEM (SLOTS, warpgroups * parts, WARPS)
     barrier: Any
-    total: Any  # SMEM f32 (slots,): this CTA's, for the others of the cluster
+    totals: Totals | None  # of the CTAs of a cluster
+
+    @staticmethod
+    def scratch(plan: Plan, dtype: Any, parts: int, prefix: str = "") -> dict[str, Any]:
+        """By name, what an exchange of such values needs, `parts` of each warp; nothing where no workers share a
+        row."""
+        if plan.workers == 1:
+            return {}
+        needed = {"partials": mosaic.smem((SLOTS, plan.warpgroups * parts, WARPS), dtype)}
+        needed |= {"barrier": mosaic.barrier(plan.warpgroups)}
+        if plan.cluster > 1:
+            needed |= Totals.scratch(SLOTS, plan.cluster, dtype)
+        return {prefix + name: value for name, value in needed.items()}
+
+    @staticmethod
+    def opened(refs: dict[str, Any], prefix: str = "") -> Exchange | None:
+        """Of the references by name, from which it takes them. In a cluster all CTAs have to meet before a row is added
+        up."""
+        if f"{prefix}partials" not in refs:
+            return None
+        partials, barrier = (refs.pop(prefix + name) for name in ("partials", "barrier"))
+        if f"{prefix}values" not in refs:
+            return Exchange(partials, barrier, None)
+        totals = Totals(*(refs.pop(prefix + name) for name in ("values", "barriers")))
+        totals.open()
+        return Exchange(partials, barrier, totals)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +91,7 @@ class SharedRow(Block):
 
     exchange: Exchange
     slot: Any  # of the exchange; neighbouring rows of a CTA take different ones
+    step: Any  # how many rows this CTA has had before; 0 where it has one only
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,17 +130,24 @@ class SharedRow(Block):
         total = _neighbours_added(
             partials[slot, g, w] for g in range(self.plan.warpgroups * parts) for w in range(WARPS)
         )
-        if self.plan.cluster > 1:
-            self.exchange.total[slot] = total
-            mosaic.cluster_arrive()
+        if self.exchange.totals is not None:
+            self._meet_first()
+            self.exchange.totals.send(slot, total)
         return total
 
     def end_sum(self, begun: jax.Array) -> jax.Array:
-        if self.plan.cluster == 1:
-            return begun
-        mosaic.cluster_wait()
-        ctas = range(self.plan.cluster)
-        return _neighbours_added(mosaic.from_cta(self.exchange.total, "cluster", cta)[self.slot] for cta in ctas)
+        totals = self.exchange.totals
+        return begun if totals is None else _neighbours_added(totals.received(self.slot, self._uses()))
+
+    def _meet_first(self) -> None:
+        """Before the first row's total goes to a CTA, it has opened its exchange."""
+        if isinstance(self.step, int):
+            mosaic.cluster_wait()
+        else:
+            pl.when(self.step == 0)(mosaic.cluster_wait)
+
+    def _uses(self) -> Any:
+        return lax.div(jnp.int32(self.step), jnp.int32(SLOTS))
 
     def _row_max(self, bits: jax.Array, exchange: Any) -> jax.Array:
         """As a sum, through the partials of an exchange of its own: those of the sum may still be read."""
@@ -119,13 +156,10 @@ class SharedRow(Block):
         mosaic.arrive_and_wait(exchange.barrier)
         of_warps = [partials[slot, *divmod(i, WARPS)] for i in range(self.plan.warpgroups * WARPS)]
         largest = functools.reduce(jnp.maximum, of_warps)
-        if self.plan.cluster == 1:
+        if exchange.totals is None:
             return largest
-        exchange.total[slot] = largest
-        mosaic.cluster_arrive()
-        mosaic.cluster_wait()
-        of_ctas = [mosaic.from_cta(exchange.total, "cluster", cta)[slot] for cta in range(self.plan.cluster)]
-        return functools.reduce(jnp.maximum, of_ctas)
+        exchange.totals.send(slot, largest)
+        return functools.reduce(jnp.maximum, exchange.totals.received(slot, self._uses()))
 
     def store_rows(self, ref: Any, per_row: jax.Array) -> None:
         @pl.when(self._worker() == 0)

@@ -14,12 +14,10 @@ from jax.experimental import pallas as pl
 
 from ..plans.plan import Plan, Regime
 from .block import Block
-from .cta import Exchange, SharedRow, WarpgroupRow
+from .cta import SLOTS, Exchange, SharedRow, WarpgroupRow
 from .launch_arguments import COUNTS as COUNTS
 from .launch_arguments import LaunchArguments, count
 from .warp import OneRow, WarpRows
-
-SLOTS = 2  # of the exchange: while some warps still read one row's partial sums, others already write the next row's
 
 
 def units(plan: Plan, rows: int) -> tuple[int, int]:
@@ -57,13 +55,13 @@ def extent(plan: Plan, rows: int, given: LaunchArguments | None, *, interpret: b
     return GridExtent(blocks, programs, 0 if plan.block == 1 else None, first_left)
 
 
-def block(plan: Plan, index: Any, exchange: Exchange | None, slot: Any, *, interpret: bool) -> Block:
-    """The index-th full block."""
+def block(plan: Plan, index: Any, exchange: Exchange | None, slot: Any, step: Any, *, interpret: bool) -> Block:
+    """The index-th full block, the program's step-th."""
     if plan.regime is Regime.WARP:
         return WarpRows(plan, pl.ds(pl.multiple_of(index * plan.block, plan.block), plan.block), interpret)
     if exchange is None:
         return WarpgroupRow(plan, index, interpret)
-    return SharedRow(plan, index, interpret, exchange, slot)
+    return SharedRow(plan, index, interpret, exchange, slot, step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +86,12 @@ class CtaBlocks:
 
     def block(self, step: Any) -> Block:
         slot = lax.rem(step, jnp.int32(SLOTS))
-        return block(self.plan, self.at(step), self.exchange, slot, interpret=self.interpret)
+        return block(self.plan, self.at(step), self.exchange, slot, step, interpret=self.interpret)
 
     @functools.cached_property
     def first(self) -> Block:
         if self.plan.programs is None:
-            return block(self.plan, self.program, self.exchange, 0, interpret=self.interpret)
+            return block(self.plan, self.program, self.exchange, 0, 0, interpret=self.interpret)
         return self.block(jnp.int32(0))
 
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from .. import _compat
-from ..plans.hardware import WARPS
 from ..plans.plan import Plan, Source, from_memory, staged_view
 from . import grid, mosaic
 from .block import Block
@@ -42,20 +41,20 @@ def launch(
     row that is left over. An operand that is absent from `inputs` or `outputs` has no reference.
     places: for an output, the input whose memory receives it; XLA copies one first that is read later.
     """
-    exchange, places = _exchange(plan), places or {}
+    exchange, places = Exchange.scratch(plan, jnp.float32, plan.parts), places or {}
     fresh = {name: out for name, out in outputs.items() if name not in places}
     held: dict[str, Any] = {name: jax.new_ref(inputs[name]) for name in places.values()}
 
     def kernel(*refs: Any) -> None:
         named = dict(zip([*inputs, *fresh, *exchange, *scratch], refs, strict=True))
         named |= {name: named[of].reshape(outputs[name].shape) for name, of in places.items()}
-        shared = Exchange(**{name: named.pop(name) for name in exchange}) if exchange else None
+        shared = Exchange.opened(named)
         given, operands = LaunchArguments.taken_from(named)
         extent = grid.extent(plan, rows, given, interpret=interpret)
-        grid.run(plan, extent, shared, *work(operands), interpret=interpret)
-        if plan.cluster > 1:  # no CTA may leave while another still reads its total
+        full, left_over = work(operands)
+        if plan.cluster > 1:  # all exchanges are open
             mosaic.cluster_arrive()
-            mosaic.cluster_wait()
+        grid.run(plan, extent, shared, full, left_over, interpret=interpret)
 
     options: dict[str, Any] = {}
     if plan.warpgroups > 1:
@@ -76,16 +75,6 @@ def launch(
     found |= {name: jax.freeze(held[of]).reshape(outputs[name].shape) for name, of in places.items()}
     like = next(iter(inputs.values()))
     return {name: _compat.vary_like(found[name], like) for name in outputs}
-
-
-def _exchange(plan: Plan) -> dict[str, Any]:
-    if plan.workers == 1:
-        return {}
-    return {
-        "partials": mosaic.smem((grid.SLOTS, plan.warpgroups * plan.parts, WARPS), jnp.float32),
-        "barrier": mosaic.barrier(plan.warpgroups),
-        "total": mosaic.smem((grid.SLOTS,), jnp.float32),
-    }
 
 
 def interpretable(plan: AnyPlan, itemsize: int) -> AnyPlan:

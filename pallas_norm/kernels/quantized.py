@@ -15,18 +15,18 @@ import jax.numpy as jnp
 
 from .. import quantized_reference
 from .._spec import Spec
-from ..plans.hardware import WARPS, Gpu, named
+from ..plans.hardware import Gpu, named
 from ..plans.plan import Plan
-from . import eight_bits, launch, layouts, mosaic
+from . import eight_bits, launch, layouts
 from .block import Block, Chunks
 from .cta import Exchange
 from .eight_bits import Divisor
 from .forward import normalised
-from .grid import SLOTS
 from .pipeline import narrowest, staged
 
 F32 = jnp.float32
 LANES = 32
+LARGEST = "largest_"  # names of the exchange for the largest of a row
 SINCE_FLOAT8 = (8, 9)
 
 
@@ -134,23 +134,11 @@ def quantized(
     if with_y:
         outputs["y"] = jax.ShapeDtypeStruct(x.shape, dtypes.y)
     inputs, scratch = staged(plan, operands, names)
-    exchange = _exchange(plan) if group == plan.n else {}
+    exchange = Exchange.scratch(plan, jnp.int32, 1, LARGEST) if group == plan.n else {}
 
     def out_of(refs: dict[str, Any]) -> Out:
-        largest = Exchange(*(refs[name] for name in exchange)) if exchange else None
-        quantiser = Quantiser(dtype, group, refs.get("scale"), largest)
+        quantiser = Quantiser(dtype, group, refs.get("scale"), Exchange.opened(refs, LARGEST))
         return Out(quantiser, *(refs.get(name) for name in ("q", "scales", "s", "y")))
 
     work = normalised(plan, spec, dtypes, names, out_of)
     return launch.launch(work, plan, len(x), inputs, outputs, scratch=scratch | exchange, interpret=interpret)
-
-
-def _exchange(plan: Plan) -> dict[str, Any]:
-    """As launch's, in the order of Exchange's fields."""
-    if plan.workers == 1:
-        return {}
-    return {
-        "largest_partials": mosaic.smem((SLOTS, plan.warpgroups, WARPS), jnp.int32),
-        "largest_barrier": mosaic.barrier(plan.warpgroups),
-        "largest_total": mosaic.smem((SLOTS,), jnp.int32),
-    }
