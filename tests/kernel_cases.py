@@ -220,7 +220,7 @@ FORMS = {
         told_apart=lengths.kind,
     ),
     "full-blocks": Form(functools.partial(_both_ways, rows=1024), lengths.plain, told_apart=lengths.kind),
-    "one-row": Form(functools.partial(_both_ways, rows=1), lengths.plain, told_apart=lengths.kind),
+    "one-row": Form(functools.partial(_both_ways, rows=1), lengths.of_one_row, told_apart=lengths.kind),
 }
 
 

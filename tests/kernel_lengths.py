@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+from pallas_norm.plans import few_rows
 from pallas_norm.plans.fitting import Misfit
 from pallas_norm.plans.hardware import H200
 from pallas_norm.plans.lengths import LARGEST_N, SMALLEST_N
@@ -21,6 +22,11 @@ Planned = Callable[[int, str], Plans]  # the plans of the kernels that a form ha
 
 def plain(n: int, dtype: str) -> Plans:
     return plan_for(n, dtype), backward_plan_for(n, dtype)
+
+
+def of_one_row(n: int, dtype: str) -> Plans:
+    itemsize = 4 if dtype == "float32" else 2
+    return few_rows.schedule(plan_for(n, dtype), itemsize, H200, (1,)), backward_plan_for(n, dtype)
 
 
 def added(n: int, dtype: str) -> Plans:

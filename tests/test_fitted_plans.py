@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pallas_norm.plans.fitting import Misfit, backward_plan_on, forward_plan_on
+from pallas_norm.plans.fitting import MOST_TOGETHER, Misfit, backward_plan_on, forward_plan_on
 from pallas_norm.plans.hardware import GENERATIONS, H200, RESIDENT_CLUSTERS, SMS, Gpu, generation, named
 from pallas_norm.plans.lengths import LARGEST_N
-from pallas_norm.plans.plan import BackwardPlan, Plan, Regime, Source
+from pallas_norm.plans.plan import BackwardPlan, Plan, Regime, Source, per_sm
 from pallas_norm.regimes import backward_plan_for, plan_for
 from tests import rewrites
 from tests.test_regimes import ALIGNED, BACKWARD, FORWARD, WIDTHS
@@ -36,11 +36,16 @@ GPUS = [
 ]
 NS = sorted({*WIDTHS[::11], *ALIGNED[::17]})
 # What gives the order in which a row is added up.
-ORDER = ("n", "regime", "vec", "lanes", "block", "warpgroups", "cluster", "span", "chunks", "overlap", "depth")
+ORDER = ("n", "regime", "vec", "lanes", "block", "workers", "width", "chunks", "overlap", "depth")
 
 
 def order(plan: Plan) -> tuple[Any, ...]:
     return tuple(getattr(plan, name) for name in ORDER)
+
+
+def runs_on(table: Plan, gpu: Gpu) -> bool:
+    """Rows of a cluster of few warpgroups are those of one CTA where there are no clusters."""
+    return gpu.clusters or table.cluster == 1 or table.workers <= MOST_TOGETHER
 
 
 def id_of(gpu: Gpu) -> str:
@@ -54,7 +59,7 @@ def every_plan(gpu: Gpu) -> list[tuple[Plan, Plan, int, bool]]:
         for dtype in FORWARD:
             for residual in (False, True):
                 table = plan_for(n, dtype, residual=residual)
-                if gpu.clusters or table.cluster == 1:
+                if runs_on(table, gpu):
                     size = (4 if dtype == "float32" else 2) * (2 if residual else 1)
                     found.append((table, forward_plan_on(gpu, n, dtype, residual=residual), size, False))
         for form in BACKWARD:
@@ -62,7 +67,7 @@ def every_plan(gpu: Gpu) -> list[tuple[Plan, Plan, int, bool]]:
             size = (4 if form["dy_dtype"] == "float32" else 2) + (4 if form["dtype"] == "float32" else 2) * (
                 2 if form["residual"] else 1
             )
-            if gpu.clusters or table.cluster == 1:
+            if runs_on(table, gpu):
                 for with_dweight in (False, True):
                     found.append(
                         (table, backward_plan_on(gpu, n, **form, with_dweight=with_dweight), size, with_dweight)
@@ -82,6 +87,12 @@ def test_every_gpu_adds_up_a_row_in_the_same_order_and_dweight_too(gpu: Gpu) -> 
             assert plan.programs == table.programs, plan
 
 
+def per_sm_of(gpu: Gpu, plan: Plan) -> int:
+    """Of a persistent grid that is as large as the GPU."""
+    assert plan.programs is not None
+    return -(-plan.programs * plan.cluster // gpu.multiprocessors)
+
+
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize("gpu", GPUS, ids=id_of)
 def test_every_plan_fits_its_gpu(gpu: Gpu) -> None:
@@ -98,8 +109,8 @@ def test_every_plan_fits_its_gpu(gpu: Gpu) -> None:
         assert used <= gpu.shared_bytes, plan
         if plan.source is Source.PIPELINE:
             assert 2 <= plan.stages <= table.stages, plan
-            per_sm = max(1, (table.programs or 0) * plan.cluster // SMS)
-            assert per_sm * (used + 1024) <= gpu.shared_bytes + 1024, plan
+            together = per_sm(table) if isinstance(plan, BackwardPlan) else per_sm_of(gpu, plan)
+            assert together * (used + 1024) <= gpu.shared_bytes + 1024, plan
         else:
             assert (plan.stages, plan.rows_in_registers) == (0, False), plan
     assert (Source.PIPELINE in sources) == gpu.clusters
@@ -119,10 +130,10 @@ def test_no_grid_but_that_of_dweight_is_larger_or_smaller_than_its_gpu() -> None
                 continue
             seen.add(plan.cluster)
             if plan.cluster == 1:  # as many programs an SM as on an H200
-                assert plan.programs == table.programs // SMS * gpu.multiprocessors
+                assert plan.programs == table.programs * gpu.multiprocessors // SMS
             else:
-                assert plan.programs * plan.cluster <= max(gpu.multiprocessors, plan.cluster)
-                assert plan.programs >= min(RESIDENT_CLUSTERS[plan.cluster], 1)
+                assert plan.programs * plan.cluster <= per_sm(table) * max(gpu.multiprocessors, plan.cluster)
+                assert plan.programs >= 1
     assert seen == {1, 2, 4, 8}
 
 
@@ -142,7 +153,7 @@ def test_rows_that_need_a_cluster_have_no_kernel_before_hopper(capability: tuple
     with pytest.raises(Misfit) as error:
         forward_plan_on(gpu, 65536, "bfloat16")
     assert str(error.value) == (
-        f"rows of 65536 elements are shared by a cluster of 2 CTAs, and a GPU of compute capability "
+        f"rows of 65536 elements are shared by a cluster of 8 CTAs, and a GPU of compute capability "
         f"{named(capability)} has no clusters, which came with 9.0 (Hopper)"
     )
 
@@ -185,7 +196,13 @@ def check_fitting(gpu: Gpu) -> None:
         table = backward_plan_for(n, "bfloat16")
         for with_dweight in (False, True):
             plan = found.backward_plan_on(gpu, n, "bfloat16", with_dweight=with_dweight)
-            assert plan.programs == (table.programs if with_dweight else table.programs // SMS * gpu.multiprocessors)
+            if with_dweight:
+                assert plan.programs == table.programs
+            elif plan.cluster == 1:
+                assert plan.programs == table.programs * gpu.multiprocessors // SMS
+            else:
+                each = table.programs // RESIDENT_CLUSTERS[table.cluster]
+                assert plan.programs == each * gpu.resident_clusters(plan.cluster)
             assert gpu.clusters or plan.source is not Source.PIPELINE
             assert plan.keeps_weight == (plan.source is not Source.MEMORY), plan
             assert plan.block * plan.n * 4 * plan.stages < gpu.shared_bytes, plan
@@ -195,9 +212,9 @@ def check_fitting(gpu: Gpu) -> None:
 MUTANTS = {
     "dweight in another order": ("and not with_dweight", ""),
     "as many programs as on an H200": ("plan.programs * gpu.multiprocessors // SMS", "plan.programs"),
-    "bulk copies before Hopper": ("if gpu.clusters else 0", ""),
+    "bulk copies before Hopper": ("if gpu.clusters else None", ""),
     "the weight kept beside rows that are read again": ("from_memory(plan), keeps_weight=False", "from_memory(plan)"),
-    "stages for an H200's shared memory": ("shared_bytes=gpu.shared_bytes", ""),
+    "stages for an H200's shared memory": ("column_bytes, gpu.shared_bytes", "column_bytes, 227 << 10"),
 }
 
 

@@ -19,7 +19,7 @@ from pallas_norm import _dispatch
 from pallas_norm._spec import Spec
 from pallas_norm.kernels import backward as backward_kernel
 from pallas_norm.kernels import forward as forward_kernel
-from pallas_norm.plans.backward import PIPELINES, SMALLEST_PIPELINE
+from pallas_norm.plans.backward_staged import PIPELINES, SMALLEST_PIPELINE
 from pallas_norm.plans.forward import TABLE
 from pallas_norm.plans.hardware import WARPS
 from pallas_norm.plans.lengths import LARGEST_N, SMALLEST_N

@@ -24,21 +24,24 @@ import numpy as np
 import pytest
 
 from pallas_norm._spec import Spec
+from pallas_norm.plans import few_rows
+from pallas_norm.plans.hardware import H200
 from pallas_norm.plans.plan import BackwardPlan, Source, from_memory
 from pallas_norm.regimes import backward_plan_for, plan_for
 from tests import rewrites
 from tests.oracle import F32
 from tests.rewrites import Rewrite
 from tests.strategies import Case
-from tests.test_barriers import AFTER_A_CHUNK, ARRIVED, CLUSTER_ARRIVE, CLUSTER_WAIT, MEET
+from tests.test_barriers import AFTER_A_CHUNK, ARRIVED, MEET, NOTHING, RECEIVE
 
 LAUNCHES = 200
 
 # Four warpgroups, and a cluster, of rows that no bulk copy moves; a pipeline in a cluster, in one warpgroup, the same
 # with rows kept, and in warps.
-SHARED, CLUSTER, PIPED_CLUSTER, PIPELINE, KEPT, IN_WARPS = 32760, 131064, 131072, 2048, 4096, 512
-BACKWARD_CLUSTER = 32768  # a power of two, by which the mean of exact products is exact
-NO_MEETING = ("cta", CLUSTER_ARRIVE, "")
+SHARED, CLUSTER, PIPED_CLUSTER, PIPELINE, KEPT, IN_WARPS = 32760, 131064, 131072, 2048, 1024, 512
+# Powers of two, by which the mean of exact products is exact; of the second one rows are kept.
+BACKWARD_CLUSTER, KEPT_CLUSTER = 32768, 4096
+NOT_RECEIVED = Rewrite("cluster", RECEIVE, NOTHING)
 
 
 def rows_of(n: int) -> int:
@@ -49,6 +52,13 @@ def rows_of(n: int) -> int:
 def forward(n: int) -> Callable[..., Any]:
     kernel = sys.modules["pallas_norm.kernels.forward"].forward  # of a mutant
     return functools.partial(kernel, plan=plan_for(n, "bfloat16"), spec=Spec(eps=0.0), with_rstd=True)
+
+
+def forward_of_few(n: int) -> Callable[..., Any]:
+    """Of many rows too: nothing of it depends on how many there are."""
+    few = few_rows.of(plan_for(n, "bfloat16"), 2, H200)
+    assert few is not None
+    return functools.partial(forward(n), plan=few[1])
 
 
 def plan_of(n: int) -> BackwardPlan:
@@ -68,6 +78,7 @@ KERNELS: dict[str, tuple[Callable[[int], Callable[..., Any]], int]] = {
     "forward, shared": (forward, SHARED),
     "forward, cluster": (forward, CLUSTER),
     "forward, pipeline, cluster": (forward, PIPED_CLUSTER),
+    "forward, few rows, cluster": (forward_of_few, BACKWARD_CLUSTER),
     "backward, rows in warps": (backward, 128),
     "backward, rows in warps, two chunks": (backward, IN_WARPS),
     "backward, pipeline": (backward, PIPELINE),
@@ -75,15 +86,18 @@ KERNELS: dict[str, tuple[Callable[[int], Callable[..., Any]], int]] = {
     "backward, pipeline, shared": (backward, 16384),
     "backward, cluster": (backward_from_memory, BACKWARD_CLUSTER),
     "backward, pipeline, cluster": (backward, BACKWARD_CLUSTER),
+    "backward, pipeline, rows kept, cluster": (backward, KEPT_CLUSTER),
 }
 
 WITHOUT: dict[str, tuple[Rewrite, str]] = {
     "forward sum": (Rewrite("cta", MEET, "pass"), "forward, shared"),
     "backward sum": (Rewrite("cta", MEET, "pass"), "backward, pipeline, shared"),
-    "forward, cluster": (Rewrite(*NO_MEETING, also=(CLUSTER_WAIT, "")), "forward, cluster"),
-    "backward, cluster": (Rewrite(*NO_MEETING, also=(CLUSTER_WAIT, "")), "backward, cluster"),
-    "forward, pipeline, cluster": (Rewrite(*NO_MEETING, also=(CLUSTER_WAIT, "")), "forward, pipeline, cluster"),
-    "backward, pipeline, cluster": (Rewrite(*NO_MEETING, also=(CLUSTER_WAIT, "")), "backward, pipeline, cluster"),
+    "forward, cluster": (NOT_RECEIVED, "forward, cluster"),
+    "forward, few rows, cluster": (NOT_RECEIVED, "forward, few rows, cluster"),
+    "backward, cluster": (NOT_RECEIVED, "backward, cluster"),
+    "forward, pipeline, cluster": (NOT_RECEIVED, "forward, pipeline, cluster"),
+    "backward, pipeline, cluster": (NOT_RECEIVED, "backward, pipeline, cluster"),
+    "backward, pipeline, rows kept, cluster": (NOT_RECEIVED, "backward, pipeline, rows kept, cluster"),
     "after a chunk of dweight": (Rewrite("warp", AFTER_A_CHUNK, "rows"), "backward, rows in warps"),
     "after each of two chunks": (
         Rewrite("warp", AFTER_A_CHUNK, "rows"),
@@ -109,7 +123,7 @@ def differing(kernel: str, *, launches: int = LAUNCHES, rows: int | None = None,
     x, rstd = (x.astype(F32) * power).astype(x.dtype), (1 / power[:, 0]).astype(F32)
     dy = (dy * (1 + np.arange(len(x)) % 5)[:, None]).astype(F32)
     unit = np.sign(x.astype(F32))
-    if make is forward:
+    if make in (forward, forward_of_few):
         operands, expected = {"x": x, "weight": weight}, {"y": unit * weight, "rstd": rstd}
     else:
         operands = {"x": x, "weight": weight, "dy": dy, "rstd": rstd}
@@ -178,11 +192,13 @@ def test_the_row_lengths_reach_the_barriers() -> None:
     assert cluster.cluster > 1
     assert cluster.source is not Source.PIPELINE
     piped = plan_for(PIPED_CLUSTER, "bfloat16")
-    assert (piped.source, piped.cluster, piped.rows_in_registers) == (Source.PIPELINE, 4, True)
+    assert (piped.source, piped.cluster, piped.rows_in_registers) == (Source.PIPELINE, 8, True)
     piped = plan_of(BACKWARD_CLUSTER)
     assert (piped.source, piped.cluster) == (Source.PIPELINE, 2)
     kept = {n: plan_of(n).rows_in_registers for n in (PIPELINE, KEPT, IN_WARPS) if plan_of(n).source is Source.PIPELINE}
     assert kept == {PIPELINE: False, KEPT: True, IN_WARPS: False}
-    shared = backward_plan_for(16384, "bfloat16")
+    kept = plan_of(KEPT_CLUSTER)
+    assert (kept.source, kept.cluster, kept.rows_in_registers) == (Source.PIPELINE, 2, True)
+    shared = plan_of(16384)
     assert (shared.source, shared.warpgroups) == (Source.PIPELINE, 4)
     assert [backward_plan_for(n, "bfloat16").chunks for n in (128, 512)] == [1, 2]

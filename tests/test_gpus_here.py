@@ -94,12 +94,12 @@ def test_before_0_11_an_ampere_is_xla_s_and_it_says_why(monkeypatch: pytest.Monk
             4096,
             "8.0",
             "; on compute capability 8.0 (Ampere: A100, A30) rows are read forward from registers and backward from "
-            "memory, with the bits of other GPUs",
+            "memory, with the bits of other GPUs; up to 4 rows are shared by more warps, with the same bits",
         ),
         (
             32768,
             "8.0",
-            "; the backward pass is XLA's, because rows of 32768 elements are shared by a cluster of 2 CTAs, and a GPU "
+            "; the backward pass is XLA's, because rows of 32768 elements are shared by a cluster of 8 CTAs, and a GPU "
             "of compute capability 8.0 has no clusters, which came with 9.0 (Hopper)",
         ),
     ],

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from pallas_norm import __main__ as program
-from pallas_norm.plans import backward, backward_warp, forward, report
+from pallas_norm.plans import backward_staged, backward_warp, few_rows, forward, report
 from pallas_norm.regimes import backward_plan_for, plan_for
 
 ROOT = Path(__file__).parents[1]
 ROWS = (
-    *(*forward.TABLE, *forward.NARROWER),
-    *(*backward.WARP_PIPELINES, *backward.PIPELINES),
+    *(*forward.TABLE, *forward.NARROWER, *few_rows.TABLE),
+    *(*backward_staged.WARP_PIPELINES, *backward_staged.PIPELINES),
     *(*backward_warp.ROWS, *backward_warp.REREAD_IN_WARPS, *backward_warp.NARROWER),
 )
 
@@ -32,9 +32,9 @@ def test_the_page_is_current(capsys: pytest.CaptureFixture[str]) -> None:
 def test_one_row_length_has_its_plans_and_their_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, "--n", "4096", "--dtype", "bfloat16")
     lines = [line for line in text.splitlines() if line.startswith("| 4096 ")]
-    assert len(lines) == 2
-    assert all(row.why in line for row, line in zip((forward.TABLE[1], backward.PIPELINES[3]), lines, strict=True))
-    assert "264" in lines[1]
+    rows = forward.TABLE[1], few_rows.TABLE[0], backward_staged.PIPELINES[3]
+    assert all(row.why in line for row, line in zip(rows, lines, strict=True))
+    assert "264" in lines[2]
 
 
 def test_a_row_length_without_a_kernel_is_refused() -> None:
@@ -58,6 +58,6 @@ def test_every_row_names_files_that_are_there_or_gives_a_reason_without_figures(
 
 
 def test_the_page_has_a_plan_of_each_row_of_the_tables() -> None:
-    rows = (*forward.TABLE, *backward.PIPELINES, *backward.WARP_PIPELINES)
+    rows = (*forward.TABLE, *few_rows.TABLE, *backward_staged.PIPELINES, *backward_staged.WARP_PIPELINES)
     text = (ROOT / "docs" / "plans.md").read_text()
     assert [row.why for row in rows if row.why not in text] == []

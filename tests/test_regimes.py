@@ -13,7 +13,7 @@ from pallas_norm.kernels import launch
 from pallas_norm.kernels.block import Block
 from pallas_norm.kernels.cta import SharedRow, WarpgroupRow
 from pallas_norm.kernels.warp import WarpRows
-from pallas_norm.plans.backward import PIPELINES, SMALLEST_PIPELINE, WARP_PIPELINES
+from pallas_norm.plans.backward_staged import PIPELINES, SMALLEST_PIPELINE, WARP_PIPELINES
 from pallas_norm.plans.backward_warp import HALVED, ROWS, SHORT
 from pallas_norm.plans.forward import ANY, TABLE
 from pallas_norm.plans.hardware import SMEM_BYTES, SMS, WARPS
@@ -59,7 +59,7 @@ def block_of(plan: Plan) -> Block:
         return WarpRows(plan, 0, interpret=True)
     if plan.workers == 1:
         return WarpgroupRow(plan, 0, interpret=True)
-    return EveryWorkersRow(plan, 0, True, None, 0)  # pyright: ignore  # noqa: FBT003
+    return EveryWorkersRow(plan, 0, True, None, 0, 0)  # pyright: ignore  # noqa: FBT003
 
 
 def offsets_of(plan: Plan) -> np.ndarray:
@@ -241,7 +241,7 @@ def test_the_tables_are_monotone_and_total() -> None:
     assert widths[-1] == LARGEST_N
     for table in (PIPELINES, WARP_PIPELINES):
         limits = [row.largest_n for row in table]
-        assert limits == sorted(set(limits))
+        assert limits == sorted(limits)
         assert all(row.stages >= 2 for row in table)
 
 

@@ -1,8 +1,8 @@
 """The plans of the tables, made for Hopper, as another GPU can run them.
 
-Never with other chunks, vectors, lanes, warpgroups or clusters: these give the order of a row's additions, so y, rstd
-and dx have the same bits on every GPU. The programs of a grid give the order in which dweight is added up, so they stay
-those of the table where there is a dweight; other persistent grids are as large as the GPU.
+Never with another width of a block of columns: it gives the order of a row's additions, so y, rstd and dx have the same
+bits on every GPU. The programs of a grid give the order in which dweight is added up, so they stay those of the table
+where there is a dweight; other persistent grids are as large as the GPU.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import jax.numpy as jnp
 from .. import _validate
 from .backward import backward_plan_for
 from .forward import plan_for
-from .hardware import SMS, Gpu, named
-from .plan import FEWEST_STAGES, BackwardPlan, Plan, Source, from_memory, stages_of
+from .hardware import RESIDENT_CLUSTERS, SMS, Gpu, named
+from .plan import FEWEST_STAGES, BackwardPlan, Plan, Source, from_memory, per_sm, pipelined, stages_of
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
+
+MOST_TOGETHER = 4  # warpgroups of a cluster that one CTA takes: with more, a lane has no registers for its columns
 
 
 class Misfit(NotImplementedError):
@@ -33,26 +35,36 @@ def _unstaged(plan: AnyPlan) -> AnyPlan:
     second row, nor for the weight beside what it reads again."""
     if isinstance(plan, BackwardPlan):
         return dataclasses.replace(from_memory(plan), keeps_weight=False)
-    if plan.cluster > 1:
-        return from_memory(plan)
     return dataclasses.replace(plan, source=Source.REGISTERS, stages=0, rows_in_registers=False, programs=None)
+
+
+def _staged(plan: AnyPlan, column_bytes: int, shared_bytes: int) -> AnyPlan | None:
+    """With as many stages, and of a forward plan as many programs, as the GPU has room for, or None."""
+    if not isinstance(plan, BackwardPlan):
+        return pipelined(plan, plan.stages, column_bytes, shared_bytes=shared_bytes)
+    room = stages_of(plan, column_bytes, per_sm=per_sm(plan), shared_bytes=shared_bytes)
+    return dataclasses.replace(plan, stages=min(plan.stages, room)) if room >= FEWEST_STAGES else None
 
 
 def fitted(plan: AnyPlan, gpu: Gpu, column_bytes: int, *, with_dweight: bool) -> AnyPlan:
     """column_bytes: of what is read of a column. Raises Misfit where rows need clusters and the GPU has none."""
     if plan.cluster > 1 and not gpu.clusters:
+        if plan.workers <= MOST_TOGETHER:
+            together = dataclasses.replace(plan, warpgroups=plan.workers, cluster=1)
+            return fitted(together, gpu, column_bytes, with_dweight=with_dweight)
         raise Misfit(
             f"rows of {plan.n} elements are shared by a cluster of {plan.cluster} CTAs, and a GPU of compute "
             f"capability {named(gpu.capability)} has no clusters, which came with 9.0 (Hopper)"
         )
     if plan.source is Source.PIPELINE:
-        per_sm = max(1, (plan.programs or 0) * plan.cluster // SMS)
-        room = stages_of(plan, column_bytes, per_sm=per_sm, shared_bytes=gpu.shared_bytes)
-        stages = min(plan.stages, room) if gpu.clusters else 0
-        plan = dataclasses.replace(plan, stages=stages) if stages >= FEWEST_STAGES else _unstaged(plan)
+        staged = _staged(plan, column_bytes, gpu.shared_bytes) if gpu.clusters else None
+        plan = _unstaged(plan) if staged is None else staged
     if plan.programs is not None and not with_dweight:
+        each = plan.programs // RESIDENT_CLUSTERS[plan.cluster]
         programs = (
-            gpu.resident_clusters(plan.cluster) if plan.cluster > 1 else plan.programs * gpu.multiprocessors // SMS
+            each * gpu.resident_clusters(plan.cluster)
+            if plan.cluster > 1
+            else plan.programs * gpu.multiprocessors // SMS
         )
         plan = dataclasses.replace(plan, programs=programs)
     return plan

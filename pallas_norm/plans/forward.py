@@ -12,7 +12,7 @@ from .. import _validate
 from .hardware import RESIDENT_CLUSTERS, SMS, WARPS
 from .lengths import LARGEST_N, SMALLEST_N, checked
 from .order import Order, without_kernel
-from .plan import FEWEST_STAGES, Choice, Plan, Regime, Source, staged_view, stages_of
+from .plan import Choice, Plan, Regime, Source, pipelined, staged_view
 from .vectors import Narrower, cta_vector, lanes_of, narrow, vector, warp_vector
 
 if TYPE_CHECKING:
@@ -62,12 +62,23 @@ TABLE = (
     Row(
         largest_n=32768,
         largest_row_bytes=65536,
+        cluster=4,
+        source=Source.PIPELINE,
+        programs=4 * RESIDENT_CLUSTERS[4],
+        stages=3,
+        unstaged=Source.REGISTERS,
+        why="1024 rows: 34.9 us, one CTA of 4 warpgroups 36.0; 64: 4.8, 5.5",
+        figures=(15,),
+    ),
+    Row(
+        largest_n=32768,
+        largest_row_bytes=65536,
         warpgroups=4,
         source=Source.PIPELINE,
         programs=SMS,
         stages=3,
         unstaged=Source.REGISTERS,
-        why="1024 rows: 34.1 us, no pipeline 37.3; 64: 5.3, 4.9",
+        why="rows of which no bulk copy moves a quarter; 1024 rows: 34.1 us, no pipeline 37.3",
         figures=(4, 9),
     ),
     Row(
@@ -80,13 +91,13 @@ TABLE = (
     Row(
         largest_n=65536,
         largest_row_bytes=131072,
-        warpgroups=4,
-        cluster=2,
+        cluster=8,
         source=Source.PIPELINE,
-        programs=RESIDENT_CLUSTERS[2],
-        stages=2,
-        why="1024 x 65536: 72.3 us, 3 stages 72.8, 4 CTAs 77.9",
-        figures=(8, 9),
+        programs=4 * RESIDENT_CLUSTERS[8],
+        stages=3,
+        unstaged=Source.REGISTERS,
+        why="1024 x 65536: 68.3 us, 2 CTAs of 4 warpgroups 70.0; 64: 6.6, 7.7",
+        figures=(15,),
     ),
     Row(
         largest_n=65536,
@@ -99,13 +110,14 @@ TABLE = (
     Row(
         largest_n=LARGEST_N,
         largest_row_bytes=262144,
-        warpgroups=4,
-        cluster=4,
+        warpgroups=2,
+        cluster=8,
         source=Source.PIPELINE,
-        programs=RESIDENT_CLUSTERS[4],
-        stages=2,
-        why="1024 x 131072: 141.6 us, 3 stages 142.4, 8 CTAs 160.8",
-        figures=(8, 9),
+        programs=RESIDENT_CLUSTERS[8],
+        stages=4,
+        unstaged=Source.REGISTERS,
+        why="1024 x 131072: 136.6 us, 4 CTAs of 4 warpgroups 137.2; 64: 11.2, 12.5",
+        figures=(15,),
     ),
     Row(
         largest_n=LARGEST_N,
@@ -118,10 +130,21 @@ TABLE = (
     ),
     Row(
         largest_n=LARGEST_N,
+        warpgroups=4,
+        cluster=8,
+        source=Source.PIPELINE,
+        programs=RESIDENT_CLUSTERS[8],
+        stages=2,
+        unstaged=Source.REGISTERS,
+        why="64 x 131072 in float32: 20.1 us, 4 CTAs of 8 warpgroups that read twice 28.5",
+        figures=(15,),
+    ),
+    Row(
+        largest_n=LARGEST_N,
         warpgroups=8,
         cluster=4,
         source=Source.MEMORY,
-        why="as the row above, for rows of twice the bytes; not measured",
+        why="as the row of half the bytes; not measured",
         figures=(),
     ),
 )
@@ -165,14 +188,10 @@ def choice(n: int, itemsize: int, column_bytes: int, narrowest: int) -> Choice:
         if plan.source is not Source.PIPELINE:
             return Choice(plan, row.why, row.figures)
         if staged_view(plan, itemsize) is not None:
-            stages = min(row.stages, stages_of(plan, column_bytes, per_sm=1))
-            if (
-                stages < FEWEST_STAGES or staged_view(plan, narrowest) is None
-            ):  # the same chunks, so that the bits are those of the form without a residual
-                plan = dataclasses.replace(plan, source=row.unstaged)
-            else:
-                plan = dataclasses.replace(plan, stages=stages, programs=row.programs, rows_in_registers=True)
-            return Choice(plan, row.why, row.figures)
+            kept = dataclasses.replace(plan, programs=row.programs, rows_in_registers=True)
+            kept = None if staged_view(plan, narrowest) is None else pipelined(kept, row.stages, column_bytes)
+            # Or the same chunks, so that the bits are those of the form without a residual.
+            return Choice(kept or dataclasses.replace(plan, source=row.unstaged), row.why, row.figures)
     raise AssertionError(f"the table has no row for {n} elements")
 
 

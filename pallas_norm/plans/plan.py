@@ -7,7 +7,7 @@ import dataclasses
 import enum
 from typing import Any, NamedTuple, TypeVar
 
-from .hardware import SMEM_BYTES, WARPS
+from .hardware import SMEM_BYTES, SMS, WARPS
 from .order import Order
 
 
@@ -114,6 +114,23 @@ def stages_of(plan: Plan, column_bytes: int, *, per_sm: int, shared_bytes: int =
     if plan.regime is Regime.WARP:
         others += plan.block * plan.span * 4  # the rows of a block meet there for dweight
     return (shared_bytes // per_sm - others) // (plan.block * plan.n * column_bytes // plan.cluster)
+
+
+def per_sm(plan: Plan) -> int:
+    """CTAs of a persistent grid that an SM holds at a time, on Hopper."""
+    return max(1, -(-(plan.programs or 0) * plan.cluster // SMS))
+
+
+def pipelined(plan: Plan, stages: int, column_bytes: int, *, shared_bytes: int = SMEM_BYTES) -> Plan | None:
+    """A plan of a PIPELINE with so many stages and programs, or with as many as fit; None where too few do. Where an SM
+    cannot hold several CTAs with FEWEST_STAGES, half the programs are tried."""
+    while True:
+        fitting = min(stages, stages_of(plan, column_bytes, per_sm=per_sm(plan), shared_bytes=shared_bytes))
+        if fitting >= FEWEST_STAGES:
+            return dataclasses.replace(plan, stages=fitting)
+        if per_sm(plan) == 1:
+            return None
+        plan = dataclasses.replace(plan, programs=(plan.programs or 0) // 2)
 
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
