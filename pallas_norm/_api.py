@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import jax
 import jax.core
-import numpy as np
 from jax import lax
 
 from . import _autodiff, _compat, _dispatch, _validate
@@ -277,4 +276,4 @@ def explain(
         print(explain(x))
     """
     _validate.rows("x", x)
-    return _dispatch.explain(x.shape[-1], np.dtype(x.dtype), _validate.implementation(implementation))
+    return _dispatch.explain(x, _validate.implementation(implementation))

@@ -17,11 +17,12 @@ from typing import Any, ClassVar
 import jax
 
 from . import _compat, _lowering, _partitioning, _sharding, _target, reference
-from ._dtypes import AS_S, GradientDtypes
+from ._dtypes import AS_S, Dtypes, GradientDtypes
 from ._held import apart
 from ._spec import Spec
 from .kernels import backward as backward_kernel
 from .kernels import forward as forward_kernel
+from .plans import few_rows
 from .plans.fitting import Misfit, backward_plan_on, forward_plan_on
 from .plans.hardware import H200, Gpu, generation, named
 from .plans.lengths import LARGEST_N, SMALLEST_N
@@ -85,7 +86,8 @@ def _planned(n: int, dtype: jax.typing.DTypeLike, implementation: str | None) ->
     return Explanation("mosaic_gpu", "xla", why, plan)
 
 
-def explain(n: int, dtype: jax.typing.DTypeLike, implementation: str | None) -> Explanation:
+def explain(x: Any, implementation: str | None) -> Explanation:
+    n, dtype = x.shape[-1], jax.numpy.dtype(x.dtype)
     path = _planned(n, dtype, implementation)
     if (path.cuda, path.elsewhere) != ("mosaic_gpu", "xla"):
         return path
@@ -94,7 +96,11 @@ def explain(n: int, dtype: jax.typing.DTypeLike, implementation: str | None) -> 
         plan = forward_plan_on(target.gpu, n, dtype)
     except (_target.NoKernel, Misfit) as reason:
         return _by_xla(str(reason))
-    return dataclasses.replace(path, why=path.why + _difference(target.gpu, n, dtype), plan=plan)
+    why = path.why + _difference(target.gpu, n, dtype)
+    if (few := few_rows.of(plan, dtype.itemsize, target.gpu)) is not None:
+        why += f"; up to {few[0]} rows are shared by more warps, with the same bits"
+    plan = few_rows.schedule(plan, dtype.itemsize, target.gpu, x.shape[:-1])
+    return dataclasses.replace(path, why=why, plan=plan)
 
 
 def _difference(gpu: Gpu, n: int, dtype: jax.typing.DTypeLike) -> str:
@@ -196,6 +202,8 @@ class Call:
         flat = {name: value.reshape(shape(name, rows)) for name, value in operands.items()}
         plan, options = self.plan_on(gpu, operands), dict[str, Any](spec=self.spec, interpret=interpret)
         if self.operation == "forward":
+            if not interpret:
+                plan = few_rows.schedule(plan, self._dtypes(flat).s.itemsize, gpu, batch)
             options["places"] = {} if interpret else self._places(plan, flat)
             found = forward_kernel.forward(flat, plan=plan, with_rstd=self.with_rstd, **options)
         else:
@@ -204,13 +212,16 @@ class Call:
             found = backward_kernel.backward(flat, plan=plan, dx_dtypes=self.dx_dtypes, **options)
         return {name: value.reshape(shape(name, *batch)) for name, value in found.items()}
 
+    def _dtypes(self, operands: Arrays) -> Dtypes:
+        return self.spec.dtypes(**{name: value.dtype for name, value in operands.items()})
+
     def _places(self, plan: Plan, rows: Arrays) -> dict[str, str]:
         """For a result the operand whose memory takes it."""
         if not (
             self.spec.in_place and may_be_in_place(plan, len(rows["x"])) and _compat.takes_references(rows.values())
         ):
             return {}
-        dtypes = self.spec.dtypes(**{name: value.dtype for name, value in rows.items()})
+        dtypes = self._dtypes(rows)
         wanted = (("y", dtypes.y, "x"), ("s", dtypes.s, "residual"))
         return {result: of for result, dtype, of in wanted if of in rows and rows[of].dtype == dtype}
 

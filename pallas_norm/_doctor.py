@@ -219,10 +219,10 @@ def check_cases(
     what: Callable[[_golden.Case], str],
     next_step: str,
 ) -> Iterator[Line]:
-    """A line for each row length and what computes it; a line for each sentence of `check`, or its exception."""
+    """A line for each shape and what computes it; a line for each sentence of `check`, or its exception."""
 
     def key(case: _golden.Case) -> tuple[int, str, str]:
-        return case.n, f"{case.rows} x {case.n}" if case.rows > 1000 else f"n = {case.n}", what(case)
+        return case.n, _selfcheck.shape_of(case), what(case)
 
     def wrong(case: _golden.Case) -> Iterator[Line]:
         prefix = f"{where}, {what(case)}"
@@ -245,7 +245,7 @@ def self_check(device: Device) -> Iterator[Line]:
     def what(case: _golden.Case) -> str:
         if path_on(device, case.n, case.dtype) != "mosaic_gpu":
             return "XLA"
-        return f"kernel ({_selfcheck.kind(pallas_norm.plan_for(case.n, case.dtype))})"
+        return f"kernel ({_selfcheck.kind_of(case, _target.here().gpu)})"
 
     cases = _selfcheck.all_cases(_target.here().gpu) if by_kernel else _selfcheck.XLA_CASES
     step = _selfcheck.next_step(by_kernel=by_kernel)

@@ -24,8 +24,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 RESULTS = ("rstd", "y", "dx")
 RESIDUAL_RESULTS = ("s", "rstd", "y", "dx")
-# Row lengths of models; one that its last chunk overlaps, one that is odd, and two that no bulk copy moves.
-LENGTHS = (128, 512, 1000, 4096, 12289, 16384, 32760, 32768, 65528, 65536, 131064, 131072)
+# Row lengths of models, the last one of those that bulk copies move whole but not in quarters; one that its last chunk
+# overlaps, one that is odd, and three that no bulk copy moves.
+LENGTHS = (128, 512, 1000, 4096, 12289, 16384, 32760, 32768, 65528, 65536, 131064, 131072, 18432)
 
 
 class Case(NamedTuple):
@@ -40,6 +41,15 @@ class Case(NamedTuple):
 def case(n: int, dtype: str) -> Case:
     """Of narrow rows two blocks of every kernel, and some that fill none."""
     return Case(n, dtype, 69 if n <= 1024 else 5)
+
+
+def cases(n: int, dtype: str) -> list[Case]:
+    """The one of `case`, and of rows too long for a warp one for the other schedule of plans/few_rows.py, for which 5
+    rows are many up to n = 8192, and few beyond."""
+    if n <= 1024:
+        return [case(n, dtype)]
+    rows = 3 if n <= 8192 else 65 if n <= 32768 else 33 if n <= 65536 else 17
+    return [case(n, dtype), Case(n, dtype, rows)]
 
 
 WITHOUT_KERNEL = tuple(case(16, dtype) for dtype in DTYPES)

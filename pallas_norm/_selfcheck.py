@@ -16,6 +16,7 @@ import numpy as np
 
 from . import _golden
 from ._golden import DTYPES, EPS, Array, Case
+from .plans import few_rows
 from .plans.fitting import Misfit, backward_plan_on, forward_plan_on
 from .plans.hardware import H200, Gpu
 from .plans.plan import Plan
@@ -59,23 +60,44 @@ def kind(plan: Plan) -> str:
     return "warp" if plan.regime.value == "warp" else f"cta, {warpgroups}{shared}"
 
 
-def _plans(gpu: Gpu, n: int, dtype: str) -> Iterator[tuple[str, Plan]]:
-    """Forward and backward, with and without a residual; those that the GPU has."""
-    for on in (forward_plan_on, backward_plan_on):
-        for residual in (False, True):
-            with contextlib.suppress(Misfit):
-                yield on.__name__, on(gpu, n, dtype, residual=residual)
+def forward_plan_of(case: Case, gpu: Gpu = H200, *, residual: bool = False) -> Plan:
+    """The one that so many rows take: for many, or for few. Raises Misfit."""
+    plan = forward_plan_on(gpu, case.n, case.dtype, residual=residual)
+    return few_rows.schedule(plan, DTYPES[case.dtype].itemsize, gpu, (case.rows,))
+
+
+def kind_of(case: Case, gpu: Gpu = H200) -> str:
+    """Of the forward kernel that so many rows take. Raises Misfit."""
+    return kind(forward_plan_of(case, gpu))
+
+
+def shape_of(case: Case) -> str:
+    """In a line of the report: with the rows where they are not those of `_golden.case`."""
+    return f"n = {case.n}" if case == _golden.case(case.n, case.dtype) else f"{case.rows} x {case.n}"
+
+
+def _kinds(case: Case, gpu: Gpu) -> Iterator[tuple[str, str, str]]:
+    """Of its kernels, forward and backward, with and without a residual: (which schedule of which pass, kind, source);
+    those that the GPU has."""
+    for residual in (False, True):
+        with contextlib.suppress(Misfit):
+            plan = forward_plan_of(case, gpu, residual=residual)
+            few = plan != forward_plan_on(gpu, case.n, case.dtype, residual=residual)
+            yield "forward, few rows" if few else "forward", kind(plan), plan.source.value
+        with contextlib.suppress(Misfit):
+            plan = backward_plan_on(gpu, case.n, case.dtype, residual=residual)
+            yield "backward", kind(plan), plan.source.value
 
 
 def kernel_cases(gpu: Gpu = H200) -> list[Case]:
-    """For each dtype one row length of each kind of kernel, forward and backward."""
+    """For each dtype one case of each kind of kernel, forward, with either schedule, and backward."""
     cases: list[Case] = []
     for dtype in DTYPES:
         seen: set[tuple[str, str, str]] = set()
-        for n in _golden.LENGTHS:
-            kinds = {(name, kind(plan), plan.source.value) for name, plan in _plans(gpu, n, dtype)}
+        for case in (case for n in _golden.LENGTHS for case in _golden.cases(n, dtype)):
+            kinds = set(_kinds(case, gpu))
             if not kinds <= seen:
-                cases.append(_golden.case(n, dtype))
+                cases.append(case)
                 seen |= kinds
     return cases
 

@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 SUITE = Record(ROOT / "tests" / "data" / "golden_bits.txt", CASES, golden_cases.EPS)
 OF_DOCTOR = [
     *_golden.WITHOUT_KERNEL,
-    *(_golden.case(n, dtype) for n in _golden.LENGTHS for dtype in _golden.DTYPES),
+    *(case for n in _golden.LENGTHS for dtype in _golden.DTYPES for case in _golden.cases(n, dtype)),
     _golden.LARGE,
 ]
 DOCTOR = Record(ROOT / "pallas_norm" / "golden_bits.txt", OF_DOCTOR, _golden.EPS)

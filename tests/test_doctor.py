@@ -16,7 +16,6 @@ import pytest
 import pallas_norm
 from pallas_norm import __main__ as program
 from pallas_norm import _compat, _doctor, _selfcheck
-from pallas_norm.regimes import plan_for
 from tests.doctor_report import PREALLOCATE, quick, report  # noqa: F401  a fixture
 
 ROOT = Path(__file__).parents[1]
@@ -85,8 +84,8 @@ def test_on_a_gpu_every_kind_of_kernel_is_launched_and_right() -> None:
     shown = run()
     assert shown.returncode == 0, shown.stdout + shown.stderr
     for case in _selfcheck.kernel_cases():
-        kind = _selfcheck.kind(plan_for(case.n, case.dtype))
-        pattern = rf"^ok     JAX on gpu, n = {case.n}, kernel \({kind}\): bits and gradients in .*{case.dtype}"
+        shape, kind = _selfcheck.shape_of(case), _selfcheck.kind_of(case)
+        pattern = rf"^ok     JAX on gpu, {shape}, kernel \({kind}\): bits and gradients in .*{case.dtype}"
         assert re.search(pattern, shown.stdout, re.MULTILINE), shown.stdout
     assert "ok     JAX on cpu" in shown.stdout
     assert "WRONG" not in shown.stdout

@@ -96,12 +96,12 @@ SEAM = {
     "kernels.rope": {"NUMBERS", "OF_EACH", "PAIR", "STRIDES", "blocks_of", "programs_of", "rope"},
     "kernels.rope_backward": {"NUMBERS", "partial_dweights", "programs_of"},
     "kernels.launch_arguments": {"ALIGNMENT", "BYTES", "COUNT", "LaunchArguments"},
+    "plans.few_rows": {"of"},
     "plans.fitting": {"Misfit", "backward_plan_on", "forward_plan_on"},
     "plans.hardware": {"Gpu", "H200", "generation", "named"},
     "plans.plan": {"BackwardPlan", "Plan", "from_memory", "may_be_in_place"},
     "plans.rope": {"rope_backward_plan_on", "rope_plan_on"},
     "quantized_reference": {"LARGEST", "SCALE_OF_ZEROS"},
-    "regimes": {"plan_for"},
 }
 
 

@@ -16,14 +16,15 @@ import torch
 from pallas_norm import _compat, _golden, _selfcheck
 from pallas_norm._doctor import REPORT, SHOWN_LENGTHS, Line, attempt, check_cases
 from pallas_norm.plans.fitting import Misfit, backward_plan_on
-from pallas_norm.regimes import plan_for
 
 from . import cache, direct, launch, ops
 from ._explain import explain
 
 NEEDED_TORCH = (2, 11)
-# One row length of each kind of forward kernel: a warp, one warpgroup, several, a cluster.
-KERNEL_CASES = tuple(_golden.case(n, dtype) for n in (128, 4096, 16384, 131072) for dtype in _golden.DTYPES)
+# One row length of each kind of forward kernel, a warp, one warpgroup, several, a cluster, with rows for each schedule.
+KERNEL_CASES = tuple(
+    case for n in (128, 4096, 16384, 131072) for dtype in _golden.DTYPES for case in _golden.cases(n, dtype)
+)
 
 
 def version() -> Iterator[Line]:
@@ -141,7 +142,7 @@ def self_check(device: torch.device) -> Iterator[Line]:
     def what(case: _golden.Case) -> str:
         if not _launches(device, case.n, getattr(torch, case.dtype)):
             return "torch's own statements in torch's order"
-        return f"direct launch ({_selfcheck.kind(plan_for(case.n, case.dtype))})"
+        return f"direct launch ({_selfcheck.kind_of(case, launch.gpu_of(device.index))})"
 
     before = list(_ways(device))
     yield from before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pallas_norm.plans import few_rows
 from pallas_norm.plans.fitting import Misfit, backward_plan_on, forward_plan_on
 
 from . import _form_calls, _validate, direct, launch
@@ -53,6 +54,8 @@ def explain(n: int, dtype: torch.dtype, device: torch.device | str = "cuda") -> 
         f"direct launch on torch's current stream of cuda:{index}: the {plan.regime.value} kernel for n = {n}, "
         "compiled once for every row count"
     )
+    if (few := few_rows.of(plan, dtype.itemsize, gpu)) is not None:
+        found += f", and for up to {few[0]} rows once more, shared by more warps with the same bits"
     try:
         backward_plan_on(gpu, n, name)
     except Misfit as reason:

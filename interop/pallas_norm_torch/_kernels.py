@@ -24,11 +24,12 @@ class Forward(NamedTuple):
     residual: torch.dtype | None
     with_rstd: bool
     strided: bool = False
+    few: bool = False  # the schedule for few rows
 
     def program(self, gpu: Gpu) -> Program:
         dtypes = {"x": self.x, "residual": self.residual, "weight": self.weight}
         outputs = ("y", *(["s"] if self.residual is not None else []), *(["rstd"] if self.with_rstd else []))
-        return Program("forward", self.n, _named(dtypes), outputs, self.spec, self.strided, gpu=gpu)
+        return Program("forward", self.n, _named(dtypes), outputs, self.spec, self.strided, gpu=gpu, few=self.few)
 
 
 class Quantized(NamedTuple):

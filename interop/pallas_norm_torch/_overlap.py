@@ -56,3 +56,8 @@ def overlaps_itself(tensor: Tensor) -> bool:
                 return True
             reach += (size - 1) * stride
     return False
+
+
+def in_place(places: list[Tensor], *operands: Tensor | None) -> bool:
+    """Whether a result is written where an operand may be read."""
+    return any(may_overlap(place, operand) for place in places for operand in operands if operand is not None)

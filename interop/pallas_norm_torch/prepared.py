@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from pallas_norm.kernels.launch_arguments import BYTES, COUNT
+from pallas_norm.kernels.launch_arguments import COUNT
 from pallas_norm.plans.plan import from_memory, may_be_in_place
 
 from . import _options, _torch_state, _validate, launch, rows
 from ._kernels import Backward, Forward, program_of
-from ._overlap import may_overlap
+from ._overlap import in_place
+from .prepared_few import FewRows
 from .prepared_gradient import BackwardCall, backward_call
 from .rows import ALIGNMENT
 
@@ -44,7 +45,8 @@ class ForwardCall:
         self.y_dtype = None if self.to.y == kernel.x else self.to.y
         self.s_dtype = None if self.to.s == kernel.x else self.to.s
         self._run = launch.kernel(program, device)
-        self._go = self._run.launch
+        self._few = FewRows(kernel, device, self.plan, self.to.s.itemsize)
+        self._few_most = self._few.most
         self._block_elements = self.plan.block * self.n
         self._most, self._cluster = program.plan.programs or NO_LIMIT, program.plan.cluster
         self._layouts: dict[Any, Any] = {}  # by shape, strides and offsets, the numbers; None: to be copied
@@ -78,12 +80,14 @@ class ForwardCall:
         if (x_at | weight_at) % ALIGNMENT or left or not (x_at and x.is_contiguous() and weight.is_contiguous()):
             return self._less_plain(x, weight, x_at, weight_at)
         y = _empty_like(x) if self.y_dtype is None else _empty_like(x, dtype=self.y_dtype)
-        full = blocks if blocks < self._most else self._most
+        run, full, cluster = self._run, blocks if blocks < self._most else self._most, self._cluster
+        if blocks <= self._few_most:
+            run, full, cluster = self._few.instead_of(run, full, cluster, blocks)
         values = x_at, weight_at, blocks * COUNT, full * COUNT, 0, y.data_ptr()
         if self.device == _current_device():
-            self._go(_stream(self.device), full * self._cluster, values)
+            run.launch(_stream(self.device), full * cluster, values)
         else:
-            self._run.elsewhere(_stream(self.device), full * self._cluster, values)
+            run.elsewhere(_stream(self.device), full * cluster, values)
         return y
 
     def _less_plain(self, x: Tensor, weight: Tensor, x_at: int, weight_at: int) -> Tensor:
@@ -115,12 +119,14 @@ class ForwardCall:
             return y, s
         y = _empty_like(x) if self.y_dtype is None else _empty_like(x, dtype=self.y_dtype)
         s = _empty_like(x) if self.s_dtype is None else _empty_like(x, dtype=self.s_dtype)
-        full = blocks if blocks < self._most else self._most
+        run, full, cluster = self._run, blocks if blocks < self._most else self._most, self._cluster
+        if blocks <= self._few_most:
+            run, full, cluster = self._few.instead_of(run, full, cluster, blocks)
         values = x_at, residual_at, weight_at, blocks * COUNT, full * COUNT, 0, y.data_ptr(), s.data_ptr()
         if self.device == _current_device():
-            self._go(_stream(self.device), full * self._cluster, values)
+            run.launch(_stream(self.device), full * cluster, values)
         else:
-            self._run.elsewhere(_stream(self.device), full * self._cluster, values)
+            run.elsewhere(_stream(self.device), full * cluster, values)
         return y, s
 
     def trained(self, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -142,13 +148,15 @@ class ForwardCall:
             self._rstd = like = x.new_empty(shape, dtype=torch.float32)
         y = _empty_like(x) if self.y_dtype is None else _empty_like(x, dtype=self.y_dtype)
         rstd = _empty_like(like)  # 1 us less than by its shape, dtype and device
-        blocks = count // self.plan.block
+        blocks, run, cluster = count // self.plan.block, self._run, self._cluster
         full = blocks if blocks < self._most else self._most
+        if blocks <= self._few_most:
+            run, full, cluster = self._few.instead_of(run, full, cluster, blocks)
         values = x_at, weight_at, blocks * COUNT, full * COUNT, 0, y.data_ptr(), rstd.data_ptr()
         if self.device == _current_device():
-            self._go(_stream(self.device), full * self._cluster, values)
+            run.launch(_stream(self.device), full * cluster, values)
         else:
-            self._run.elsewhere(_stream(self.device), full * self._cluster, values)
+            run.elsewhere(_stream(self.device), full * cluster, values)
         return y, rstd
 
     def __call__(
@@ -176,7 +184,9 @@ class ForwardCall:
     def _launched(self, x: Tensor, residual: Tensor | None, y: Tensor, s: Tensor | None, at: list[int]) -> Results:
         blocks, left = divmod(x.numel(), self._block_elements)
         left //= self.n
-        full = blocks if blocks < self._most else self._most
+        run, full, cluster = self._run, min(blocks, self._most), self._cluster
+        if 0 < blocks <= self._few_most:  # of a plan with blocks of one row
+            run, full, cluster = self._few.instead_of(run, full, cluster, blocks)
         at += (blocks * COUNT, full * COUNT, 0, y.data_ptr())
         rstd = None
         if residual is not None:
@@ -186,7 +196,7 @@ class ForwardCall:
             rstd = _empty(x.shape[:-1], dtype=torch.float32, device=x.device)
             at.append(rstd.data_ptr())
         if full + left:
-            self._launch(self._run, (full + left) * self._cluster, at)
+            self._launch(run, (full + left) * cluster, at)
         return y, s, rstd
 
     def _launch(self, run: Any, grid: int, values: Sequence[int]) -> None:
@@ -208,17 +218,12 @@ class ForwardCall:
         in_rows = all(tensor.is_contiguous() and rows.aligned(tensor) for tensor in given)
         plan, count = self.plan if in_rows else from_memory(self.plan), x.numel() // self.n
         places = [tensor for tensor in (out, s_out) if tensor is not None]
-        if places and not may_be_in_place(plan, count) and self._in_place(x, residual, places):
+        if places and not may_be_in_place(plan, count) and in_place(places, x, residual):
             return self._elsewhere(x, residual, weight, out, s_out)
         results = (self._in_rows if in_rows else self._strided)(x, residual, weight, out, s_out)
         for tensor in places:
             torch.autograd.graph.increment_version(tensor)  # what autograd may have saved of it has changed
         return results
-
-    @staticmethod
-    def _in_place(x: Tensor, residual: Tensor | None, places: list[Tensor]) -> bool:
-        operands = [x] if residual is None else [x, residual]
-        return any(may_overlap(place, operand) for place in places for operand in operands)
 
     def _elsewhere(
         self, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor | None, s_out: Tensor | None
@@ -277,15 +282,9 @@ class ForwardCall:
         """The group and strides, as the kernel takes them, of what is given and of fresh results; kept."""
         if len(self._layouts) >= MOST_LAYOUTS:
             self._layouts.clear()
-        places = rows.strided({name: t for name, t in given.items() if t is not None}, vec=self.plan.vec)
-        if places is None:
-            self._layouts[key] = None
-            return None
-        fresh = {"y": self.to.y} | ({} if self.kernel.residual is None else {"s": self.to.s})
-        of = {name: rows.fresh(self.n * dtype.itemsize, places.group) for name, dtype in fresh.items()} | places.of
-        names = [name for name in ("x", "residual", "y", "s") if name in of]
-        numbers = (places.group * COUNT, *(number * BYTES for name in names for number in of[name]))
-        self._layouts[key] = numbers
+        made = {"y": self.to.y} | ({} if self.kernel.residual is None else {"s": self.to.s})
+        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+        numbers = self._layouts[key] = rows.numbers(tensors, made, n=self.n, vec=self.plan.vec)
         return numbers
 
 

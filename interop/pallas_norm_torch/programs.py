@@ -22,6 +22,7 @@ from pallas_norm.kernels import quantized as quantized_kernel
 from pallas_norm.kernels import rope as rope_kernel
 from pallas_norm.kernels import rope_backward as rope_backward_kernel
 from pallas_norm.kernels.launch_arguments import COUNT, LaunchArguments
+from pallas_norm.plans import few_rows
 from pallas_norm.plans.fitting import backward_plan_on, forward_plan_on
 from pallas_norm.plans.hardware import H200, Gpu
 from pallas_norm.plans.plan import BackwardPlan, Plan, from_memory
@@ -50,6 +51,7 @@ class Program:
     outputs: tuple[str, ...]
     spec: Spec
     strided: bool = False
+    few: bool = False  # of forward: the schedule for few rows
     dweight_dtype: str = "float32"  # of column_sum
     dx_dtypes: GradientDtypes = AS_S  # of backward
     gpu: Gpu = H200
@@ -65,6 +67,10 @@ class Program:
         if self.kind in ("forward", "quantized"):
             read = tuple(dtypes[name] for name in ("x", "residual") if name in dtypes)
             plan = forward_plan_on(self.gpu, self.n, self.rounding.s, residual="residual" in dtypes, read=read)
+            if self.few:
+                few = few_rows.of(plan, self.rounding.s.itemsize, self.gpu)
+                assert few is not None
+                return few[1]
             return from_memory(plan) if self.strided else plan
         if self.kind == "rope":
             return rope_plan_on(self.gpu, self.n, dtypes["q"])

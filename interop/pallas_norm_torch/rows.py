@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from pallas_norm.kernels.launch_arguments import ALIGNMENT
+from pallas_norm.kernels.launch_arguments import ALIGNMENT, BYTES, COUNT
 
 Tensor = torch.Tensor
 LARGEST = 2**31 - 1  # of a number of a launch
@@ -69,6 +69,16 @@ def strided(tensors: dict[str, Tensor], *, vec: int) -> Places | None:
 def fresh(row_bytes: int, group: int) -> Strides:
     """Of a contiguous, aligned tensor with rows of so many bytes."""
     return Strides(0, group * row_bytes, row_bytes if group > 1 else 0)
+
+
+def numbers(given: dict[str, Tensor], made: dict[str, torch.dtype], *, n: int, vec: int) -> tuple[int, ...] | None:
+    """The group and strides of a launch, as a kernel takes them: of the rows that are given, and of fresh results of
+    these dtypes; None where they are to be copied."""
+    if (places := strided(given, vec=vec)) is None:
+        return None
+    of = {name: fresh(n * dtype.itemsize, places.group) for name, dtype in made.items()} | places.of
+    names = [name for name in ("x", "residual", "y", "s") if name in of]
+    return (places.group * COUNT, *(number * BYTES for name in names for number in of[name]))
 
 
 class Heads(NamedTuple):

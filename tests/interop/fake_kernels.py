@@ -268,6 +268,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> dict[Program, FakeKernel]:
         return kernels.setdefault(program, FakeKernel(program, device=device))
 
     monkeypatch.setattr(launch, "kernel", kernel)
+    monkeypatch.setattr(launch, "captures", lambda device: False)
     monkeypatch.setattr(launch, "gpu_of", lambda device: H200)
     monkeypatch.setattr(_library, "path", lambda x, n=None: direct)
     for module in (prepared, prepared_gradient, rows, _out):

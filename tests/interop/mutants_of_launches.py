@@ -42,7 +42,11 @@ MUTANTS = {
     "an old GPU is taken": Mutant("launch/compiling", "_target.too_old(capability) or ", "", "test_launch.py::test_an_old_gpu"),
     "kernels of two generations in one process": Mutant("launch/compiling", " or _target.assembled_for_another(capability)", "", "test_launch.py::test_a_process_compiles"),
     "a module of another architecture is compiled": Mutant("launch/lowering", "if not _target.takes(program.gpu.capability, found):", "if False:", "test_launch.py::test_a_module_of_another_architecture"),
-    "the plans of one GPU for all": Mutant("_kernels", "self.spec, self.strided, gpu=gpu)", "self.spec, self.strided)", "test_launch.py::test_each_gpu_has_a_program_of_its_own"),
+    "as many CTAs for few rows as a grid for many has": Mutant("prepared_few", "return self._run, rows, self.cluster", "return self._run, full, self.cluster", "test_few_rows.py::test_few_rows_take"),
+    "the clusters of the kernel for many rows": Mutant("prepared_few", "return self._run, rows, self.cluster", "return self._run, rows, cluster", "test_few_rows.py::test_few_rows_take"),
+    "compiled while a graph is captured": Mutant("prepared_few", "if launch.captures(self._device):", "if False:", "test_few_rows.py::test_a_capture"),
+    "one schedule for all row counts": Mutant("_kernels", "gpu=gpu, few=self.few)", "gpu=gpu)", "test_few_rows.py::test_few_rows_take"),
+    "the plans of one GPU for all": Mutant("_kernels", "self.spec, self.strided, gpu=gpu, few", "self.spec, self.strided, few", "test_launch.py::test_each_gpu_has_a_program_of_its_own"),
     "an Ampere asked for its clusters": Mutant("launch/recording", "    if clusters:\n", "    if True:\n", "test_launch_driver.py::test_a_gpu_without_clusters"),
     "one backward pass without a kernel ends all": Mutant("_library", "        except Misfit:  # of this kernel alone: the forward one goes on\n            pass\n", "        except Misfit as reason:\n            direct.refuse(x.shape[-1], x.device.index, str(reason))\n", "test_prepared_refusals.py::test_a_backward_pass_without_a_kernel"),
 }  # fmt: skip

@@ -30,8 +30,8 @@ MUTANTS = {
     "SGLang's cast forgotten": Mutant("sglang", "    if self.cast_x_before_out_mul:\n", "    if False:\n", "test_sglang.py::test_the_layer"),
     "SGLang's addition elsewhere": Mutant("sglang", 'places: Any = {"out": input, "s_out": residual}', "places: Any = {}", "test_sglang.py::test_the_fused"),
     # in place
-    "rows that every warp holds added in place": Mutant("prepared", "operands = [x] if residual is None else [x, residual]", "operands = []", "test_in_place.py::test_y_and_s"),
-    "the residual taken for safe": Mutant("prepared", "operands = [x] if residual is None else [x, residual]", "operands = [x]", "test_in_place.py::test_y_and_s"),
+    "rows that every warp holds added in place": Mutant("prepared", "in_place(places, x, residual)", "in_place(places)", "test_in_place.py::test_y_and_s"),
+    "the residual taken for safe": Mutant("prepared", "in_place(places, x, residual)", "in_place(places, x)", "test_in_place.py::test_y_and_s"),
     "s_out at the place of y": Mutant("_out", "if len(given) == 2 and may_overlap", "if False and may_overlap", "test_bad_input.py"),
     "s_out not written": Mutant("statements", "else s_out.copy_(s)", "else s_out", "test_in_place.py::test_y_and_s"),
     "in place is not told to autograd": Mutant("prepared", "torch.autograd.graph.increment_version(tensor)", "pass", "test_in_place.py::test_y_and_s"),

@@ -17,8 +17,9 @@ from pallas_norm import __main__ as program
 from pallas_norm import _compat, _golden, _selfcheck
 from pallas_norm import _doctor as of_jax
 from pallas_norm._spec import Spec
+from pallas_norm.plans import few_rows
+from pallas_norm.plans.fitting import forward_plan_on
 from pallas_norm.plans.hardware import H200, Gpu
-from pallas_norm.regimes import plan_for
 from pallas_norm_torch import _doctor, cache, direct, explain, launch, ops, statements
 
 ROOT = Path(__file__).parents[2]
@@ -161,9 +162,14 @@ def test_a_kernel_with_another_order_is_found(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_cases_reach_a_warp_one_warpgroup_several_and_a_cluster() -> None:
     for dtype in _golden.DTYPES:
-        plans = [plan_for(case.n, dtype) for case in _doctor.KERNEL_CASES if case.dtype == dtype]
-        shapes = [(plan.regime.value, plan.warpgroups > 1, plan.cluster > 1) for plan in plans]
-        assert shapes == [("warp", False, False), ("cta", False, False), ("cta", True, False), ("cta", True, True)]
+        cases = [case for case in _doctor.KERNEL_CASES if case.dtype == dtype]
+        plans = [_selfcheck.forward_plan_of(case) for case in cases]
+        shapes = {(plan.regime.value, plan.warpgroups > 1, plan.cluster > 1) for plan in plans}
+        assert shapes >= {("warp", False, False), ("cta", False, False), ("cta", True, False), ("cta", True, True)}
+        for n in {case.n for case in cases}:  # with either schedule
+            many = forward_plan_on(H200, n, dtype)
+            few = few_rows.of(many, _golden.DTYPES[dtype].itemsize, H200)
+            assert {plan for plan in plans if plan.n == n} == {many, many if few is None else few[1]}
 
 
 @pytest.mark.gpu
@@ -176,6 +182,6 @@ def test_on_a_gpu_every_kind_of_kernel_is_launched_and_right(tmp_path: Path) -> 
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert shown.returncode == 0, shown.stdout + shown.stderr
     for case in _doctor.KERNEL_CASES:
-        kind = re.escape(_selfcheck.kind(plan_for(case.n, case.dtype)))
-        pattern = rf"^ok     torch on cuda:0, n = {case.n}, direct launch \({kind}\): bits and .*{case.dtype}"
+        shape, kind = _selfcheck.shape_of(case), re.escape(_selfcheck.kind_of(case))
+        pattern = rf"^ok     torch on cuda:0, {shape}, direct launch \({kind}\): bits and .*{case.dtype}"
         assert re.search(pattern, shown.stdout, re.MULTILINE), shown.stdout

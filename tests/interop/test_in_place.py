@@ -56,7 +56,7 @@ def test_y_and_s_are_written_where_the_operands_lie(
             assert place.data_ptr() == found[name != "out"].data_ptr()
             assert place._version > versions[name]
     if launched:
-        (kernel,) = kernels.values()
+        (kernel,) = [kernel for kernel in kernels.values() if kernel.launches]
         _, _, named = kernel.launches[-1]
         in_place = {named["y"], named["s"]} & {named["x"], named["residual"]}
         safe = (rows, n) in ((64, 128), (7, 4096))

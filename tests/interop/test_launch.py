@@ -229,17 +229,18 @@ def test_a_module_of_another_architecture_is_not_compiled(monkeypatch: pytest.Mo
 def test_rows_that_need_a_cluster_take_the_other_way_each_pass_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "unavailable", lambda device: None)
     monkeypatch.setattr(launch, "gpu_of", lambda device: A100)
-    needs = "elements are shared by a cluster of 2 CTAs, and a GPU of compute capability 8.0 has no clusters, which"
+    needs = "elements are shared by a cluster of {} CTAs, and a GPU of compute capability 8.0 has no clusters, which"
     assert direct.unavailable(32768, 0, torch.bfloat16) is None
     assert explain(32768, torch.bfloat16, "cuda:0") == (
         "direct launch on torch's current stream of cuda:0: the cta kernel for n = 32768, compiled once for every row "
-        f"count; the backward pass by torch's own statements, because rows of 32768 {needs} came with 9.0 (Hopper)"
+        "count; the backward pass by torch's own statements, because rows of 32768 "
+        f"{needs.format(8)} came with 9.0 (Hopper)"
     )
     assert explain(16384, torch.bfloat16, "cuda:0").endswith("compiled once for every row count")
     for n, dtype in ((32768, torch.float32), (65536, torch.bfloat16)):
         assert explain(n, dtype, "cuda:0") == (
             "torch's own statements on its current stream of cuda:0, with Hugging Face's rounding: no direct launch, "
-            f"because rows of {n} {needs} came with 9.0 (Hopper)"
+            f"because rows of {n} {needs.format(8)} came with 9.0 (Hopper)"
         )
 
 

@@ -119,6 +119,12 @@ def gpu_of(device: int) -> Gpu:
     return Gpu(capability, shared_bytes, found.multi_processor_count)
 
 
+def captures(device: int) -> bool:
+    """Whether a CUDA graph is being captured there, on this thread's stream: nothing can be compiled then."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 _kernels: dict[tuple[Program, int], Kernel] = {}
 _lock = threading.RLock()
 
