@@ -29,9 +29,10 @@ def operands(rows: int, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tens
 
 
 @pytest.mark.parametrize("n", [96, 4096])
-def test_a_thousand_row_counts_take_one_compile(n: int) -> None:
+def test_a_thousand_row_counts_take_one_compile_and_few_another(n: int) -> None:
     x, weight = operands(3000, n)
     whole = rms_norm(x, weight)
+    rms_norm(x[:1], weight)
     compiles = len(compiling._kernels)
     for rows in [*range(1, 900), *range(2900, 3001)]:
         assert_same(rms_norm(x[:rows], weight), whole[:rows])
