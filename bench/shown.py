@@ -14,11 +14,7 @@ from typing import Any
 from . import parity_report, record, results
 
 KINDS = ("run", "overhead", "accuracy", "parity", "model", "training")
-OLD = {
-    "overhead": "overhead_26b2ac9.json",
-    "model": "model_26b2ac9.json",
-    "parity": "parity.json",
-}
+OLD = {"accuracy": "accuracy_1cf1adb.json"}
 EVIDENCE = re.compile(r"(?P<kind>[a-z]+)_(?P<device>[a-z0-9]+)_(?P<date>\d{4}-\d\d-\d\d)\.json")
 
 
