@@ -34,6 +34,7 @@ def call(way: str, x: torch.Tensor, weight: torch.Tensor) -> None:
     assert_same(rms_norm(leaf, given, **options).detach(), expected(x, given)[0])
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("rows", "n", "few", "ctas"),
