@@ -121,7 +121,10 @@ def per_sm(plan: Plan) -> int:
     return max(1, -(-(plan.programs or 0) * plan.cluster // SMS))
 
 
-def pipelined(plan: Plan, stages: int, column_bytes: int, *, shared_bytes: int = SMEM_BYTES) -> Plan | None:
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+
+
+def pipelined(plan: AnyPlan, stages: int, column_bytes: int, *, shared_bytes: int = SMEM_BYTES) -> AnyPlan | None:
     """A plan of a PIPELINE with so many stages and programs, or with as many as fit; None where too few do. Where an SM
     cannot hold several CTAs with FEWEST_STAGES, half the programs are tried."""
     while True:
@@ -131,9 +134,6 @@ def pipelined(plan: Plan, stages: int, column_bytes: int, *, shared_bytes: int =
         if per_sm(plan) == 1:
             return None
         plan = dataclasses.replace(plan, programs=(plan.programs or 0) // 2)
-
-
-AnyPlan = TypeVar("AnyPlan", bound=Plan)
 
 
 def from_memory(plan: AnyPlan) -> AnyPlan:
