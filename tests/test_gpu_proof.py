@@ -284,10 +284,10 @@ def test_memory_that_calls_keep_is_found(monkeypatch: pytest.MonkeyPatch, capsys
     assert growth.too_much(growth.grown([*calm[:-1], {"host": 99, "allocated": 6}])) == {"allocated": 1}
     monkeypatch.setattr(growth, "MOST", {"host": 1 << 40})
     assert growth.main(["--rehearsal", "--calls", "700"]) == 0
-    kept: list[bytearray] = []
+    kept: list[Any] = []
     calls = growth.calls
     monkeypatch.setattr(growth, "MOST", {"host": 64 << 20})
-    monkeypatch.setattr(growth, "calls", lambda *of: kept.append(bytearray(b"1" * (16 << 20))) or calls(*of))
+    monkeypatch.setattr(growth, "calls", lambda *of: kept.append(planted.pages(16 << 20)) or calls(*of))
     assert growth.main(["--rehearsal", "--calls", "700"]) == 1
     assert "too much: ['host']" in capsys.readouterr().out
 

@@ -21,6 +21,11 @@ from .cluster import Totals
 SLOTS = 2  # of an exchange: while some warps still read one row's partial sums, others already write the next row's
 
 
+def slot_of(step: jax.Array) -> jax.Array:
+    """Of the exchange, for the step-th row of a CTA."""
+    return lax.rem(step, jnp.int32(SLOTS))
+
+
 @dataclasses.dataclass(frozen=True)
 class WarpgroupRow(Block):
     """One row in the four warps of one warpgroup; the sum crosses warps through Mosaic's own scratch, as pairs of

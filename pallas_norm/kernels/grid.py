@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 
 from ..plans.plan import Plan, Regime
 from .block import Block
-from .cta import SLOTS, Exchange, SharedRow, WarpgroupRow
+from .cta import Exchange, SharedRow, WarpgroupRow, slot_of
 from .launch_arguments import COUNTS as COUNTS
 from .launch_arguments import LaunchArguments, count
 from .warp import OneRow, WarpRows
@@ -85,7 +85,7 @@ class CtaBlocks:
         return self.program + step * self.programs
 
     def block(self, step: Any) -> Block:
-        slot = lax.rem(step, jnp.int32(SLOTS))
+        slot = slot_of(step)
         return block(self.plan, self.at(step), self.exchange, slot, step, interpret=self.interpret)
 
     @functools.cached_property

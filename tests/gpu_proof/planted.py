@@ -6,6 +6,7 @@ real ones, so that what filters the real ones out filters these out too; for rac
 
 from __future__ import annotations
 
+import mmap
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -101,3 +102,10 @@ def run(tool: str) -> None:
 
 if __name__ == "__main__":
     run(*sys.argv[1:])
+
+
+def pages(count: int) -> mmap.mmap:
+    """Memory that the process did not have: an allocation may be of some that was freed before."""
+    found = mmap.mmap(-1, count)
+    found.write(b"1" * count)
+    return found
