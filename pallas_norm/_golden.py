@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeAlias
 import ml_dtypes
 import numpy as np
 
+from .plans import few_rows
+
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 EPS = 1e-2  # larger than that of models, so that a result without it is not within any bounds
@@ -44,12 +46,10 @@ def case(n: int, dtype: str) -> Case:
 
 
 def cases(n: int, dtype: str) -> list[Case]:
-    """The one of `case`, and of rows too long for a warp one for the other schedule of plans/few_rows.py, for which 5
-    rows are many up to n = 8192, and few beyond."""
-    if n <= 1024:
-        return [case(n, dtype)]
-    rows = 3 if n <= 8192 else 65 if n <= 32768 else 33 if n <= 65536 else 17
-    return [case(n, dtype), Case(n, dtype, rows)]
+    """The one of `case`, and of rows of which few have a schedule of their own, in some dtype, one for the other."""
+    one = case(n, dtype)
+    most = next((row.most for row in few_rows.TABLE if row.smallest_n <= n <= row.largest_n), None)
+    return [one] if most is None else [one, one._replace(rows=most + 1 if one.rows <= most else most - 1)]
 
 
 WITHOUT_KERNEL = tuple(case(16, dtype) for dtype in DTYPES)

@@ -39,7 +39,8 @@ SEND = (
 # $0: the barrier, $1: the parity of its phase. The fence orders shared memory alone: a wait that acquires from the
 # cluster also empties L1, of the weight that is read again, and a release like that of barrier.cluster waits until all
 # stores of the row before have reached memory. It is of PTX 8.6, which assemblers know from CUDA 12.8 on; a wait that
-# acquires from the CTA alone becomes the same instructions, but promises nothing of what another CTA has written.
+# acquires from the CTA alone becomes the same instructions, but promises nothing of what another CTA has written
+# (bench/results/cluster_instructions_2026-11-30.log).
 WAIT = (
     "{ .reg .pred p; again: mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [$0], $1; @!p bra again;"
     " fence.acquire.sync_restrict::shared::cluster.cluster; }"

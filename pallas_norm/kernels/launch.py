@@ -52,7 +52,7 @@ def launch(
         given, operands = LaunchArguments.taken_from(named)
         extent = grid.extent(plan, rows, given, interpret=interpret)
         full, left_over = work(operands)
-        if plan.cluster > 1:  # all exchanges are open
+        if plan.cluster > 1:  # all exchanges are open, those that `work` took too
             mosaic.cluster_arrive()
         grid.run(plan, extent, shared, full, left_over, interpret=interpret)
 

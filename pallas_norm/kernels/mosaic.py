@@ -56,5 +56,5 @@ def cluster_arrive() -> None:
 
 
 def cluster_wait() -> None:
-    """Second half: returns when every warp of the cluster has arrived."""
+    """Second half: returns when every warp of the cluster has arrived, and sees what fences released before."""
     _inline_ptx("barrier.cluster.wait.acquire.aligned;")

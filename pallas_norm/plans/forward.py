@@ -196,8 +196,8 @@ def choice(n: int, itemsize: int, column_bytes: int, narrowest: int) -> Choice:
 
 
 def plan_for(n: int, dtype: DTypeLike, *, residual: bool = False, read: tuple[DTypeLike, ...] | None = None) -> Plan:
-    """The forward plan for rows of `n` elements of `dtype`, that of what is normalised, x or s; on Hopper, while
-    `explain(x).plan` is that of the GPU here.
+    """The forward plan for rows of `n` elements of `dtype`, that of what is normalised, x or s; on Hopper, and for many
+    rows, while `explain(x).plan` is that of the GPU here, and of so many rows as x has. The bits are the same.
 
     residual: the form that also adds a residual. read: the dtypes of what is read, x and in that form the residual,
     where they are others.

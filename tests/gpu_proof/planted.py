@@ -100,12 +100,12 @@ def run(tool: str) -> None:
     print(f"{len(DEFECTS[tool])} planted defects ran")
 
 
-if __name__ == "__main__":
-    run(*sys.argv[1:])
-
-
 def pages(count: int) -> mmap.mmap:
     """Memory that the process did not have: an allocation may be of some that was freed before."""
     found = mmap.mmap(-1, count)
     found.write(b"1" * count)
     return found
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pallas_norm_torch import add_rms_norm, explain, launch, rms_norm
+from pallas_norm_torch import add_rms_norm, direct, explain, launch, rms_norm
 from pallas_norm_torch.programs import Program
 from tests.interop.cases import assert_same, draw
 from tests.interop.fake_kernels import FakeKernel, expected, made  # noqa: F401 (made is a fixture)
@@ -91,8 +91,6 @@ def test_a_kernel_for_few_that_is_refused_ends_all_of_that_length(monkeypatch: p
     many, one = draw(64, 4096, dtype=BF16), draw(1, 4096, dtype=BF16)
     for x in (many, one, one):
         assert_same(rms_norm(x, weight), expected(x, weight)[0])
-    from pallas_norm_torch import direct
-
     assert direct._refused[4096, -1, BF16] == "it is Sunday"
 
 

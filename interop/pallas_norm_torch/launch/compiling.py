@@ -140,7 +140,7 @@ def kernel(program: Program, device: int) -> Kernel:
         if (reason := unavailable(device)) is not None:
             raise Unavailable(reason)
         with driver.context_of(device), torch.cuda.device(device):
-            if torch.cuda.is_current_stream_capturing():
+            if captures(device):
                 raise RuntimeError(
                     f"the kernel for n = {program.n} is not compiled yet, and a CUDA graph is being captured; "
                     "call it once with these dtypes and strides before the capture"
