@@ -9,7 +9,8 @@ from typing import Any
 
 from bench.suite import WIDTHS
 from pallas_norm.kernels import dweight_sum
-from pallas_norm.plans import vectors
+from pallas_norm.plans import few_rows, vectors
+from pallas_norm.plans.hardware import H200
 from pallas_norm.plans.vectors import vector
 from pallas_norm.regimes import backward_plan_for, plan_for
 from tests.oracle import DTYPES
@@ -30,13 +31,27 @@ class Forward:
     dtype: str
     residual: bool
     weight: bool = True
+    few: bool = False  # the schedule for few rows
+
+    @property
+    def _schedules(self) -> tuple[Any, tuple[int, Any] | None]:
+        many = plan_for(self.n, DTYPES[self.dtype], residual=self.residual)
+        return many, few_rows.of(many, DTYPES[self.dtype].itemsize, H200)
+
+    @property
+    def most_few(self) -> int:
+        """Rows that have a schedule of their own; 0 where none have."""
+        _, few = self._schedules
+        return 0 if few is None else few[0]
 
     @property
     def plan(self) -> Any:
-        return plan_for(self.n, DTYPES[self.dtype], residual=self.residual)
+        many, few = self._schedules
+        return few[1] if self.few and few is not None else many
 
     def __str__(self) -> str:
-        return f"forward {self.n} {self.dtype}{' residual' * self.residual}{'' if self.weight else ' no weight'}"
+        options = (" residual" * self.residual, "" if self.weight else " no weight", " few rows" * self.few)
+        return f"forward {self.n} {self.dtype}{''.join(options)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +88,12 @@ class ColumnSum:
 
 
 def every_forward() -> Iterator[Forward]:
-    """Every width, dtype and form."""
+    """Every width, dtype, form and schedule."""
     for residual, n, dtype in itertools.product((False, True), ALL_WIDTHS, ("bf16", "f32")):
-        yield Forward(n, dtype, residual)
+        case = Forward(n, dtype, residual)
+        yield case
+        if case.most_few:
+            yield dataclasses.replace(case, few=True)
 
 
 def every_backward() -> Iterator[Backward]:
@@ -117,12 +135,12 @@ def forwards() -> list[Forward]:
 
 
 def at_places() -> list[Forward]:
-    """For strided rows and in place: one for each way to read and to share a row."""
+    """For strided rows and in place: one for each way to read and to share a row, of many rows."""
 
     def way(case: Forward) -> Any:
         return case.plan.regime, case.plan.source, case.plan.workers > 1, case.plan.overlap > 0
 
-    return _first_of_each((case for case in every_forward() if not case.residual), way)
+    return _first_of_each((case for case in every_forward() if not case.residual and not case.few), way)
 
 
 def backwards() -> list[Backward]:
