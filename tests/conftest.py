@@ -81,7 +81,11 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     hypothesis.settings.load_profile(config.getoption("--profile"))
     cache = getattr(config, "cache", None)  # none with -p no:cacheprovider
-    if config.getoption("--profile") == "quick" and cache is not None:
+    quick = config.getoption("--profile") == "quick"
+    # With nothing on disk 225 s instead of 275. No bit may depend on what LLVM does to a program: it does little in
+    # `make test`, and all that it can in `make test-all`.
+    jax.config.update("jax_disable_most_optimizations", quick)
+    if quick and cache is not None:
         keep_compiled(config, cache)
 
 

@@ -158,7 +158,7 @@ def test_a_weight_for_each_member_is_one_program_without_a_loop(options: Any) ->
 
 @pytest.mark.sampled(12)
 @pytest.mark.parametrize("n", [128, 800, 864, 1312])
-@pytest.mark.parametrize("form", ["norm", "add", "interpreted"])
+@pytest.mark.parametrize("form", ["norm", "add", pytest.param("interpreted", marks=pytest.mark.slow)])
 def test_dx_of_members_has_the_order_of_their_own_dy(form: str, n: int) -> None:
     """Of float32 rows with a dy of 16 bits it is not that of dy * weight, in float32, at 800, 864 and 1312."""
     x, weights = draw(2, 3, n, dtype="float32"), draw(2, n, seed=1, dtype="float32")
@@ -177,6 +177,7 @@ def test_dx_of_members_has_the_order_of_their_own_dy(form: str, n: int) -> None:
         assert np.array_equal(found, np.stack(own))
 
 
+@pytest.mark.slow
 def test_another_order_for_members_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_transforms, "_order", lambda operands, dy: None)
     jax.clear_caches()

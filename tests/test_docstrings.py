@@ -94,7 +94,7 @@ def given(module: str) -> dict[str, Any]:
     return of | {name: torch.tensor(value, dtype=torch.bfloat16) for name, value in drawn.items()}
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("module", "name"), [param for param in EVERY if param.values[1] not in WITHOUT_EXAMPLE] + MODULES
 )

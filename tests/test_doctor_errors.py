@@ -20,6 +20,7 @@ def fresh_programs() -> Iterator[None]:
     jax.clear_caches()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("quick", "fresh_programs")
 def test_a_norm_that_rounds_once_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     right = reference.forward
@@ -68,7 +69,7 @@ def test_a_rounding_that_is_dropped_is_found() -> None:
 ORDERS = ("columns not added as neighbours", "the last block added to others", "products fused with sums")
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_programs")
 @pytest.mark.parametrize("planted", ORDERS)
 def test_another_order_of_additions_is_found(planted: str) -> None:

@@ -123,8 +123,8 @@ def test_the_kernel_of_a_program_is_that_of_its_rows(
     assert "; up to 64 rows are shared by more warps, with the same bits" in path.why
 
 
-@pytest.mark.sampled(4)
-@pytest.mark.parametrize("n", [1640, 4096, 16384, 32768])
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("n", [1640, 4096, *(pytest.param(n, marks=pytest.mark.slow) for n in (16384, 32768))])
 def test_the_bits_are_those_of_the_plan_for_many(n: int) -> None:
     """In the interpreter, one of whose CTAs stands in for those of a cluster. 1640: the last block overlaps."""
     of_few = scheduled(n, "bfloat16")

@@ -131,7 +131,7 @@ def holds(name: str) -> Any:
     return specification if name.startswith("xla") else kernel if rewrite.n else fitted
 
 
-@pytest.mark.sampled(24)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GATED)
 def test_a_rewrite_is_killed(name: str) -> None:
     with rewritten(GATED[name]), pytest.raises(AssertionError):

@@ -83,7 +83,7 @@ def operands(dtype: str) -> list[Any]:
     return [jnp.asarray(rng.standard_normal(shape)).astype(dtype) for shape in ((ROWS, N), (ROWS, N), (N,))]
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_program_around_it_changes_no_bit(name: str, dtype: str) -> None:

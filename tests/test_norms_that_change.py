@@ -70,7 +70,7 @@ def test_a_norm_that_changes_itself_is_left(does: Any, *, weight: bool) -> None:
     assert all(map(np.array_equal, jax.tree.leaves(nnx().state(norm)), before))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @SOWING
 @pytest.mark.parametrize("does", [counts, sows])
 def test_without_that_look_the_change_would_vanish(does: Any, monkeypatch: pytest.MonkeyPatch) -> None:

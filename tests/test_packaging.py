@@ -7,6 +7,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import pallas_norm
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +36,7 @@ def test_importing_neither_imports_torch_nor_starts_a_backend() -> None:
     assert side_effects_of("import pallas_norm") == []
 
 
+@pytest.mark.slow
 def test_the_test_above_can_fail(tmp_path: Path) -> None:
     (tmp_path / "torch.py").touch()  # a stand-in, so that this also runs where there is no torch
     assert side_effects_of("import pallas_norm, torch", tmp_path) == ["torch was imported"]

@@ -77,8 +77,8 @@ def test_a_norm_that_rounds_x_or_its_squares_is_ours_where_it_has_nothing_to_rou
     assert proved(body, weight=jnp.ones(n)) == right
 
 
-@pytest.mark.sampled(3)
-@pytest.mark.parametrize("n", [2, 64, 1000])
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("n", [2, 64, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_bias_of_zero_is_told_by_its_sign(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """-0.0 + 0.0 is 0.0: seen in rows with zeros of that sign, and where a zero meets a number below zero."""
 

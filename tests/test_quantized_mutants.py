@@ -104,14 +104,14 @@ BY_XLA: tuple[Callable[[], None], ...] = (casts, groups, ties, quotients)
 IN_KERNELS = {name: rewrite for name, rewrite in QUANTIZED.items() if not name.startswith("xla")}
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_KERNELS)
 def test_a_rewritten_kernel_is_killed(name: str) -> None:
     with rewritten(IN_KERNELS[name]), pytest.raises(AssertionError):
         kernel(IN_KERNELS[name].n)
 
 
-@pytest.mark.sampled(11)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(QUANTIZED.keys() - IN_KERNELS.keys()))
 def test_a_rewritten_specification_is_killed(name: str) -> None:
     found = []
@@ -130,6 +130,7 @@ def test_the_real_kernels_are_killed_by_nothing(n: int) -> None:
     kernel(n)
 
 
+@pytest.mark.slow
 def test_the_specification_is_killed_by_nothing() -> None:
     for holds in BY_XLA:
         holds()

@@ -36,7 +36,7 @@ KINDS = {"kept": {}, "pipeline": PIPELINE}
 MEET = Rewrite("cta", "mosaic.arrive_and_wait(exchange.barrier)", "pass")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_has_no_races(kind: str) -> None:
     with race_detection() as races_found:

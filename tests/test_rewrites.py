@@ -121,7 +121,7 @@ def no_compiled_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strategies, "_gradients", strategies._gradients.__wrapped__)
 
 
-@pytest.mark.sampled(20)
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_compiled_programs")
 @pytest.mark.parametrize("name", rewrites.REFERENCE)
 def test_a_rewritten_specification_is_killed(name: str) -> None:

@@ -69,6 +69,7 @@ def penalty(function: Any, q: Any, *operands: Any, **options: Any) -> Any:
     return jnp.sum(jax.grad(total)(q) ** 2)
 
 
+@pytest.mark.slow
 def test_it_can_be_differentiated_twice() -> None:
     """With the bits of the steps."""
     given = operands(16, (2, 1), (3,), "f32")

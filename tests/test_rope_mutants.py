@@ -172,14 +172,14 @@ def in_one_program() -> None:
 IN_KERNELS = {name: rewrite for name, rewrite in ROPE.items() if not name.startswith(("xla", "vmap", "cast"))}
 
 
-@pytest.mark.sampled(14)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_KERNELS)
 def test_a_rewritten_kernel_is_killed(name: str) -> None:
     with rewritten(IN_KERNELS[name]), pytest.raises(AssertionError):
         kernel(IN_KERNELS[name].n)
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKWARD)
 def test_a_rewritten_kernel_of_the_gradients_is_killed(name: str) -> None:
     with rewritten(BACKWARD[name]), pytest.raises(AssertionError):
@@ -208,6 +208,7 @@ def test_the_specification_is_killed_by_nothing() -> None:
     specification()
 
 
+@pytest.mark.slow
 def test_a_rule_of_vmap_for_one_of_the_angles_is_killed() -> None:
     with rewritten(ROPE["vmap: angles beside which the others stay alone"]), pytest.raises(AssertionError):
         members()

@@ -18,8 +18,7 @@ from tests.rope_cases import NO_KERNEL, WIDTHS, operands
 from tests.test_lowering import array, check
 
 
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("interpret", marks=pytest.mark.slow)])
 def test_vmap_is_a_loop(implementation: Any) -> None:
     """Where members had one of the angles of their own, the kernel had its rows, and those of the first member of the
     other one, beyond whose end it read."""

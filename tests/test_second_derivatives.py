@@ -80,6 +80,7 @@ def test_a_rotation_has_a_second_derivative_where_its_gradient_is_zero() -> None
     at_the_least_loss()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rewrite", "killer"),
     [

@@ -96,6 +96,7 @@ for kind in programs.KINDS:
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_finds_the_program_in_the_disk_cache(tmp_path: Path) -> None:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SECOND, str(tmp_path)]

@@ -70,6 +70,7 @@ OF_MEMBERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", ["explicit", "auto"])
 @pytest.mark.parametrize("name", OF_MEMBERS)
 def test_members_may_lie_on_the_devices_of_an_axis(name: str, kind: str) -> None:

@@ -167,7 +167,7 @@ OUTSIDE = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_a_kernel_that_leaves_its_window_is_seen(margins: list[Array], name: str) -> None:
     """By what it wrote, whatever it computed."""

@@ -52,6 +52,7 @@ def check() -> None:
         assert_close(found[2], expected[2], 2 * len(terms) * 2.0**-24 * terms.sum(axis=0))
 
 
+@pytest.mark.slow
 @on_eight
 def test_without_its_names_xla_divides_the_program() -> None:
     command = [sys.executable, "-c", PROGRAM]

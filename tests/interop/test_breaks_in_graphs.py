@@ -73,6 +73,7 @@ def test_torch_func_in_a_program_with_breaks_has_the_bits_of_eager(name: str) ->
         assert_same(found, expected)
 
 
+@pytest.mark.slow
 def test_rotated_heads_in_a_program_with_breaks_have_the_bits_of_eager() -> None:
     cos, sin = (_drawn(16, 64, seed=seed) for seed in (4, 5))
     operands = _drawn(16, 4, 64, seed=0), _drawn(16, 2, 64, seed=1)
@@ -84,6 +85,7 @@ def test_rotated_heads_in_a_program_with_breaks_have_the_bits_of_eager() -> None
         assert_same(found, expected)
 
 
+@pytest.mark.slow
 def test_eight_bits_in_a_program_with_breaks_are_those_of_eager() -> None:
     def member(x: Tensor) -> tuple[Tensor, ...]:
         torch._dynamo.graph_break()

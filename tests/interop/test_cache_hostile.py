@@ -149,6 +149,7 @@ def test_a_link_to_a_right_file_is_not_followed(folder: Path, tmp_path: Path) ->
     assert elsewhere.read_bytes().endswith(PAYLOAD)
 
 
+@pytest.mark.slow
 def test_a_pipe_of_the_right_name_does_not_hang(folder: Path) -> None:
     """open() of a pipe without a writer waits for one."""
     cache.store(KEY, PAYLOAD)

@@ -160,6 +160,7 @@ def test_what_goes_wrong_is_told(tmp_path: Path) -> None:
         test_two_processes("rows", tmp_path)
 
 
+@pytest.mark.slow
 def test_dtensor_is_not_imported_for_those_who_do_not_use_it() -> None:
     """Its import takes 0.7 s."""
     code = (
@@ -213,6 +214,7 @@ for call in (
 """
 
 
+@pytest.mark.slow
 def test_the_first_call_of_a_process_may_be_in_inference_mode() -> None:
     """No autograd rule runs there, and it was these that told DTensor how the operators are sharded: each call here is
     the first of a process."""

@@ -50,6 +50,7 @@ def _operands() -> tuple[Tensor, Tensor, Tensor]:
     return draw(5, 8, dtype=torch.float32), draw(8, dtype=torch.float32, seed=1), torch.zeros(10, 8)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", WRONG)
 def test_a_program_refuses_places_that_overlap(name: str, *, dynamic: bool) -> None:
@@ -64,6 +65,7 @@ def test_a_program_refuses_places_that_overlap(name: str, *, dynamic: bool) -> N
             compiled(*_operands())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_program_writes_to_places_apart(name: str, *, dynamic: bool) -> None:

@@ -148,7 +148,7 @@ def test_a_trial_run_finds_parts_of_dweight_that_were_not_written(monkeypatch: p
     assert verdict == dict.fromkeys(("dq", "dk", "q_dweight", "k_dweight"), False)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32, None], ids=str)
 @pytest.mark.parametrize("n", [64, 96, 128, 256])
 def test_a_program_lowers_to_one_kernel(n: int, weight: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
