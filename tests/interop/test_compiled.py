@@ -78,8 +78,6 @@ def test_inductor_leaves_the_operators_whole_where_tests_are_run(monkeypatch: py
     from torch._inductor import config, lowering
 
     monkeypatch.setenv("CI", "true")
-    monkeypatch.setattr(config, "fx_graph_cache", False)
-    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
     listed = {name for name in lowering.FALLBACK_ALLOW_LIST if not name.startswith("pallas_norm::")}
     monkeypatch.setattr(lowering, "FALLBACK_ALLOW_LIST", listed)
     monkeypatch.setattr("torch._inductor.graph.FALLBACK_ALLOW_LIST", listed)
@@ -98,7 +96,11 @@ def test_inductor_leaves_the_operators_whole_where_tests_are_run(monkeypatch: py
 
     torch._dynamo.reset()
     compiled = torch.compile(every_operator, fullgraph=True)
-    found, expected = (function(x, weight, heads) for function in (compiled, every_operator))
+    # Not by monkeypatch, which takes a setting for one that was not there, and leaves it deleted: whatever was compiled
+    # after that in the same process raised.
+    with config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        found = compiled(x, weight, heads)
+    expected = every_operator(x, weight, heads)
     for one, other in zip(found, expected, strict=True):
         assert_same(one, other)
     for results in (found, expected):
