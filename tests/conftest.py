@@ -32,7 +32,7 @@ PROFILES = {
     "dev": {"max_examples": 25, "phases": (*DRAWN, hypothesis.Phase.shrink)},
     # Each step of shrinking compiles a kernel: a failure prints its case and its blob, which dev shrinks.
     "ci": {"max_examples": 100, "derandomize": True, "print_blob": True, "phases": DRAWN},
-    "quick": {"max_examples": 4, "derandomize": True, "print_blob": True, "phases": DRAWN},  # make test
+    "quick": {"max_examples": 3, "derandomize": True, "print_blob": True, "phases": DRAWN},  # make test
     "nightly": {"max_examples": 2000, "print_blob": True},
 }
 

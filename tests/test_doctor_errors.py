@@ -86,6 +86,7 @@ def test_another_order_of_additions_is_found(planted: str) -> None:
     assert _doctor.check_case(case, cpu) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick", "fresh_programs")
 def test_the_report_says_what_another_order_is(capsys: pytest.CaptureFixture[str]) -> None:
     with rewrites.rewritten(rewrites.REFERENCE["xla: columns not added as neighbours"]):

@@ -90,6 +90,7 @@ def test_on_a_mesh_a_program_for_cuda_has_the_kernel_of_local_rows(kind: str) ->
     assert "stablehlo.reduce_precision" not in text  # no reference
 
 
+@pytest.mark.slow
 @on_eight
 def test_shard_map_runs_on_local_rows() -> None:
     mesh = mesh_of("auto")

@@ -69,7 +69,7 @@ def interpreted(n: int, rows: int, dtype: str = "bf16") -> None:
     oracle.assert_within(gradients["dweight"], exact, bound)
 
 
-@pytest.mark.sampled(24)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rewrites.SOURCE)
 def test_a_rewritten_kernel_is_killed(name: str) -> None:
     """By a wrong number: a rewrite that does not run would show nothing."""

@@ -60,7 +60,7 @@ def test_dx_has_the_bits_of_the_steps_and_dweight_their_sum(n: int, dtype: str) 
         assert one.dtype == other.dtype  # without weights
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"weight_offset": 1.0}, {"cast_before_scale": False}, {"eps": 0.25}])
 def test_options_are_those_of_the_steps(options: dict[str, Any]) -> None:
     given, dr = of_both(64, "bf16", heads=(2, 1), tokens=(2, 2))

@@ -106,6 +106,7 @@ def test_a_program_of_several_devices_is_the_reference(kind: Any) -> None:
     assert "the program is divided over devices, and this kernel runs inside shard_map only" in str(raised.value)
 
 
+@pytest.mark.slow
 def test_heads_whose_elements_are_split_are_gathered_on_explicit_axes() -> None:
     """Halves of a head meet: JAX refused to slice them where each device had one."""
     q, k, *rest = operands(64, (4, 2), (4, 3), "f32")

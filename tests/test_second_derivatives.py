@@ -76,6 +76,7 @@ def at_the_least_loss() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rotation_has_a_second_derivative_where_its_gradient_is_zero() -> None:
     at_the_least_loss()
 

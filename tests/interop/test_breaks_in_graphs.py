@@ -60,7 +60,7 @@ def _gradients(function: Callable[..., Any], operands: list[Tensor]) -> list[Ten
     return [*results, *pullback(cotangents if len(cotangents) > 1 else cotangents[0])]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_torch_func_in_a_program_with_breaks_has_the_bits_of_eager(name: str) -> None:
     call, count = CALLS[name]
