@@ -99,12 +99,11 @@ def test_inductor_leaves_the_operators_whole_where_tests_are_run(monkeypatch: py
     # Not by monkeypatch, which takes a setting for one that was not there, and leaves it deleted: whatever was compiled
     # after that in the same process raised.
     with config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
-        found = compiled(x, weight, heads)
-    expected = every_operator(x, weight, heads)
-    for one, other in zip(found, expected, strict=True):
-        assert_same(one, other)
-    for results in (found, expected):
-        torch.autograd.backward([one.sum() for one in results if one.requires_grad], inputs=[x, weight, heads])
+        found, expected = (function(x, weight, heads) for function in (compiled, every_operator))
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+        for results in (found, expected):
+            torch.autograd.backward([one.sum() for one in results if one.requires_grad], inputs=[x, weight, heads])
     assert {operator for operator in decompositions() if operator in lowering.lowerings} == set(decompositions())
 
 
