@@ -56,7 +56,7 @@ def test_a_sampled_test_with_one_case_keeps_it() -> None:
 
 
 def test_a_case_that_is_marked_slow_itself_is_not_the_one_that_stays() -> None:
-    """The longest case of a test was drawn, and took a twentieth of all the time."""
+    """The longest case of a test was drawn: 17 s of the 583 that all took."""
     for name in "abcdefgh":
         items: list[Any] = [Item(f"a.py::{name}[{n}]", pytest.mark.sampled(2)) for n in (1, 2)]
         items += [Item(f"a.py::{name}[{n}]", pytest.mark.sampled(2), pytest.mark.slow) for n in (3, 4)]

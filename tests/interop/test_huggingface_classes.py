@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pathlib
 import pickle
 import types
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from tests.interop.norm_classes import (
     imported,
     inputs,
     llama,
+    loaded,
     ulps_needed,
 )
 from tests.interop.rstd import bits
@@ -79,15 +81,12 @@ def test_rows_are_sentences_or_reasons() -> None:
 @pytest.mark.parametrize("dtype", SAME, ids=["bf16", "f16", "f32"])
 @pytest.mark.parametrize(
     "digest",
-    # More than a hundred models have that of Llama, each in a file of its own.
+    # More than a hundred classes are that of Llama, nearly each in a file of its own.
     [pytest.param(one, marks=pytest.mark.slow) if ROWS[one].example == "LlamaRMSNorm" else one for one in HANDLED],
     ids=[ROWS[one].example for one in HANDLED],
 )
 def test_replaced_classes_have_their_own_bits(digest: str, dtype: Any, *, exact: bool) -> None:
-    classes = classes_of(digest)
-    if not classes:
-        pytest.skip("a row of another transformers: the installed one has no such class")
-    for owner in classes:
+    for owner in classes_of(digest):
         compare(owner, *dtype, exact=exact)
 
 
@@ -97,28 +96,36 @@ def test_replaced_classes_have_their_own_bits(digest: str, dtype: Any, *, exact:
 @pytest.mark.parametrize("digest", HANDLED, ids=[ROWS[digest].example for digest in HANDLED])
 def test_another_weight_dtype(digest: str, dtypes: Any) -> None:
     """The result's dtype and bits; one class of each row, because the rest have the same source."""
-    for owner in classes_of(digest)[:1]:
-        compare(owner, *dtypes, exact=False)
+    compare(classes_of(digest)[0], *dtypes, exact=False)
 
 
 @pytest.mark.parametrize("digest", HANDLED, ids=[ROWS[digest].example for digest in HANDLED])
 def test_gradients(digest: str) -> None:
     """In float32, of x, gate, weight and bias: the two backward passes differ in float32 sums of N and 24 terms."""
-    for owner in classes_of(digest)[:1]:
-        module = build(owner, F32, **VARIANTS.get(ROWS[digest].kind, ({},))[-1])
-        *_, arguments = inputs(owner, ROWS[digest].kind, F32, exact=False)
-        wanted = [one.clone().requires_grad_() for one in arguments]
-        dy = torch.randn(arguments[0].shape, generator=torch.Generator().manual_seed(3))
+    owner = classes_of(digest)[0]
+    module = build(owner, F32, **VARIANTS.get(ROWS[digest].kind, ({},))[-1])
+    *_, arguments = inputs(owner, ROWS[digest].kind, F32, exact=False)
+    wanted = [one.clone().requires_grad_() for one in arguments]
+    dy = torch.randn(arguments[0].shape, generator=torch.Generator().manual_seed(3))
 
-        def gradients(module: nn.Module, wanted: Any = wanted, dy: Any = dy) -> tuple[torch.Tensor, ...]:
-            return torch.autograd.grad(module(*wanted), [*wanted, *module.parameters()], dy)
+    def gradients(module: nn.Module) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(module(*wanted), [*wanted, *module.parameters()], dy)
 
-        own = gradients(module)
-        with huggingface.patched(module):
-            replaced = gradients(module)
-        for actual, expected in zip(replaced, own, strict=True):
-            error = (actual - expected).abs().max() / expected.abs().max()
-            assert error < (N + ROWS_OF_X) * oracle.U
+    own = gradients(module)
+    with huggingface.patched(module):
+        replaced = gradients(module)
+    for actual, expected in zip(replaced, own, strict=True):
+        error = (actual - expected).abs().max() / expected.abs().max()
+        assert error < (N + ROWS_OF_X) * oracle.U
+
+
+def test_a_class_that_is_not_there_and_one_that_cannot_be_imported_are_told_apart() -> None:
+    """Two tests passed without a class to compare."""
+    with pytest.raises(pytest.skip.Exception, match="a row of another transformers"):
+        loaded([])
+    elsewhere = types.SimpleNamespace(path=pathlib.Path("models/nowhere/modeling_nowhere.py"), name="NowhereRMSNorm")
+    with pytest.raises(pytest.skip.Exception, match=r"modeling_nowhere\.py needs a package that is not installed"):
+        loaded([elsewhere])
 
 
 def test_power_is_rsqrt() -> None:
