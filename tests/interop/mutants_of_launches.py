@@ -33,6 +33,7 @@ MUTANTS = {
     "no second try in the own context": Mutant("launch/kernels", "        if status in (NO_CONTEXT, ANOTHERS):\n", "        if False:\n", "test_launch_driver.py::test_another_context"),
     "a descriptor of another address": Mutant("launch/kernels", "known.get(address)", "next(iter(known.values()), None)", "test_launch_driver.py::test_descriptors"),
     "a head of another stream": Mutant("launch/kernels", "memory.grid != grid or memory.stream != stream", "memory.grid != grid", "test_launch_driver.py::test_the_driver_reads"),
+    "an address of memory that nobody holds": Mutant("launch/proof", "arguments.values(program, arrays, ", "arguments.values(program, {**arrays, \"parts\": parts.to(device)}, ", "test_trial_run.py::test_what_a_trial_launches_on"),
     "any trial is passed": Mutant("launch/proof", "    if wrong := [name", "    if wrong := [] and [name", "test_trial_run.py::test_a_refusal"),
     "y may be anything in a trial": Mutant("launch/trial", "left = wrong if left is None else left & wrong", "left = wrong & False", "test_trial_run.py::test_a_kernel_that_computes"),
     "dx may be anything in a trial": Mutant("launch/trial", "return dx, bound + ROUNDINGS", "return dx, bound + 1e9 * ROUNDINGS", "test_trial_run.py::test_a_kernel_that_computes"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -62,6 +64,29 @@ def test_a_kernel_that_writes_nothing_does_not(program: Program, monkeypatch: py
     """As one in another device's context: its launch fails, or it writes elsewhere."""
     monkeypatch.setattr(FakeKernel, "launch", lambda *_: None)
     assert not any(verdict(program).values())
+
+
+class Watchful(FakeKernel):
+    """Computes nothing; tells which operands and results lie in memory that no tensor holds at the launch."""
+
+    def launch(self, stream: int, grid: int, values: Sequence[int]) -> None:
+        del stream, grid
+        held = [one.untyped_storage() for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+        addresses = dict(zip((*self.program.inputs, *self.program.outputs), values, strict=True))
+        for name in (*(name for name, _ in self.program.dtypes), *self.program.outputs):
+            at = addresses[name]
+            assert any(one.data_ptr() <= at < one.data_ptr() + one.nbytes() for one in held), f"nobody holds {name}"
+
+
+@pytest.mark.usefixtures("aligned")
+@pytest.mark.parametrize("kind", ["forward", "backward", "column_sum"])
+def test_what_a_trial_launches_on_is_held_until_then(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy on the GPU whose address alone was kept had gone when the kernel read it."""
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *where: to(self, *where, copy=True))  # as to another device
+    for program in (program for program in PROGRAMS if program.kind == kind and program.n <= 4096):
+        made: Any = Watchful(program)
+        proof.CHECKS[kind](made, program, torch.device("cpu"), 0)
 
 
 def test_a_refusal_names_the_kernel_and_what_was_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,8 +80,8 @@ def _column_sum(kernel: Kernel, program: Program, device: torch.device, stream: 
     expected = parts[:count].sum(0).to(trial.torch_dtype(program.dweight_dtype))
     parts[count:] = torch.nan  # which it may read and must leave out
     dweight = torch.full_like(expected, torch.nan).to(device)
-    values = arguments.values(program, {"parts": parts.to(device), "dweight": dweight}, {"rows": count})
-    kernel.launch(stream, kernel.recorded.grid, values)
+    arrays = {"parts": parts.to(device), "dweight": dweight}  # kept until the launch: an address keeps nothing alive
+    kernel.launch(stream, kernel.recorded.grid, arguments.values(program, arrays, {"rows": count}))
     return {"dweight": trial.same(dweight.cpu(), expected)}
 
 
