@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import cupti
+from . import cupti, pinned
 
 FLUSH_BYTES = 256 << 20  # several times the 50 MB (H100) or 60 MB (H200) of L2
 BATCH_S = 0.05
@@ -68,7 +68,8 @@ def wait(value: Any) -> None:
 
 
 class Flush:
-    """Empties L2: writes and reads FLUSH_BYTES. Its kernels are the marks between the calls in a CUPTI record.
+    """Empties L2: releases what a kernel asked to keep there, then writes and reads FLUSH_BYTES. Its kernels are the
+    marks between the calls in a CUPTI record.
 
     A cosine, because XLA names kernels by what they compute, and no norm computes one.
     """
@@ -83,6 +84,7 @@ class Flush:
         self.names = frozenset(name for name, _ in found)
 
     def __call__(self) -> None:
+        pinned.release()
         self._buffer = self._step(self._buffer)
         self._buffer.block_until_ready()
 
