@@ -183,7 +183,6 @@ def report(folder: Path, state: dict[str, Any], steps: Sequence[Step]) -> int:
         print("Run the same command again for the rest.")
         return 3
     print(
-        f"Copy {folder}/*_{short(state['device'])}_*.* to bench/results, empty OLD in bench/shown.py, and run "
-        "python -m bench readme"
+        f"Copy {folder}/*_{short(state['device'])}_*.* to bench/results and run python -m bench readme"
     )
     return int(any(entry["status"] for entry in found))

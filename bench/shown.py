@@ -1,7 +1,7 @@
 """Which result files README.md and docs/ show.
 
 Of each kind the newest that `make evidence` wrote, bench/results/KIND_DEVICE_DATE.json: they are of one commit and one
-device. A kind of which there is none yet is in OLD, by the name of a file of before, each of a commit of its own.
+device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 from . import parity_report, record, results
 
 KINDS = ("run", "overhead", "accuracy", "parity", "model", "training")
-OLD = {"accuracy": "accuracy_1cf1adb.json"}
 EVIDENCE = re.compile(r"(?P<kind>[a-z]+)_(?P<device>[a-z0-9]+)_(?P<date>\d{4}-\d\d-\d\d)\.json")
 
 
@@ -30,13 +29,9 @@ def evidence(folder: Path = results.FOLDER) -> dict[str, Path]:
     return {kind: path for kind, (_, path) in found.items()}
 
 
-def path_of(kind: str) -> Path:
-    return evidence().get(kind) or results.FOLDER / OLD[kind]
-
-
 def read(kind: str) -> dict[str, Any]:
     """The file, checked, and its path from the root of the checkout as `path`."""
-    path = path_of(kind)
+    path = evidence()[kind]
     if kind in ("run", "overhead"):
         file = record.read(path)
     elif kind in ("parity", "model"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,6 @@ import pytest
 from bench import plot_style, readme, results, shown
 from bench.suite import ACCURACY, ACCURACY_ELEMENTS
 
-# Files that docs show beside each other though their commits differ. An entry goes when evidence of its kind is there
-# (`make evidence`), of the commit of the others; none is measured anew under the old name.
-OF_BEFORE = {"accuracy": "1cf1adb"}  # has the peers, which the newer file of the commit of the others lacks
 PICTURES = {"roofline": "run", "speedup": "run", "overhead": "overhead", "accuracy": "accuracy", "parity": "parity"}
 
 
@@ -43,25 +39,9 @@ def mixed(files: dict[str, dict[str, Any]]) -> str:
     return "" if len(set(origins.values())) <= 1 else f"docs show files of several commits or devices: {origins}"
 
 
-def test_what_docs_show_is_of_one_commit_and_one_device_but_for_the_files_of_before() -> None:
-    assert mixed({kind: shown.read(kind) for kind in shown.evidence()}) == ""
-    missing = set(shown.KINDS) - shown.evidence().keys()
-    assert shown.OLD.keys() == missing, "a kind that has evidence has no old file: take it out of shown.OLD"
-    old = {kind: shown.read(kind)["commit"][:7] for kind in shown.OLD}
-    assert old.items() <= OF_BEFORE.items()
-
-
-def test_the_accuracy_of_before_has_the_figures_of_the_commit_of_the_others() -> None:
-    """Of every provider that both have, to the last digit: no bit of ours is another one since."""
-    newer = json.loads((results.FOLDER / "accuracy_without_peers_2026-11-30.json").read_text())
-    assert newer["commit"] == shown.read("run")["commit"]
-    rows = [
-        {(row["dtype"], row["n"], row["provider"]): row for row in file["rows"]}
-        for file in (shown.read("accuracy"), newer)
-    ]
-    assert len(rows[1]) == 96
-    assert {provider for _, _, provider in rows[1]} >= {"pallas-norm", "XLA", "HF eager", "F.rms_norm"}
-    assert rows[1].items() <= rows[0].items()
+def test_what_docs_show_is_of_one_commit_and_one_device() -> None:
+    assert shown.evidence().keys() == set(shown.KINDS)
+    assert mixed({kind: shown.read(kind) for kind in shown.KINDS}) == ""
 
 
 def test_files_of_two_commits_are_noticed() -> None:
