@@ -182,7 +182,5 @@ def report(folder: Path, state: dict[str, Any], steps: Sequence[Step]) -> int:
     if not all(entry.get("whole") for entry in found):
         print("Run the same command again for the rest.")
         return 3
-    print(
-        f"Copy {folder}/*_{short(state['device'])}_*.* to bench/results and run python -m bench readme"
-    )
+    print(f"Copy {folder}/*_{short(state['device'])}_*.* to bench/results and run python -m bench readme")
     return int(any(entry["status"] for entry in found))
