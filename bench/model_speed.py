@@ -1,8 +1,8 @@
-"""python -m bench model: tokens per second of a Llama-3-8B-shaped model, by what computes its norms.
+"""python -m bench model: tokens per second of a whole model, by what computes its norms.
 
-Random bfloat16 weights. Decoding at batch 1, 8 and 64 against a static cache, launched step by step and as a CUDA graph
-of one step; prefill of one prompt. Providers take turns, many times over, because the host is noisy. A file of the same
-machine, tree and options is continued, another one refused.
+Decoding against a static cache, launched step by step and as a CUDA graph of one step; prefill of one prompt; a
+training step, forward and backward. Providers take turns, many times over, because the host is noisy. A file of the
+same machine, tree and options is continued, another one refused.
 """
 
 from __future__ import annotations
@@ -19,71 +19,13 @@ from typing import Any
 
 import torch
 
-from . import parity_model, parity_report, record, results, timing
+from . import model_shapes, parity_model, parity_report, record, results, timing
 from .calls import AbsentError
+from .model_shapes import ROTATED, Case
 from .parity_model import Model, Provider
-from .parity_report import EXACT
+from .parity_report import COMPILED
 
 CONTEXT = 512  # tokens in the static cache; attention reads all of it at every step
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-
-
-SHAPES = {"llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256), "tiny": Shape(128, 256, 2, 4, 2, 256)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    kind: str  # decode or prefill
-    batch: int
-    tokens: int  # steps of one sample, or length of the prompt
-    graph: bool = False
-
-    @property
-    def label(self) -> str:
-        if self.kind == "prefill":
-            return f"prefill {self.tokens}"
-        return f"decode batch {self.batch}{', CUDA graph' if self.graph else ''}"
-
-
-DECODES = [Case("decode", batch, 16, graph) for graph in (False, True) for batch in (1, 8, 64)]
-CASES = {
-    "llama-3-8b": (*DECODES, Case("prefill", 1, 2048), Case("prefill", 1, 8192)),
-    "tiny": (Case("decode", 1, 2), Case("decode", 2, 2), Case("decode", 1, 2, graph=True), Case("prefill", 1, 16)),
-}
-
-
-def build(shape: Shape, *, device: str, seed: int) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=16384,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(seed)
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(usual)
-    return model.eval().requires_grad_(requires_grad=False)
 
 
 def _synchronise(device: torch.device) -> None:
@@ -103,6 +45,24 @@ class Prefill:
 
     def step(self, call: Model) -> Any:
         return call(self.ids, use_cache=True, logits_to_keep=1).logits
+
+
+class Training:
+    """The loss of a batch of sequences and the gradients of all weights, which nothing uses."""
+
+    def __init__(self, model: torch.nn.Module, case: Case) -> None:
+        self.model, self.device = model, next(model.parameters()).device
+        self.ids = torch.randint(model.config.vocab_size, (case.batch, case.tokens), device=self.device)
+
+    def prepare(self) -> None:
+        self.model.requires_grad_(requires_grad=True)
+
+    def step(self, call: Model) -> Any:
+        with torch.enable_grad():
+            loss = call(self.ids, labels=self.ids, use_cache=False).loss
+        loss.backward()
+        self.model.zero_grad(set_to_none=True)
+        return loss.detach()
 
 
 class Decode:
@@ -131,7 +91,11 @@ class Decode:
         return call(self.ids, attention_mask=self.mask, position_ids=self.places, **self.cached).logits
 
 
-def _captured(work: Decode | Prefill, call: Model) -> Callable[[], Any]:
+Work = Decode | Prefill | Training
+KINDS: dict[str, Callable[[torch.nn.Module, Case], Work]] = {"decode": Decode, "prefill": Prefill, "train": Training}
+
+
+def _captured(work: Work, call: Model) -> Callable[[], Any]:
     """A CUDA graph of one step; replaying needs neither the provider nor Python."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -156,7 +120,7 @@ class Runner:
     step: Callable[[], Any] | None  # None: the model as `enter` gives it
 
 
-def runner(model: torch.nn.Module, way: Provider, case: Case, work: Decode | Prefill) -> Runner:
+def runner(model: torch.nn.Module, way: Provider, case: Case, work: Work) -> Runner:
     """Warmed up, compiled and where asked captured."""
     if case.graph and work.device.type != "cuda":
         raise AbsentError("CUDA graphs need a CUDA device")
@@ -169,8 +133,8 @@ def runner(model: torch.nn.Module, way: Provider, case: Case, work: Decode | Pre
     return Runner(lambda: way(model), None)
 
 
-def sample(found: Runner, case: Case, work: Decode | Prefill) -> float:
-    """Tokens per second, of `tokens` steps of decoding or one prompt."""
+def sample(found: Runner, case: Case, work: Work) -> float:
+    """Tokens per second, of `tokens` steps of decoding, one prompt or one training step."""
     steps = case.tokens if case.kind == "decode" else 1
     with found.enter() as call:
         work.prepare()
@@ -184,7 +148,7 @@ def sample(found: Runner, case: Case, work: Decode | Prefill) -> float:
 
 
 def measure(model: torch.nn.Module, case: Case, ways: dict[str, Provider], *, repetitions: int) -> list[dict[str, Any]]:
-    work = (Decode if case.kind == "decode" else Prefill)(model, case)
+    work = KINDS[case.kind](model, case)
     rows, running = [], dict[str, Runner]()
     for name, way in ways.items():
         try:
@@ -209,19 +173,20 @@ def measure(model: torch.nn.Module, case: Case, ways: dict[str, Provider], *, re
 def run(arguments: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = arguments.shape or ("llama-3-8b" if device == "cuda" else "tiny")
-    shape = parity_model.entry(SHAPES, name, "shape")
-    cases = [case for case in CASES[name] if arguments.only is None or arguments.only in case.label]
+    shape = parity_model.entry(model_shapes.SHAPES, name, "shape")
+    cases = [case for case in shape.cases if arguments.only is None or arguments.only in case.label]
     if not cases:
-        labels = ", ".join(case.label for case in CASES[name])
+        labels = ", ".join(case.label for case in shape.cases)
         raise ValueError(f"no case has {arguments.only!r} in its label; known are {labels}")
-    model = build(shape, device=device, seed=arguments.seed)
+    model = model_shapes.build(shape, device=device, seed=arguments.seed)
 
     def chosen() -> dict[str, Provider]:
         known = parity_model.providers(model, compile_model=arguments.compile, dynamic=False)
-        del known[EXACT]
+        known[ROTATED] = lambda model: parity_model.ours(model, fuse_residual=True, fuse_qk_rope=True)
+        known = {provider: way for provider, way in known.items() if provider in (*shape.providers, COMPILED)}
         return {provider: known[provider] for provider in parity_model.named(arguments.providers, known)}
 
-    options = {"shape": name, **dataclasses.asdict(shape), "cache": CONTEXT, "seed": arguments.seed}
+    options = {"shape": name, "family": shape.family, **shape.config, "cache": CONTEXT, "seed": arguments.seed}
     options |= {"providers": list(chosen()), "repetitions": arguments.repetitions, "torch_device": device}
     out = arguments.out or results.default_path("model")
     file = parity_report.begin("model", options, arguments.commit)

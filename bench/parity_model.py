@@ -208,12 +208,14 @@ def liger(model: nn.Module) -> contextlib.AbstractContextManager[Model]:
     return _swapped(model, choose)
 
 
-def ours(model: nn.Module, *, fuse_residual: bool = False) -> contextlib.AbstractContextManager[Model]:
+def ours(
+    model: nn.Module, *, fuse_residual: bool = False, fuse_qk_rope: bool = False
+) -> contextlib.AbstractContextManager[Model]:
     from pallas_norm_torch import patched
 
     @contextlib.contextmanager
     def replaced() -> Iterator[Model]:
-        with patched(model, fuse_residual=fuse_residual) as report:
+        with patched(model, fuse_residual=fuse_residual, fuse_qk_rope=fuse_qk_rope) as report:
             if report.left and not fuse_residual:
                 raise ValueError(f"patched left norms as they are: {report}")
             yield model

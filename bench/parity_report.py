@@ -62,7 +62,7 @@ def parity_options(parser: argparse.ArgumentParser) -> None:
 
 def model_options(parser: argparse.ArgumentParser) -> None:
     _common(parser)
-    parser.add_argument("--shape", help="llama-3-8b, the default on a CUDA device, or tiny")
+    parser.add_argument("--shape", help="one of bench/model_shapes.py; default llama-3-8b on a CUDA device, or tiny")
     parser.add_argument("--repetitions", type=int, default=11, help="samples of each provider and case")
     parser.add_argument("--only", help="cases whose label has this in it")
 

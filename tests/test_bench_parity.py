@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("implicit_promotion_thro
 torch = pytest.importorskip("torch", reason="parity compares torch models")
 pytest.importorskip("transformers", reason="parity compares models of transformers")
 
-from bench import model_speed, parity, parity_data, parity_model, parity_report  # noqa: E402
+from bench import model_shapes, model_speed, parity, parity_data, parity_model, parity_report  # noqa: E402
 from bench.calls import AbsentError  # noqa: E402
 from bench.parity_data import Question  # noqa: E402
 from bench.parity_report import COMPILED, EAGER, EXACT, FUSED, LIGER, OURS, SINGLE  # noqa: E402
@@ -247,20 +247,37 @@ def test_the_interval_is_wilsons() -> None:
     assert math.isclose(parity_data.interval(10, 10)[1], 1.0)
 
 
+def check_speeds(rows: dict[tuple[str, str], dict[str, Any]], name: str) -> None:
+    shape = model_shapes.SHAPES[name]
+    assert rows.keys() == {(case.label, provider) for case in shape.cases for provider in shape.providers}
+    for case in shape.cases:
+        for provider in shape.providers:
+            row = rows[case.label, provider]
+            if case.graph and not torch.cuda.is_available():
+                assert (row["status"], row["reason"]) == ("absent", "CUDA graphs need a CUDA device")
+            elif provider == LIGER and not torch.cuda.is_available():
+                assert (row["status"], row["reason"]) == ("absent", "Liger needs a CUDA device")
+            else:
+                assert row["tokens"] == case.batch * case.tokens
+                assert len(row["samples"]) == 2
+                assert all(value > 0 for value in row["samples"])
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen3", "tiny-mamba2"])
+def test_model_knows_other_families(name: str, tmp_path: Path) -> None:
+    """And trains: q's and k's norms rotated, gated norms."""
+    out = tmp_path / "model.json"
+    words = ("--shape", name, "--repetitions", "2", "--out", str(out))
+    assert model_speed.run(arguments(parity_report.model_options, *words)) == 0
+    check_speeds({(row["key"], row["provider"]): row for row in parity_report.read(out)["rows"]}, name)
+
+
 def test_model_measures_every_case_with_every_provider(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--shape", "tiny", "--repetitions", "2", "--out", str(tmp_path / "model.json"))
     assert model_speed.run(arguments(parity_report.model_options, *words)) == 0
     file = parity_report.read(tmp_path / "model.json")
     rows = {(row["key"], row["provider"]): row for row in file["rows"]}
-    for case in model_speed.CASES["tiny"]:
-        for name in (EAGER, OURS, FUSED, SINGLE):
-            row = rows[case.label, name]
-            if case.graph and not torch.cuda.is_available():
-                assert (row["status"], row["reason"]) == ("absent", "CUDA graphs need a CUDA device")
-            else:
-                assert row["tokens"] == case.batch * case.tokens
-                assert len(row["samples"]) == 2
-                assert all(value > 0 for value in row["samples"])
+    check_speeds(rows, "tiny")
     assert "decode batch 1" in capsys.readouterr().out
     kept = [row for row in file["rows"] if row["key"] != "prefill 16"]
     parity_report.write(tmp_path / "model.json", file | {"rows": kept})
