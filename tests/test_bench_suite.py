@@ -14,6 +14,7 @@ import pytest
 from bench import __main__, candidates, copy_kernel, record, suite, timing, tune
 from bench.suite import Case
 from pallas_norm import reference
+from pallas_norm.plans.hardware import SMS
 from pallas_norm.regimes import backward_plan_for, plan_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("implicit_promotion_throughout")]
@@ -59,6 +60,7 @@ def test_candidates_begin_with_the_plan_in_use_and_cover_the_row(n: int, dtype: 
             assert plan.span <= n
             assert plan.chunks * plan.workers * plan.span >= n
             assert n % plan.vec == 0
+            assert plan.order == find(n, dtype).order  # or the bits would be others
 
 
 @pytest.mark.parametrize(
@@ -126,9 +128,9 @@ def test_tuning_keeps_every_sample_and_what_failed(tmp_path: Path, monkeypatch: 
     """The driver, with XLA in place of the kernels and wall time in place of theirs."""
 
     def reference_program(operation: str, plan: Any) -> Any:
-        if plan.lanes == 4:
+        if plan.block == 16:
             return lambda operands: 1 / 0
-        scale = 2.0 if plan.lanes == 8 else 1.0  # a wrong kernel
+        scale = 2.0 if (plan.block, plan.vec) == (4, 4) or plan.programs == 4 * SMS else 1.0  # a wrong kernel
         if operation == "forward":
             return lambda o: {"y": reference.forward(o["x"], o["weight"])[0] * scale}
         return lambda o: dict(
