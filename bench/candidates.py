@@ -25,7 +25,7 @@ KEPT, REREAD = 64, 128  # elements of a row in a lane: more spill, or are more c
 LARGEST_WARP_N = 2048
 SMALLEST_CLUSTER_N = 8192  # of a cluster, and of a forward row that bulk copies bring
 PARTS = (2, 4)  # of a block, that a worker has where several share a row
-THREADS = (256, 1024)  # of an SM in the backward pass, at least and at most: fewer hide no latency, more spill
+THREADS = (256, 1024)  # of an SM in a persistent grid, at least and at most: fewer hide no latency, more spill
 
 
 def label(plan: Plan) -> str:

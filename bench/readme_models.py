@@ -52,8 +52,8 @@ def speeds(file: dict[str, Any]) -> str:
 
     table = ([key, *(shown(case[name]) if name in case else "" for name in names)] for key, case in cases.items())
     return (
-        f"Tokens per second of a Llama-3-8B-shaped model with random bfloat16 weights, medians and spreads of "
-        f"{file['options']['repetitions']} interleaved samples.\n\n"
+        f"Tokens per second of a model of the shape of {file['options']['shape']} with random bfloat16 weights, "
+        f"medians and spreads of {file['options']['repetitions']} interleaved samples.\n\n"
         + markdown(["case", *names], table)
         + f"\n\n{measured_on(file)} All samples: `{file['path']}`.\n"
     )

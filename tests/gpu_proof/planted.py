@@ -75,7 +75,7 @@ def arrival_at_no_barrier(x: jax.Array) -> jax.Array:
 def without(barrier: str) -> Callable[[jax.Array], None]:
     """A kernel of ours from which test_gpu_mutants.py takes this barrier. Not one in which a row is read before its
     bulk copy has arrived, or a total before another CTA of the cluster has sent it: racecheck reports nothing of what
-    another than the CTA's own threads wrote. Of those the mutants tell, whose bits are wrong."""
+    bulk copies and asynchronous stores write. Of those the mutants tell, whose bits are wrong."""
 
     def run(_: jax.Array) -> None:
         rewrite, kernel = test_gpu_mutants.WITHOUT[barrier]

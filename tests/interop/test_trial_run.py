@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from pallas_norm._spec import Spec
+from pallas_norm.gated_reference import Form
+from pallas_norm.plans.hardware import H200
 from pallas_norm_torch import launch
+from pallas_norm_torch._kernels import Gated, GatedBackward, Quantized, Rope, RopeBackward
 from pallas_norm_torch.launch import proof
 from pallas_norm_torch.programs import Program
 from tests.interop.fake_kernels import FORWARD, FakeKernel
@@ -30,6 +33,15 @@ PROGRAMS = [
     *(Program("column_sum", n, (("parts", "float32"),), ("dweight",), Spec(), dweight_dtype=dtype)
       for n in (33, 4096) for dtype in ("bfloat16", "float32")),
 ]  # fmt: skip
+
+BF16, GATE = torch.bfloat16, Form("silu", norm_before_gate=True, group=64)
+FORMS = [
+    Rope(64, BF16, BF16, Spec()),
+    RopeBackward(64, BF16, BF16, Spec()),
+    Quantized(128, BF16, BF16, Spec(), None, torch.int8, 128, with_y=True),
+    Gated(64, BF16, BF16, BF16, Spec(), GATE, with_rstd=True),
+    GatedBackward(64, BF16, BF16, BF16, Spec(), GATE, with_dweight=True),
+]
 
 
 def verdict(program: Program, **changes: Any) -> dict[str, bool]:
@@ -79,12 +91,15 @@ class Watchful(FakeKernel):
 
 
 @pytest.mark.usefixtures("aligned")
-@pytest.mark.parametrize("kind", ["forward", "backward", "column_sum"])
+@pytest.mark.parametrize("kind", proof.CHECKS)
 def test_what_a_trial_launches_on_is_held_until_then(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy on the GPU whose address alone was kept had gone when the kernel read it."""
     to = torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *where: to(self, *where, copy=True))  # as to another device
-    for program in (program for program in PROGRAMS if program.kind == kind and program.n <= 4096):
+    programs = [*PROGRAMS, *(form.program(H200) for form in FORMS)]
+    of_kind = [program for program in programs if program.kind == kind and program.n <= 4096]
+    assert of_kind
+    for program in of_kind:
         made: Any = Watchful(program)
         proof.CHECKS[kind](made, program, torch.device("cpu"), 0)
 
