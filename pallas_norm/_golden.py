@@ -28,7 +28,7 @@ RESULTS = ("rstd", "y", "dx")
 RESIDUAL_RESULTS = ("s", "rstd", "y", "dx")
 # Row lengths of models, the last one of those that bulk copies move whole but not in quarters; one that its last chunk
 # overlaps, one that is odd, and three that no bulk copy moves.
-LENGTHS = (128, 512, 1000, 4096, 12289, 16384, 32760, 32768, 65528, 65536, 131064, 131072, 18432)
+LENGTHS = (128, 512, 1000, 4096, 8192, 12289, 16384, 32760, 32768, 65528, 65536, 131064, 131072, 18432)
 
 
 class Case(NamedTuple):
@@ -46,10 +46,13 @@ def case(n: int, dtype: str) -> Case:
 
 
 def cases(n: int, dtype: str) -> list[Case]:
-    """The one of `case`, and of rows of which few have a schedule of their own, in some dtype, one for the other."""
-    one = case(n, dtype)
-    most = next((row.most for row in few_rows.TABLE if row.smallest_n <= n <= row.largest_n), None)
-    return [one] if most is None else [one, one._replace(rows=most + 1 if one.rows <= most else most - 1)]
+    """The one of `case`, and where few rows have a schedule of their own one for the other."""
+    one, itemsize = case(n, dtype), DTYPES[dtype].itemsize
+    fitting = (row for row in few_rows.TABLE if row.itemsize == itemsize and row.smallest_n <= n <= row.largest_n)
+    most = next((row.most for row in fitting), None)
+    if most is None:
+        return [one]
+    return [one, one._replace(rows=most + 1 if one.rows <= most else max(1, most - 1))]
 
 
 WITHOUT_KERNEL = tuple(case(16, dtype) for dtype in DTYPES)

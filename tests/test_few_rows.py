@@ -59,20 +59,20 @@ def test_they_add_up_a_row_in_the_same_order_and_read_every_column_once() -> Non
 
 
 def test_a_schedule_with_other_columns_side_by_side_is_noticed() -> None:
-    vector = Rewrite("plans.few_rows", "plan.width // (WARPS * 32 * row.warpgroups * row.cluster)", "plan.vec")
+    vector = Rewrite("plans.few_rows", "plan.width // _threads(row)", "plan.vec")
     with rewrites.rewritten(vector), pytest.raises(AssertionError):
         check_all()
 
 
 @pytest.mark.parametrize("row", few_rows.TABLE, ids=lambda row: f"{row.largest_n}-{row.itemsize}")
 def test_which_rows_are_few(row: few_rows.FewRows) -> None:
-    plan = plan_for(row.largest_n, "bfloat16" if row.itemsize == 2 else "float32")
-    taken: dict[tuple[int, ...], Plan] = {
-        batch: few_rows.schedule(plan, row.itemsize, H200, batch)
-        for batch in ((), (1,), (row.most,), (1, row.most), (row.most + 1,), (2, row.most))
-    }
-    assert [few != plan for few in taken.values()] == [True, True, True, True, False, False]
-    assert {few.cluster for few in taken.values()} == {plan.cluster, row.cluster}
+    n = row.largest_n // 8 * 8  # whose vectors are wide
+    plan = plan_for(n, "bfloat16" if row.itemsize == 2 else "float32")
+    batches = ((), (1,), (row.most,), (1, row.most), (row.most + 1,), (2, row.most))
+    taken = [few_rows.schedule(plan, row.itemsize, H200, batch) for batch in batches]
+    assert [few != plan for few in taken] == [True, True, True, True, False, False]
+    assert {few.cluster for few in taken} == {plan.cluster, row.cluster}
+    assert {few.block for few in taken} == {plan.block, 1}
 
 
 def test_a_number_of_rows_that_is_not_known_yet_is_not_few() -> None:
@@ -86,8 +86,9 @@ def test_a_gpu_without_clusters_has_the_schedules_of_one_cta_alone() -> None:
         assert (few_rows.of(plan, 2, A100) is not None) == (n == 4096)
 
 
-def test_narrow_vectors_and_rows_of_a_warp_have_one_schedule() -> None:
-    for n in (128, 896, 4100, 32766):
+def test_narrow_vectors_and_short_rows_of_a_warp_have_one_schedule() -> None:
+    """Of 1022 elements a warp adds up 64 side by side, fewer than a CTA has lanes."""
+    for n in (128, 512, 1022, 4100, 32766):
         assert few_rows.of(plan_for(n, "bfloat16"), 2, H200) is None
 
 
@@ -124,9 +125,10 @@ def test_the_kernel_of_a_program_is_that_of_its_rows(
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("n", [1640, 4096, *(pytest.param(n, marks=pytest.mark.slow) for n in (16384, 32768))])
+@pytest.mark.parametrize("n", [1000, 1640, 4096, *(pytest.param(n, marks=pytest.mark.slow) for n in (16384, 32768))])
 def test_the_bits_are_those_of_the_plan_for_many(n: int) -> None:
-    """In the interpreter, one of whose CTAs stands in for those of a cluster. 1640: the last block overlaps."""
+    """In the interpreter, one of whose CTAs stands in for those of a cluster. 1000: many are rows of warps; as of 1640
+    the last block overlaps."""
     of_few = scheduled(n, "bfloat16")
     assert of_few is not None
     many, most, few = of_few

@@ -39,6 +39,7 @@ KINDS = {  # one width at least for every kind of plan, forward and backward; th
             7680,
             8192,
             8200,
+            12288,
             12352,
             16384,
         ),

@@ -46,7 +46,7 @@ class ForwardCall:
         self.s_dtype = None if self.to.s == kernel.x else self.to.s
         self._run = launch.kernel(program, device)
         self._few = FewRows(kernel, device, self.plan, self.to.s.itemsize)
-        self._few_most = self._few.most
+        self._few_blocks = self._few.most // self.plan.block  # full ones of the plan for many
         self._block_elements = self.plan.block * self.n
         self._most, self._cluster = program.plan.programs or NO_LIMIT, program.plan.cluster
         self._layouts: dict[Any, Any] = {}  # by shape, strides and offsets, the numbers; None: to be copied
@@ -81,8 +81,9 @@ class ForwardCall:
             return self._less_plain(x, weight, x_at, weight_at)
         y = _empty_like(x) if self.y_dtype is None else _empty_like(x, dtype=self.y_dtype)
         run, full, cluster = self._run, blocks if blocks < self._most else self._most, self._cluster
-        if blocks <= self._few_most:
-            run, full, cluster = self._few.instead_of(run, full, cluster, blocks)
+        if blocks <= self._few_blocks:
+            many = run, blocks, full, 0, cluster
+            run, blocks, full, _, cluster = self._few.instead_of(many, blocks * self.plan.block)
         values = x_at, weight_at, blocks * COUNT, full * COUNT, 0, y.data_ptr()
         if self.device == _current_device():
             run.launch(_stream(self.device), full * cluster, values)
@@ -120,8 +121,9 @@ class ForwardCall:
         y = _empty_like(x) if self.y_dtype is None else _empty_like(x, dtype=self.y_dtype)
         s = _empty_like(x) if self.s_dtype is None else _empty_like(x, dtype=self.s_dtype)
         run, full, cluster = self._run, blocks if blocks < self._most else self._most, self._cluster
-        if blocks <= self._few_most:
-            run, full, cluster = self._few.instead_of(run, full, cluster, blocks)
+        if blocks <= self._few_blocks:
+            many = run, blocks, full, 0, cluster
+            run, blocks, full, _, cluster = self._few.instead_of(many, blocks * self.plan.block)
         values = x_at, residual_at, weight_at, blocks * COUNT, full * COUNT, 0, y.data_ptr(), s.data_ptr()
         if self.device == _current_device():
             run.launch(_stream(self.device), full * cluster, values)
@@ -150,8 +152,8 @@ class ForwardCall:
         rstd = _empty_like(like)  # 1 us less than by its shape, dtype and device
         blocks, run, cluster = count // self.plan.block, self._run, self._cluster
         full = blocks if blocks < self._most else self._most
-        if blocks <= self._few_most:
-            run, full, cluster = self._few.instead_of(run, full, cluster, blocks)
+        if count <= self._few.most:
+            run, blocks, full, _, cluster = self._few.instead_of((run, blocks, full, 0, cluster), count)
         values = x_at, weight_at, blocks * COUNT, full * COUNT, 0, y.data_ptr(), rstd.data_ptr()
         if self.device == _current_device():
             run.launch(_stream(self.device), full * cluster, values)
@@ -182,11 +184,11 @@ class ForwardCall:
         return self._launched(x, residual, y, None, at)
 
     def _launched(self, x: Tensor, residual: Tensor | None, y: Tensor, s: Tensor | None, at: list[int]) -> Results:
-        blocks, left = divmod(x.numel(), self._block_elements)
-        left //= self.n
+        count = x.numel() // self.n
+        blocks, left = divmod(count, self.plan.block)
         run, full, cluster = self._run, min(blocks, self._most), self._cluster
-        if 0 < blocks <= self._few_most:  # of a plan with blocks of one row
-            run, full, cluster = self._few.instead_of(run, full, cluster, blocks)
+        if 0 < count <= self._few.most:
+            run, blocks, full, left, cluster = self._few.instead_of((run, blocks, full, left, cluster), count)
         at += (blocks * COUNT, full * COUNT, 0, y.data_ptr())
         rstd = None
         if residual is not None:

@@ -15,23 +15,26 @@ from .launch import Kernel
 NO_ROWS = -1
 
 
+Grid = tuple[Kernel, int, int, int, int]  # kernel, full blocks, CTAs or clusters of these, rows left over, CTAs of each
+
+
 class FewRows:
-    """most: rows that it is for; NO_ROWS where a kernel has one schedule."""
+    """most: rows that it is for; NO_ROWS where a kernel has one schedule. Its blocks are of one row."""
 
     def __init__(self, kernel: Forward, device: int, plan: Plan, itemsize: int) -> None:
         found = few_rows.of(plan, itemsize, launch.gpu_of(device))
-        self.most, self.cluster = (NO_ROWS, 1) if found is None else (found[0], found[1].cluster)
+        self.most, self._cluster = (NO_ROWS, 1) if found is None else (found[0], found[1].cluster)
         self._kernel, self._device = kernel._replace(few=True), device
         self._run: Kernel | None = None
 
-    def instead_of(self, run: Kernel, full: int, cluster: int, rows: int) -> tuple[Kernel, int, int]:
-        """(kernel, CTAs or clusters, CTAs of a cluster) of so few rows, where many have the ones given.
+    def instead_of(self, many: Grid, rows: int) -> Grid:
+        """Of so few rows, where the plan for many has the one given.
 
-        These ones too while a CUDA graph is captured that comes before the first such call: nothing can be compiled
-        then, and they have the same bits. Raises launch.Unavailable.
+        That one too while a CUDA graph is captured that comes before the first such call: nothing can be compiled then,
+        and it has the same bits. Raises launch.Unavailable.
         """
         if self._run is None:
             if launch.captures(self._device):
-                return run, full, cluster
+                return many
             self._run = launch.kernel(program_of(self._kernel, launch.gpu_of(self._device)), self._device)
-        return self._run, rows, self.cluster
+        return self._run, rows, rows, 0, self._cluster

@@ -23,10 +23,11 @@ ANY = LARGEST_N * 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """The first row of the table that a row length and its bytes fit is taken."""
+    """The first row of the table that a row length, its bytes and those of a column fit is taken."""
 
     largest_n: int
     largest_row_bytes: int = ANY
+    largest_column_bytes: int = ANY  # of what is read, x and the residual together
     regime: Regime = Regime.CTA
     warpgroups: int = 1
     cluster: int = 1
@@ -54,10 +55,32 @@ TABLE = (
         figures=(1,),
     ),
     Row(
+        largest_n=12288,
+        largest_column_bytes=2,
+        cluster=2,
+        why="16384 x 12288: 197.2 us, 2 warpgroups of a CTA 205.4; 8192 x 10240: 81.7, 92.4; x 9216: 79.1, 92.4",
+        figures=(17,),
+    ),
+    Row(
+        largest_n=16384,
+        largest_column_bytes=2,
+        warpgroups=2,
+        why="16384 x 16384: 259.1 us, 2 CTAs 261.8; 8192 x 14336: 117.9, 120.2; 4096 x 16384, 4 warpgroups: 66.9, 90.7",
+        figures=(1, 3, 17),
+    ),
+    Row(
+        largest_n=16384,
+        largest_column_bytes=4,
+        cluster=2,
+        why="float32, 4096 x 16384: 131.8 us, 2 warpgroups of a CTA 140.0; x 12288: 99.4, 114.8; 16 bits with a "
+        "residual, 4096 x 16384: 133.4, 136.5",
+        figures=(17,),
+    ),
+    Row(
         largest_n=16384,
         warpgroups=2,
-        why="4096 x 16384: 66.9 us, 4 warpgroups 90.7, read twice 69.8",
-        figures=(1, 3),
+        why="float32 and a residual, 4096 x 16384: 263.0 us, 2 CTAs 264.4; x 12288: 197.8, 201.3",
+        figures=(17,),
     ),
     Row(
         largest_n=32768,
@@ -179,7 +202,9 @@ def _cta_plan(n: int, itemsize: int, row: Row) -> Plan:
 def choice(n: int, itemsize: int, column_bytes: int, narrowest: int) -> Choice:
     """itemsize: of what is normalised. column_bytes: of what is read, x and the residual together; narrowest: of the
     narrower of them."""
-    for row in (row for row in TABLE if n <= row.largest_n and n * itemsize <= row.largest_row_bytes):
+    for row in TABLE:
+        if n > row.largest_n or n * itemsize > row.largest_row_bytes or column_bytes > row.largest_column_bytes:
+            continue
         if row.regime is Regime.WARP:
             vec = warp_vector(n, itemsize, NARROWER)
             lanes = lanes_of(n, vec)

@@ -39,7 +39,12 @@ def call(way: str, x: torch.Tensor, weight: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("rows", "n", "few", "ctas"),
     # One CTA a row or a cluster a row; of a persistent grid no more than there are rows, or than it holds.
-    [(4, 4096, True, 4), (5, 4096, False, 5), (3, 32768, True, 24), (16, 131072, True, 128), (17, 131072, False, 120)],
+    [
+        *((4, 4096, True, 4), (5, 4096, False, 5), (3, 32768, True, 24)),
+        *((16, 131072, True, 128), (17, 131072, False, 120)),
+        # Many of these are four in the warps of a CTA, or one in each where they fill none.
+        *((8, 896, True, 8), (7, 896, True, 7), (1, 1000, True, 1), (9, 896, False, 3)),
+    ],
 )
 def test_few_rows_take_their_own_kernel_each_way_in(
     rows: int,
