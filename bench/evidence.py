@@ -46,6 +46,8 @@ STEPS = (
     Step("training", "training --folder {folder}", 60),
     Step("overhead", "overhead --out {out}", 90),
     Step("model", "model --repetitions 5 --out {out}", 200),
+    Step("model-qwen3", "model --shape qwen3-0.6b --repetitions 5 --out {out}", 200),
+    Step("model-mamba2", "model --shape mamba2-130m --repetitions 5 --out {out}", 80),
     Step("run", "run --suite full --ahead {processes} --time-limit {seconds} --out {out}", 120),
 )
 

@@ -23,6 +23,7 @@ SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "accuracy": (readme_kernels.accuracy, ("accuracy",)),
     "parity": (readme_models.parity, ("parity",)),
     "model": (readme_models.speeds, ("model",)),
+    "shapes": (readme_models.speeds, ("model-qwen3", "model-mamba2")),
 }
 
 

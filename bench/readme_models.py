@@ -40,7 +40,11 @@ def parity(file: dict[str, Any]) -> str:
     )
 
 
-def speeds(file: dict[str, Any]) -> str:
+def speeds(*files: dict[str, Any]) -> str:
+    return "\n".join(map(_of_one_shape, files))
+
+
+def _of_one_shape(file: dict[str, Any]) -> str:
     rows = measured(file)
     names = list(dict.fromkeys(row["provider"] for row in rows))
     cases: dict[str, dict[str, dict[str, Any]]] = {}

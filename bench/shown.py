@@ -13,8 +13,8 @@ from typing import Any
 
 from . import parity_report, record, results
 
-KINDS = ("run", "overhead", "accuracy", "parity", "model", "training")
-EVIDENCE = re.compile(r"(?P<kind>[a-z]+)_(?P<device>[a-z0-9]+)_(?P<date>\d{4}-\d\d-\d\d)\.json")
+KINDS = ("run", "overhead", "accuracy", "parity", "model", "model-qwen3", "model-mamba2", "training")
+EVIDENCE = re.compile(r"(?P<kind>[a-z0-9-]+)_(?P<device>[a-z0-9]+)_(?P<date>\d{4}-\d\d-\d\d)\.json")
 
 
 def evidence(folder: Path = results.FOLDER) -> dict[str, Path]:
@@ -34,7 +34,7 @@ def read(kind: str) -> dict[str, Any]:
     path = evidence()[kind]
     if kind in ("run", "overhead"):
         file = record.read(path)
-    elif kind in ("parity", "model"):
+    elif kind == "parity" or kind.startswith("model"):
         file = parity_report.read(path)
     else:
         file = json.loads(path.read_text())
