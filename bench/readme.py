@@ -18,6 +18,7 @@ PAGES = ("README.md", "docs/performance.md", "docs/huggingface.md", "docs/numeri
 SECTIONS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "summary": (readme_kernels.summary, ("accuracy", "run", "overhead")),
     "performance": (readme_kernels.performance, ("run",)),
+    "behind": (readme_kernels.behind, ("run",)),
     "overhead": (readme_kernels.overhead, ("overhead",)),
     "training": (readme_kernels.training, ("training",)),
     "accuracy": (readme_kernels.accuracy, ("accuracy",)),

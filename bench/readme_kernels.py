@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import record
-from .baselines import BASELINES
+from .baselines import BASELINES, COPY, OURS
 from .suite import README as CASES
 from .table import by_case, cell, markdown, measured_on, share_of_copy
 
@@ -97,6 +97,28 @@ def performance(file: dict[str, Any]) -> str:
         + "[speed-up over every provider](speedup.md)."
         + _reasons([*file["rows"], *_not_asked_for(file)], {row["provider"] for row in record.measured(file)})
         + (f" {len(file['left'])} cases of the suite were not reached." if file["left"] else "")
+        + "\n"
+    )
+
+
+BEHIND = 1.03  # our time over the fastest peer's, above which a case is named
+NO_PEERS = (COPY, OURS, "pallas-norm torch", "XLA")
+
+
+def behind(file: dict[str, Any]) -> str:
+    """The cases in which a peer is clearly faster than both ways to call ours."""
+    cases, rows = by_case(record.measured(file)), list[list[str]]()
+    for key, case in cases.items():
+        ours, peers = ([row for name, row in case.items() if (name in NO_PEERS) == own] for own in (True, False))
+        best = min(row["median_us"] for row in ours if row["provider"] not in (COPY, "XLA"))
+        first = min(peers, key=lambda row: row["median_us"])
+        if best > BEHIND * first["median_us"]:
+            copy = f"{case[COPY]['median_us']:.2f}"
+            rows.append([key, copy, f"{best:.2f}", cell(first, digits=2), first["provider"]])
+    return (
+        f"In {len(rows)} of {len(cases)} cases both ways to call the kernel take over {100 * (BEHIND - 1):.0f} % more "
+        f"time than the fastest peer. Microseconds. {MARKS_EXPLAINED}\n\n"
+        + markdown(["case", "copy", "pallas-norm", "the fastest", "which"], rows)
         + "\n"
     )
 

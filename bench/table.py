@@ -47,13 +47,13 @@ def columns(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def cell(row: dict[str, Any] | None) -> str:
+def cell(row: dict[str, Any] | None, *, digits: int = 1) -> str:
     if row is None or row["status"] == "absent":
         return "-"
     if row["status"] == "failed":
         return "failed"
     wrong = "!" if row.get("wrong_outputs") else ""
-    return f"{row['median_us']:.1f}{MARKS[row['rounding']]}{wrong}"
+    return f"{row['median_us']:.{digits}f}{MARKS[row['rounding']]}{wrong}"
 
 
 def share_of_copy(case: dict[str, dict[str, Any]], provider: str = OURS) -> float | None:

@@ -122,6 +122,23 @@ def test_the_table_of_kernel_times_has_its_cases_from_a_full_run() -> None:
     assert f"All {len(suite.FULL)} cases" in text
 
 
+def test_a_case_in_which_a_peer_is_over_3_percent_faster_than_both_ways_is_named() -> None:
+    file = a_record(suite.SMOKE[:2])  # of both ours is the fastest
+    assert readme_kernels.behind(file).startswith(
+        "In 0 of 2 cases both ways to call the kernel take over 3 % more time"
+    )
+    slower, _ = (case.label for case in suite.SMOKE[:2])
+    times = {row["provider"]: row for row in file["rows"] if row["key"] == slower}
+    ours, torchs, peer = (times[name] for name in ("pallas-norm", "pallas-norm torch", "Quack"))
+    ours["median_us"], torchs["median_us"], peer["median_us"] = 1.04, 1.02, 1.0  # one of ours is near enough
+    assert readme_kernels.behind(file).startswith("In 0 of 2")
+    torchs["median_us"] = 1.04
+    found = readme_kernels.behind(file)
+    assert found.startswith("In 1 of 2")
+    (line,) = (line for line in found.splitlines() if line.startswith(f"| {slower} |"))
+    assert line.split(" | ")[2:] == ["1.04", f"1.00{table.MARKS[peer['rounding']]}", "Quack |"]
+
+
 def test_overhead_writes_a_row_for_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if jax.default_backend() == "gpu":
         pytest.skip("says what happens where there is no GPU")
