@@ -6,7 +6,7 @@ plot        the pictures of files of run and overhead
 overhead    host time of one call, by the ways to call
 tune        candidates for the tables of plans
 parity      how far each way to compute a model's norms is from Hugging Face's rounding
-model       tokens per second of a Llama-3-8B-shaped model
+model       tokens per second of a whole model
 mixed       calls whose dtypes differ, and additions in place
 accuracy, training              outputs against exact statistics; a training step
 evidence    accuracy, training, overhead, parity, model, run and the GPU tests, of one commit and one device; continues

@@ -47,12 +47,10 @@ def case(n: int, dtype: str) -> Case:
 
 def cases(n: int, dtype: str) -> list[Case]:
     """The one of `case`, and where few rows have a schedule of their own one for the other."""
-    one, itemsize = case(n, dtype), DTYPES[dtype].itemsize
-    fitting = (row for row in few_rows.TABLE if row.itemsize == itemsize and row.smallest_n <= n <= row.largest_n)
-    most = next((row.most for row in fitting), None)
-    if most is None:
+    one, row = case(n, dtype), few_rows.row_of(n, DTYPES[dtype].itemsize)
+    if row is None:
         return [one]
-    return [one, one._replace(rows=most + 1 if one.rows <= most else max(1, most - 1))]
+    return [one, one._replace(rows=row.most + 1 if one.rows <= row.most else max(1, row.most - 1))]
 
 
 WITHOUT_KERNEL = tuple(case(16, dtype) for dtype in DTYPES)

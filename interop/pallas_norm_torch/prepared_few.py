@@ -14,8 +14,8 @@ from .launch import Kernel
 
 NO_ROWS = -1
 
-
-Grid = tuple[Kernel, int, int, int, int]  # kernel, full blocks, CTAs or clusters of these, rows left over, CTAs of each
+# Kernel, full blocks, CTAs or clusters of these, rows left over, CTAs of each.
+Schedule = tuple[Kernel, int, int, int, int]
 
 
 class FewRows:
@@ -27,7 +27,7 @@ class FewRows:
         self._kernel, self._device = kernel._replace(few=True), device
         self._run: Kernel | None = None
 
-    def instead_of(self, many: Grid, rows: int) -> Grid:
+    def instead_of(self, many: Schedule, rows: int) -> Schedule:
         """Of so few rows, where the plan for many has the one given.
 
         That one too while a CUDA graph is captured that comes before the first such call: nothing can be compiled then,

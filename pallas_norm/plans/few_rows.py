@@ -114,12 +114,17 @@ TABLE = (
 )
 
 
+def row_of(n: int, itemsize: int) -> FewRows | None:
+    """The table's row for that length."""
+    fitting = (row for row in TABLE if row.itemsize == itemsize and row.smallest_n <= n <= row.largest_n)
+    return next(fitting, None)
+
+
 def choice(plan: Plan, itemsize: int) -> FewRows | None:
     """The table's row for a plan of rows whose elements have that size, or None."""
     if plan.regime is Regime.CTA and plan.vec * itemsize < WIDE_BYTES:
         return None
-    fitting = (row for row in TABLE if row.itemsize == itemsize and row.smallest_n <= plan.n <= row.largest_n)
-    row = next(fitting, None)
+    row = row_of(plan.n, itemsize)
     return None if row is None or plan.width < _threads(row) else row
 
 
